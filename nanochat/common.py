@@ -1,0 +1,130 @@
+"""What every part of the house needs and none owns: user errors, the base directory, printing, progress. No torch."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A problem the user can mend. The message says what is wrong and what to do; `cli` turns it into exit status 2."""
+
+
+def get_base_dir() -> Path:
+    """Where tokenizers, tokens and runs live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Made if missing."""
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot use the base directory {path}: {e.strerror}. "
+                        "Set NANOCHAT_BASE_DIR to a folder you can write to.") from None
+    return path
+
+
+def is_main_rank() -> bool:
+    """True on rank 0 of a torchrun job, and in any other process."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file so that readers see the old one or the new one whole, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def print0(*args, **kwargs) -> None:
+    """Print on rank 0 only."""
+    if is_main_rank():
+        print(*args, flush=True, **kwargs)
+
+
+def cli(main) -> None:
+    """Run a script's `main()`; a UserError becomes one message and exit status 2, Ctrl-C exit status 130."""
+    try:
+        status = main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration at a glance: `850ms`, `42s`, `3m12s`, `2h05m`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
+    """Rows as text in columns that line up; numbers to the right. `columns` defaults to the keys of the first row."""
+    columns = columns or list(rows[0])
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
+    numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
+    lines = [columns, *cells]
+    return "\n".join("  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric)).rstrip()
+                     for line in lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "NA"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """Progress of long work with rate and ETA: one line rewritten on a terminal, a plain line now and then elsewhere.
+
+    `Progress("tokenizing", total=10**8, unit="B")`, then `update(n)` as work is done and `close()`.
+    `total=None` where the amount is not known beforehand. Silent on ranks other than 0.
+    """
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "", plain_every: float = 10.0):
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.started = 0, time.monotonic()
+        self.tty = sys.stderr.isatty()
+        self.interval = 0.2 if self.tty else plain_every
+        self.shown = self.started
+        self.enabled = is_main_rank()
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown >= self.interval:
+            self.shown = now
+            self._show(end="" if self.tty else "\n")
+
+    def close(self) -> None:
+        """Show the final state; on a terminal the line is ended."""
+        self._show(end="\n")
+
+    def _show(self, end: str) -> None:
+        if not self.enabled:
+            return
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        text = f"{self.label}: {_si(self.done)}{self.unit}"
+        if self.total:
+            text += f" of {_si(self.total)}{self.unit} ({100 * self.done / self.total:.0f}%)"
+        text += f" | {_si(self.done / elapsed)}{self.unit}/s | {format_duration(elapsed)}"
+        if self.total and 0 < self.done < self.total:
+            text += f" | eta {format_duration(elapsed * (self.total - self.done) / self.done)}"
+        print(("\r\033[K" if self.tty else "") + text, end=end, file=sys.stderr, flush=True)
+
+
+def _si(n: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.1f}{suffix}"
+    return f"{n:.0f}"

@@ -1,0 +1,195 @@
+"""The core flags of `scripts.base_train`, grouped as `--help` shows them. Each feature brings its own (nanochat/features).
+
+`parse_config` gives a `Config`, or raises one UserError that lists every problem. Nothing here imports torch, so a wrong
+command line is answered at once.
+"""
+
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+
+from nanochat.flags import flag, parse
+from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
+from nanochat.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
+
+
+@dataclass
+class RunFlags:
+    """The run: its name, its records and its limits"""
+    run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it")
+    model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>")
+    seed: int = flag(42, "seed of initialization and of the order of the data", low=0)
+    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+    compile: bool = flag(True, "compile the model and the optimizer")
+    resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
+                                 metavar="STEP|latest")
+    max_train_seconds: float = flag(-1.0, "stop, evaluate and save after this much training time; -1 is no limit")
+    tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"))
+    result_json: str | None = flag(None, "write result.json here too", metavar="PATH")
+    explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop")
+
+    def validate(self):
+        problems = []
+        if not re.fullmatch(r"-1|latest|\d+", self.resume_from_step):
+            problems.append(f"--resume-from-step must be a step, 'latest' or -1, got {self.resume_from_step!r}")
+        if self.model_tag is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.model_tag):
+            problems.append(f"--model-tag names a folder: letters, digits, '.', '_', '+' and '-' only, got {self.model_tag!r}")
+        if "none" in self.tracker and len(self.tracker) > 1:
+            problems.append("--tracker none excludes the others: name trackers or none")
+        return problems
+
+
+@dataclass
+class DataFlags:
+    """The text"""
+    data: str = flag("python", "python (this interpreter's own sources), a path, glob or folder, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
+    val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data")
+    text_column: str = flag("text", "column of .jsonl and .parquet files that holds the text")
+    skip_bad: bool = flag(False, "skip (and count) undecodable text instead of stopping at it")
+    vocab_size: int = flag(32768, "size of the tokenizer to train where there is none yet", low=265, high=2**24)
+
+
+@dataclass
+class ModelFlags:
+    """The model: one dial, --depth, and what follows from it unless overridden"""
+    depth: int = flag(20, "number of layers", low=1, high=512)
+    aspect_ratio: int = flag(64, "width = depth x aspect ratio, rounded up to whole heads", low=1)
+    head_dim: int = flag(128, "width of an attention head", low=2, high=512)
+    max_seq_len: int = flag(2048, "context length T in tokens", low=2)
+    window_pattern: str = flag("SSSL", "attention windows tiled over layers: S a quarter of the context, L all of it")
+
+    def validate(self):
+        problems = []
+        if not re.fullmatch("[SLsl]+", self.window_pattern):
+            problems.append(f"--window-pattern is made of S and L, as in SSSL, got {self.window_pattern!r}")
+        if self.head_dim % 2:
+            problems.append(f"--head-dim must be even (rotary positions come in pairs): use {self.head_dim + 1}")
+        elif self.shape(vocab_size=1).n_embd < SMEAR_GATE_CHANNELS:
+            problems.append(f"the model is narrower than {SMEAR_GATE_CHANNELS} channels: raise --depth, --aspect-ratio or --head-dim")
+        return problems
+
+    def shape(self, vocab_size: int) -> GPTConfig:
+        return shape_of_depth(self.depth, self.aspect_ratio, self.head_dim, sequence_len=self.max_seq_len,
+                              vocab_size=vocab_size, window_pattern=self.window_pattern)
+
+
+@dataclass
+class HorizonFlags:
+    """The horizon: the first of the three that is positive counts"""
+    num_iterations: int = flag(-1, "number of optimizer steps; -1 leaves it to the next two")
+    target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio")
+    target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)")
+    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1)
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum")
+    batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law")
+
+    def validate(self):
+        problems = [f"--{name.replace('_', '-')} must be positive, or -1 to leave it out, got {value}"
+                    for name in ("num_iterations", "target_flops", "total_batch_size")
+                    if (value := getattr(self, name)) != -1 and value <= 0]
+        if max(self.num_iterations, self.target_flops, self.target_param_data_ratio) <= 0:
+            problems.append("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio")
+        if self.batch_multiplier <= 0:
+            problems.append("--batch-multiplier must be positive")
+        if self.total_batch_size > 0 and self.batch_multiplier != 1:
+            problems.append("--batch-multiplier scales the predicted batch, so it clashes with --total-batch-size: give one of them")
+        return problems
+
+
+@dataclass
+class OptimFlags:
+    """Optimization: rates for d12 and 2^19 tokens a step, transferred to the run's size"""
+    embedding_lr: float = flag(0.3, "AdamW rate of the embedding tables", low=0)
+    unembedding_lr: float = flag(0.008, "AdamW rate of the head", low=0)
+    matrix_lr: float = flag(0.02, "Muon rate of block matrices: spectral norm per update", low=0)
+    scalar_lr: float = flag(0.5, "AdamW rate of the per-layer scalars", low=0)
+    weight_decay: float = flag(0.28, "cautious weight decay of the block matrices", low=0)
+    lr_multiplier: float = flag(1.0, "multiplies every learning rate", low=0)
+    wd_multiplier: float = flag(1.0, "multiplies the weight decay", low=0)
+    warmup_steps: int = flag(40, "steps of linear warm-up", low=0)
+    warmdown_ratio: float = flag(0.65, "share of the steps over which the rate goes down", low=0, high=1)
+    warmdown_shape: str = flag("linear", "how it goes down", choices=("linear", "cosine"))
+    final_lr_frac: float = flag(0.05, "final rate as a share of the peak", low=0, high=1)
+
+
+@dataclass
+class EvalFlags:
+    """Evaluation, samples and checkpoints: every N steps and at the end; -1 is never (checkpoints: only at the end)"""
+    eval_every: int = flag(250, "steps between evaluations in bits per byte")
+    eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1)
+    core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric")
+    core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all")
+    sample_every: int = flag(2000, "steps between samples of text")
+    save_every: int = flag(-1, "steps between checkpoints")
+    target_metric_name: str | None = flag(None, "metric whose first crossing of the threshold is timed",
+                                          choices=("val_bpb", "smooth_loss"))
+    target_metric_threshold: float | None = flag(None, "the threshold, crossed from above")
+
+    def validate(self):
+        problems = []
+        if (self.target_metric_name is None) != (self.target_metric_threshold is None):
+            problems.append("--target-metric-name and --target-metric-threshold come together: give both or neither")
+        if self.target_metric_name == "val_bpb" and self.eval_every <= 0:
+            problems.append("--target-metric-name val_bpb needs evaluations: give --eval-every")
+        return problems
+
+
+@dataclass
+class Config:
+    """Every flag of a run: `config.model.depth`, `config.optim.matrix_lr`; a feature's under `config.features[name]`."""
+    run: RunFlags = field(default_factory=RunFlags)
+    data: DataFlags = field(default_factory=DataFlags)
+    model: ModelFlags = field(default_factory=ModelFlags)
+    horizon: HorizonFlags = field(default_factory=HorizonFlags)
+    optim: OptimFlags = field(default_factory=OptimFlags)
+    eval: EvalFlags = field(default_factory=EvalFlags)
+    features: dict = field(default_factory=dict)
+
+    def flat(self) -> dict:
+        """Flag name (with underscores) -> value, for records."""
+        groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
+        return {name: value for group in [*groups, *self.features.values()] for name, value in asdict(group).items()}
+
+    def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
+        """The horizon that the flags ask for with a model of this shape. ValueError where the batch does not divide."""
+        flags, optim = self.horizon, self.optim
+        return plan_horizon(
+            shape, device_batch_size=flags.device_batch_size, world_size=world_size,
+            total_batch_size=flags.total_batch_size, num_iterations=flags.num_iterations, target_flops=flags.target_flops,
+            target_param_data_ratio=flags.target_param_data_ratio, batch_multiplier=flags.batch_multiplier,
+            weight_decay=optim.weight_decay, lr_multiplier=optim.lr_multiplier, wd_multiplier=optim.wd_multiplier)
+
+    @property
+    def model_tag(self) -> str:
+        return self.run.model_tag or f"d{self.model.depth}"
+
+
+def validate(config: Config) -> list[str]:
+    """Clashes between flags of different groups, in words."""
+    problems = []
+    horizon, world_size = config.horizon, int(os.environ.get("WORLD_SIZE", "1"))
+    micro = horizon.device_batch_size * config.model.max_seq_len * world_size
+    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
+        problems.append(
+            f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "
+            f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {world_size} "
+            f"ranks): use {nearest_batch_sizes(horizon.total_batch_size, micro)}, or change --device-batch-size")
+    return problems
+
+
+def parse_config(features=(), argv: list[str] | None = None, prog: str | None = None) -> Config:
+    """The command line of a run. `features` are Feature classes (nanochat/features); each adds its flags and checks."""
+    core = [f for f in fields(Config) if f.name != "features"]
+
+    def assemble(instances) -> Config:
+        named = dict(zip((f.name for f in core), instances))
+        return Config(**named, features=dict(zip((feature.name for feature in features), instances[len(core):])))
+
+    def validate_all(*instances):
+        config = assemble(instances)
+        return validate(config) + [p for feature in features for p in feature.validate(config)]
+
+    groups = [f.type for f in core] + [feature.Config for feature in features]
+    return assemble(parse(groups, argv, prog, description="Train a GPT.", validate=validate_all))

@@ -1,0 +1,380 @@
+"""Text of any source, prepared once as tokens on disk: `python -m nanochat.dataset --data SOURCE`.
+
+Split. About one document in twenty goes to validation, chosen by a hash of its text, until validation holds VAL_CHARS
+characters. So a document never changes sides, and once validation is full, text that is appended leaves it as it is.
+The first document always trains. A corpus too small for the hash to pick any gives its last document to validation,
+or, where it has only one, that document's last twentieth. What is in validation is dropped from training.
+
+On disk. `$NANOCHAT_BASE_DIR/tokens/<name>/` holds per split shards of token ids (`.bin`: uint16, or uint32 for
+vocabularies beyond 65536, each document with a BOS in front), the documents' lengths (`.lengths.npy`), and
+`manifest.json` with counts and checksums. The folder is written under another name and renamed when it is complete, so
+what is found there is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import Progress, UserError, cli, format_table, get_base_dir, print0
+from nanochat.flags import flag, parse
+from nanochat.sources import Counts, expected_bytes, iter_documents, source_identity, text_digest
+from nanochat.tokenizer import Tokenizer, get_tokenizer
+
+VAL_EVERY = 20  # one document in so many goes to validation ...
+VAL_CHARS = 8_000_000  # ... until validation holds this many characters
+SHARD_TOKENS = 100_000_000
+ENCODE_CHARS = 4_000_000  # characters handed to the encoder's threads at once
+SCHEMA_VERSION = 1
+
+
+# ---- training and validation
+
+def split_documents(texts: Iterable[str], counts: Counts | None = None) -> Iterator[tuple[str, str]]:
+    """("train" | "val", text) for each document, by the rule in the module's docstring; a stream, so at any scale."""
+    counts = Counts() if counts is None else counts
+    texts = iter(texts)
+    held = next(texts, None)  # not given out before it is known whether validation will need it
+    if held is None:
+        return
+    first, alone, val_chars, val_digests = text_digest(held), True, 0, set()
+    for text in texts:
+        digest = text_digest(text)
+        if digest == first or digest in val_digests:
+            counts.duplicates += 1
+            continue
+        alone = False
+        if val_chars < VAL_CHARS and int.from_bytes(digest, "little") % VAL_EVERY == 0:
+            val_chars += len(text)
+            val_digests.add(digest)
+            yield "val", text
+            if held is not None:
+                yield "train", held
+                held = None
+        elif held is None:
+            yield "train", text
+        else:
+            yield "train", held
+            held = text
+    if held is not None and alone:
+        cut = _cut_for_validation(held)
+        yield "train", held[:cut]
+        yield "val", held[cut:]
+    elif held is not None:
+        yield "val", held
+
+
+def separate_documents(train: Iterable[str], val: Iterable[str], counts: Counts) -> Iterator[tuple[str, str]]:
+    """Like `split_documents` for an explicit validation source, whose documents come first."""
+    val_digests = set()
+    for text in val:
+        val_digests.add(text_digest(text))
+        yield "val", text
+    for text in train:
+        if text_digest(text) in val_digests:
+            counts.duplicates += 1
+        else:
+            yield "train", text
+
+
+def _cut_for_validation(text: str) -> int:
+    """Where the last twentieth of a text begins: at a line's start if one is near."""
+    cut = len(text) - max(1, len(text) // VAL_EVERY)
+    if cut == 0:
+        raise UserError("the whole corpus is one character: give more text.")
+    return text.rfind("\n", cut - len(text) // VAL_EVERY, cut) + 1 or cut
+
+
+# ---- tokenizer and tokens
+
+def train_tokenizer(source: str, vocab_size: int, *, text_column: str = "text", skip_bad: bool = False,
+                    max_chars: int = 2_000_000_000, doc_cap: int = 10_000, counts: Counts | None = None) -> Tokenizer:
+    """A tokenizer learned from the training documents of a source, the first `doc_cap` characters of each.
+
+    The cap keeps a few very long documents from deciding the merges. Where the source has little text, the vocabulary
+    is smaller than `vocab_size`, which is said.
+    """
+    counts = Counts() if counts is None else counts
+    documents = iter_documents(source, text_column=text_column, skip_bad=skip_bad, max_chars=max_chars, counts=counts)
+    progress = Progress(f"reading {source} for the tokenizer", total=expected_bytes(source, max_chars), unit="B")
+
+    def texts():
+        for name, text in split_documents(documents, counts):
+            progress.update(len(text))
+            if name == "train":
+                yield text[:doc_cap]
+        progress.close()
+        print0("merging the most frequent pairs ...")
+
+    tokenizer = Tokenizer.train_from_iterator(texts(), vocab_size)
+    if tokenizer.get_vocab_size() < vocab_size:
+        print0(f"the text has pairs for a vocabulary of {tokenizer.get_vocab_size()} only, not {vocab_size}")
+    return tokenizer
+
+
+def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None = None, text_column: str = "text",
+                   skip_bad: bool = False, max_chars: int = -1, force: bool = False) -> Path:
+    """Encode a source into a token dataset, or find the one made before; returns its folder.
+
+    The folder's name has a hash of all that decides its content: the tokenizer, these arguments, and each local file's
+    path, size and time of change. `python` and `hf:` may change unseen; they are prepared once, until `force`.
+    `val_source` is read whole if local, up to VAL_CHARS from the hub. UserError for bad text, a damaged dataset of this
+    name, or a disk that cannot be written.
+    """
+    recipe = dict(source=source, val_source=val_source or None, text_column=text_column, skip_bad=skip_bad,
+                  max_chars=max_chars, tokenizer_fingerprint=tokenizer.fingerprint())
+    identities = [source_identity(s) for s in (source, val_source) if s]
+    key = json.dumps([SCHEMA_VERSION, recipe, identities])
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", source if source.startswith("hf:") else Path(source).stem).strip("-.")[-40:]
+    folder = get_base_dir() / "tokens" / f"{slug}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
+    if folder.exists() and not force:
+        TokenDataset.open(folder)
+        return folder
+
+    counts = Counts()
+    options = dict(text_column=text_column, skip_bad=skip_bad, counts=counts)
+    documents = iter_documents(source, max_chars=max_chars, **options)
+    if val_source:
+        limit = VAL_CHARS if val_source.startswith("hf:") else -1
+        labelled = separate_documents(documents, iter_documents(val_source, max_chars=limit, **options), counts)
+    else:
+        labelled = split_documents(documents, counts)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    progress = Progress(f"encoding {source}", total=expected_bytes(source, max_chars), unit="B")
+    try:
+        temporary.mkdir(parents=True)
+        splits = _write_splits(temporary, labelled, tokenizer, progress)
+        manifest = dict(schema_version=SCHEMA_VERSION, **recipe, vocab_size=tokenizer.get_vocab_size(),
+                        bos=tokenizer.get_bos_token_id(), dtype=_dtype(tokenizer).name, counts=asdict(counts),
+                        python=sys.version.split()[0], splits=splits)
+        with open(temporary / "manifest.json", "w", encoding="utf-8") as f:
+            json.dump(manifest, f, indent=1)
+            _sync(f)
+        _put_in_place(temporary, folder)
+    except OSError as e:
+        raise UserError(f"cannot write tokens to {folder.parent}: {e.strerror or e}. Free some space, or set "
+                        "NANOCHAT_BASE_DIR to a folder that can be written.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_splits(folder: Path, labelled: Iterable[tuple[str, str]], tokenizer: Tokenizer, progress: Progress) -> dict:
+    writers = {name: _ShardWriter(folder, name, _dtype(tokenizer)) for name in ("train", "val")}
+    for batch in _batches(labelled, ENCODE_CHARS):
+        texts = [text for _, text in batch]
+        encoded = tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id(), num_threads=os.cpu_count() or 1)
+        for (name, text), ids in zip(batch, encoded):
+            size = len(text.encode())
+            writers[name].add(ids, size)
+            progress.update(size)
+    progress.close()
+    splits = {name: writer.close() for name, writer in writers.items()}
+    for name, other in (("train", "validation"), ("val", "training")):
+        if not splits[name]["docs"]:
+            raise UserError(f"no document is left for {name}: all that was read is also in {other}.")
+    return splits
+
+
+def _batches(labelled: Iterable[tuple[str, str]], chars: int) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for name, text in labelled:
+        batch.append((name, text))
+        size += len(text)
+        if size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardWriter:
+    """Appends documents to numbered shards of one split; a document is never spread over two of them."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.docs = self.tokens = self.text_bytes = 0
+        self.file, self.lengths, self.shards = None, [], []
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        if self.file is None:
+            self.file = open(self.folder / f"{self.split}_{len(self.shards):06d}.bin", "wb")
+        self.file.write(np.array(ids, self.dtype).tobytes())
+        self.lengths.append(len(ids))
+        self.docs, self.tokens, self.text_bytes = self.docs + 1, self.tokens + len(ids), self.text_bytes + text_bytes
+        if self.file.tell() >= SHARD_TOKENS * self.dtype.itemsize:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        _sync(self.file)
+        self.file.close()
+        path = Path(self.file.name)
+        with open(path.with_suffix(".lengths.npy"), "wb") as f:
+            np.save(f, np.array(self.lengths, np.uint32))
+            _sync(f)
+        self.shards.append([dict(name=p.name, bytes=p.stat().st_size, blake2b=_file_digest(p))
+                            for p in (path, Path(f.name))])
+        self.file, self.lengths = None, []
+
+    def close(self) -> dict:
+        """End the last shard; returns the split's entry in the manifest."""
+        if self.file is not None:
+            self._end_shard()
+        return dict(docs=self.docs, tokens=self.tokens, text_bytes=self.text_bytes, shards=self.shards)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- reading tokens
+
+class Split:
+    """The documents of one split, as memory-mapped tokens. Each begins with BOS, which its length counts."""
+
+    def __init__(self, shards: list[np.ndarray], lengths: list[np.ndarray], bos: int):
+        """`shards`: token ids of each shard, 1-d; `lengths`: of the documents in each, adding up to the shard's."""
+        self.bos = bos
+        self.doc_lengths = np.concatenate(lengths).astype(np.int64)
+        self.num_docs, self.num_tokens = len(self.doc_lengths), int(self.doc_lengths.sum())
+        self._shards = shards
+        self._shard_of_doc = np.repeat(np.arange(len(shards)), [len(part) for part in lengths])
+        self._start_of_doc = np.concatenate([np.cumsum(part, dtype=np.int64) - part for part in lengths])
+
+    def doc(self, i: int) -> np.ndarray:
+        """Token ids of document i, a view of the file: (doc_lengths[i],)."""
+        return self.tokens(i, 0, int(self.doc_lengths[i]))
+
+    def tokens(self, i: int, start: int, count: int) -> np.ndarray:
+        """`count` token ids of document i from its position `start` on, a view of the file."""
+        begin = self._start_of_doc[i] + start
+        return self._shards[self._shard_of_doc[i]][begin:begin + count]
+
+
+class TokenDataset:
+    """A prepared token dataset, opened by `TokenDataset.open(folder)`."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest = folder, manifest
+        self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.bos: int = manifest["bos"]
+
+    @classmethod
+    def open(cls, folder) -> "TokenDataset":
+        """Open a folder that `prepare_tokens` made. UserError that names a file that is missing or of a wrong size."""
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+            if manifest["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema version {manifest['schema_version']}, expected {SCHEMA_VERSION}")
+            dataset = cls(folder, manifest)
+            expected = [(file["name"], file["bytes"]) for file in dataset._files()]
+        except FileNotFoundError:
+            raise UserError(f"{folder} is no token dataset: it has no manifest.json. Make one with "
+                            "`python -m nanochat.dataset`.") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}). {_REMEDY}") from None
+        for name, size in expected:
+            path = folder / name
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise UserError(f"token shard {path} {state}. {_REMEDY}")
+        return dataset
+
+    def split(self, name: str) -> Split:
+        """`train` or `val`."""
+        shards, lengths = [], []
+        for tokens_file, lengths_file in self.manifest["splits"][name]["shards"]:
+            # a plain array on top of the map: slicing np.memmap itself is several times slower
+            shards.append(np.asarray(np.memmap(self.folder / tokens_file["name"], self.manifest["dtype"], mode="r")))
+            path = self.folder / lengths_file["name"]
+            try:
+                lengths.append(np.load(path, allow_pickle=False))
+                if lengths[-1].sum() != len(shards[-1]):
+                    raise ValueError("the lengths do not add up")
+            except (ValueError, EOFError):
+                raise UserError(f"token shard {path} is damaged or not {tokens_file['name']}'s. {_REMEDY}") from None
+        return Split(shards, lengths, self.bos)
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum with the manifest's. UserError that names the first that differs."""
+        for file in self._files():
+            if _file_digest(self.folder / file["name"]) != file["blake2b"]:
+                raise UserError(f"token shard {self.folder / file['name']} has changed since it was written. {_REMEDY}")
+
+    def summary(self) -> str:
+        """The splits as an aligned table, and what was left out."""
+        rows = [{"split": name, "documents": s["docs"], "tokens": s["tokens"], "text bytes": s["text_bytes"],
+                 "bytes/token": round(s["text_bytes"] / (s["tokens"] - s["docs"]), 3), "shards": len(s["shards"])}
+                for name, s in self.manifest["splits"].items()]
+        counts = self.manifest["counts"]
+        left_out = [f"{counts[kind]} {kind}" for kind in ("empty", "unreadable", "duplicates") if counts[kind]]
+        return format_table(rows) + (f"\nleft out: {', '.join(left_out)}" if left_out else "")
+
+    def _files(self) -> list[dict]:
+        return [file for split in self.manifest["splits"].values() for shard in split["shards"] for file in shard]
+
+
+_REMEDY = "Prepare the tokens again: `python -m nanochat.dataset --force` with the same --data, or delete the folder."
+
+
+# ---- command line
+
+@dataclass
+class DataFlags:
+    """Data"""
+    data: str = flag("python", "where the text is: python, a path, glob or folder, or hf:NAME", metavar="SOURCE")
+    val_data: str = flag("", "a source to validate on; by default a part of --data is held out", metavar="SOURCE")
+    text_column: str = flag("text", "the column of .jsonl and .parquet rows that holds the text", metavar="NAME")
+    max_chars: int = flag(-1, "read at most this many characters; -1: all (1e9 of hf:)", low=-1)
+    skip_bad: bool = flag(False, "leave out, and count, what is not valid UTF-8 or JSON")
+    force: bool = flag(False, "prepare again even if the tokens are there")
+    verify: bool = flag(False, "check the checksum of every file")
+
+    def validate(self) -> list[str]:
+        return ["--max-chars must be -1 (all) or positive, got 0"] if self.max_chars == 0 else []
+
+
+def main() -> None:
+    flags, = parse([DataFlags], prog="python -m nanochat.dataset", description="Prepare text as tokens on disk.")
+    folder = prepare_tokens(flags.data, get_tokenizer(), val_source=flags.val_data, text_column=flags.text_column,
+                            skip_bad=flags.skip_bad, max_chars=flags.max_chars, force=flags.force)
+    dataset = TokenDataset.open(folder)
+    if flags.verify:
+        dataset.verify()
+        print0("every checksum agrees")
+    print0(f"{flags.data} -> {folder}\n\n{dataset.summary()}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,106 @@
+"""Rooms: one file is one optimization behind flags. To add one, write the file and name its class in FEATURES.
+
+A room owns its flags, their validation, its effect, its state and its columns. The training loop knows only the hooks of
+`Feature`. Modules here must not import torch at the top: flags are parsed before torch is loaded. A room never imports
+another room, nor `nanochat.train`.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+
+class Feature:
+    """What a room may do, and when. Every hook has a default that does nothing; override those that are needed."""
+
+    name: str                 # key of its flags in `config.features` and of its state in checkpoints
+
+    @dataclass
+    class Config:
+        """Heading in --help"""
+
+    @classmethod
+    def enabled(cls, config) -> bool:
+        """Whether the run's Config switches this room on. A room that is off is not made and changes no bit."""
+        raise NotImplementedError
+
+    @classmethod
+    def validate(cls, config) -> list[str]:
+        """Problems of the run's Config as far as this room knows, in words that a user can act on."""
+        return []
+
+    def __init__(self, config):
+        self.config = config.features[self.name]
+
+    def on_model(self, model) -> None:
+        """Change the model, on its device and initialized, before the optimizer is made and anything is compiled."""
+
+    def before_step(self, step: int) -> dict:
+        """Keyword arguments for this step's forward, the same for all its micro-batches: {"active_start": 5}."""
+        return {}
+
+    def after_backward(self, model, step: int) -> None:
+        """Look at the gradients of the whole step before the optimizer does."""
+
+    @contextmanager
+    def eval_context(self, model):
+        """How the model is evaluated, sampled from and saved."""
+        yield
+
+    def metrics(self) -> dict:
+        """Columns of the last step for metrics.jsonl."""
+        return {}
+
+    def summary(self) -> dict:
+        """Fields for result.json."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """What an exact resume needs, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` gave."""
+
+
+class Features:
+    """The rooms that a run has switched on, called in the order of FEATURES."""
+
+    def __init__(self, config, available: tuple[type[Feature], ...]):
+        self.rooms = [feature(config) for feature in available if feature.enabled(config)]
+
+    def on_model(self, model) -> None:
+        for room in self.rooms:
+            room.on_model(model)
+
+    def before_step(self, step: int) -> dict:
+        return {key: value for room in self.rooms for key, value in room.before_step(step).items()}
+
+    def after_backward(self, model, step: int) -> None:
+        for room in self.rooms:
+            room.after_backward(model, step)
+
+    @contextmanager
+    def eval_context(self, model):
+        with ExitStack() as stack:
+            for room in self.rooms:
+                stack.enter_context(room.eval_context(model))
+            yield
+
+    def metrics(self) -> dict:
+        return {key: value for room in self.rooms for key, value in room.metrics().items()}
+
+    def summary(self) -> dict:
+        return {key: value for room in self.rooms for key, value in room.summary().items()}
+
+    def state_dict(self) -> dict:
+        return {room.name: room.state_dict() for room in self.rooms}
+
+    def load_state_dict(self, state: dict) -> None:
+        for room in self.rooms:
+            if room.name in state:
+                room.load_state_dict(state[room.name])
+
+
+from nanochat.features.compile_cache import CompileCache  # noqa: E402  (rooms need Feature, defined above)
+
+FEATURES: tuple[type[Feature], ...] = (CompileCache,)

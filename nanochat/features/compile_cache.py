@@ -1,0 +1,40 @@
+"""Keep compiled graphs in a folder of the user's choice, so that a second start compiles in a fraction of the first.
+
+torch keeps its cache under the temporary directory by default, which a reboot empties; rented machines and containers
+start with it empty every time.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import UserError
+from nanochat.features import Feature
+from nanochat.flags import flag
+
+
+class CompileCache(Feature):
+    name = "compile_cache"
+
+    @dataclass
+    class Config:
+        """Compile cache"""
+        compile_cache_dir: str | None = flag(None, "keep compiled graphs in this folder across runs", metavar="DIR")
+
+    @classmethod
+    def enabled(cls, config) -> bool:
+        return config.features[cls.name].compile_cache_dir is not None
+
+    @classmethod
+    def validate(cls, config) -> list[str]:
+        if cls.enabled(config) and not config.run.compile:
+            return ["--compile-cache-dir has nothing to keep under --no-compile: leave one of them out"]
+        return []
+
+    def on_model(self, model) -> None:
+        folder = Path(self.config.compile_cache_dir).expanduser().resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--compile-cache-dir {folder}: {e.strerror}. Choose a folder you can write to.") from None
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,0 +1,251 @@
+"""What a run leaves behind: clocks that count training only, metrics.jsonl, result.json, and outside trackers."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanochat.common import is_main_rank, print0, write_atomic
+
+SCHEMA_VERSION = 1
+SMOOTHING = 0.9  # EMA factor of smooth_loss
+ROW_COLUMNS = ("step", "loss", "smooth_loss", "lr_multiplier", "dt_ms", "tok_per_sec", "peak_mem_mib", "step_kind",
+               "active_start", "active_layers", "tokens_seen", "train_time_sec", "val_bpb")
+RESULT_FIELDS = (
+    "schema_version", "status", "exit_code", "error", "command", "argv", "git_commit", "git_dirty", "seed", "host",
+    "device", "dtype", "torch_version", "depth", "model_dim", "num_params", "flops_per_token", "num_iterations",
+    "steps_done", "tokens_seen", "wall_time_sec", "train_time_sec", "compile_time_sec", "eval_time_sec",
+    "tok_per_sec_max", "tok_per_sec_avg", "tok_per_sec_median", "dt_median_ms", "mfu", "final_loss", "final_train_loss",
+    "val_bpb", "min_val_bpb", "val_curve", "target_metric_name", "target_metric_threshold",
+    "time_to_target_sec_measured", "peak_mem_mib", "avg_step_peak_mem_mib", "fp8_layers", "schedule",
+    "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "eager_fallbacks")
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has spent in this process so far, forward and backward graphs alike."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.calculate_time_spent().get("total_wall_time", 0.0) if dynamo else 0.0
+
+
+class Clock:
+    """Seconds of training, evaluation and compilation, kept apart. All three survive a resume.
+
+    The device is synchronized at both ends of what is timed, and what torch.compile spends in between is taken out.
+    """
+
+    def __init__(self, synchronize):
+        self.synchronize = synchronize
+        self.train = self.eval = self.compile = 0.0
+
+    @contextmanager
+    def training(self):
+        """Times one step; `last` is its duration in seconds."""
+        self.synchronize()
+        started, compiled = time.perf_counter(), compile_seconds()
+        yield
+        self.synchronize()
+        compiled = compile_seconds() - compiled
+        self.last = max(time.perf_counter() - started - compiled, 1e-9)
+        self.train += self.last
+        self.compile += compiled
+
+    @contextmanager
+    def evaluating(self):
+        started = time.perf_counter()
+        yield
+        self.synchronize()
+        self.eval += time.perf_counter() - started
+
+    def state_dict(self) -> dict:
+        return {"train": self.train, "eval": self.eval, "compile": self.compile}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train, self.eval, self.compile = state["train"], state["eval"], state["compile"]
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, every line with all columns, flushed as it is written."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        """Rows from `resume_step` on are dropped: they will be written again."""
+        kept = [line for line in _lines(path) if _step_of(line) < resume_step] if resume_step else []
+        if is_main_rank():
+            write_atomic(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8") if is_main_rank() else None
+
+    def write(self, row: dict) -> None:
+        if self.file:
+            full = dict.fromkeys(ROW_COLUMNS) | row
+            self.file.write(json.dumps({k: finite(v) for k, v in full.items()}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return text.split("\n")[:-1]  # what follows the last newline is empty, or was cut off
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # damaged: drop it
+
+
+def finite(value):
+    """NaN and infinities as strings: JSON has no word for them."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Tally:
+    """What result.json needs from the steps and evaluations so far; survives a resume."""
+
+    def __init__(self, target_name: str | None = None, target_threshold: float | None = None):
+        self.target_name, self.target_threshold = target_name, target_threshold
+        self.ema = 0.0                # of the loss, not yet debiased
+        self.smooth_loss = self.loss = self.val_bpb = self.min_val_bpb = self.time_to_target = None
+        self.val_curve = []           # [step, train_time_sec, bpb]
+        self.dts, self.peaks = [], []  # per step: seconds, MiB
+        self.before_target = None     # (train_time_sec, value) of the target metric when last seen above the threshold
+
+    def add_step(self, step: int, loss: float, dt: float, peak_mib: float, train_time: float) -> None:
+        self.loss = loss
+        self.ema = SMOOTHING * self.ema + (1 - SMOOTHING) * loss
+        self.smooth_loss = self.ema / (1 - SMOOTHING ** (step + 1))
+        self.dts.append(dt)
+        self.peaks.append(peak_mib)
+        self._watch_target("smooth_loss", self.smooth_loss, train_time)
+
+    def add_evaluation(self, step: int, bpb: float, train_time: float) -> None:
+        self.val_bpb = bpb
+        self.min_val_bpb = bpb if self.min_val_bpb is None else min(bpb, self.min_val_bpb)
+        self.val_curve.append([step, train_time, bpb])
+        self._watch_target("val_bpb", bpb, train_time)
+
+    def _watch_target(self, name: str, value: float, train_time: float) -> None:
+        """Note the training time of the first crossing, interpolated between the values on either side of it."""
+        if name != self.target_name or self.time_to_target is not None:
+            return
+        if value > self.target_threshold:
+            self.before_target = (train_time, value)
+        elif self.before_target is None:
+            self.time_to_target = train_time
+        else:
+            earlier, above = self.before_target
+            self.time_to_target = earlier + (train_time - earlier) * (above - self.target_threshold) / (above - value)
+
+    def summary(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> dict:
+        """The fields of result.json that follow from the steps. MFU only where the hardware's peak is known."""
+        median = statistics.median(self.dts) if self.dts else None
+        throughput = tokens_per_step / median if median else None
+        return {
+            "tok_per_sec_max": tokens_per_step / min(self.dts) if self.dts else None,
+            "tok_per_sec_avg": tokens_per_step * len(self.dts) / sum(self.dts) if self.dts else None,
+            "tok_per_sec_median": throughput,
+            "dt_median_ms": median * 1000 if median else None,
+            "mfu": throughput * flops_per_token / peak_flops if throughput and peak_flops else None,
+            "final_loss": self.loss, "final_train_loss": self.smooth_loss,
+            "val_bpb": self.val_bpb, "min_val_bpb": self.min_val_bpb, "val_curve": self.val_curve,
+            "target_metric_name": self.target_name, "target_metric_threshold": self.target_threshold,
+            "time_to_target_sec_measured": self.time_to_target,
+            "peak_mem_mib": max(self.peaks, default=None),
+            "avg_step_peak_mem_mib": statistics.fmean(self.peaks) if self.peaks else None,
+        }
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def write_result(paths: list[Path], fields: dict) -> None:
+    """Write result.json with every field of the contract, null where nothing is known."""
+    result = dict.fromkeys(RESULT_FIELDS) | {"schema_version": SCHEMA_VERSION} | fields
+    for path in paths:
+        write_atomic(path, json.dumps({k: finite(v) for k, v in result.items()}, indent=1) + "\n")
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether it has uncommitted changes; None where git cannot say."""
+    def git(*args):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout
+    try:
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain").strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+class Trackers:
+    """wandb, tensorboard and trackio behind one `log`. One that is missing or fails costs a message, never the run."""
+
+    def __init__(self, names: list[str], run_name: str, run_dir: Path, config: dict):
+        self.logs, self.closers = {}, []
+        for name in names if is_main_rank() else []:
+            try:
+                self.logs[name], close = _TRACKERS[name](run_name, run_dir, config)
+                self.closers.append((name, close))
+            except ImportError:
+                print0(f"{name} is not installed: going on without it (pip install {name})")
+            except Exception as e:  # no account, no network, a full disk: whatever it is, training matters more
+                print0(f"{name} could not be started ({e}): going on without it")
+
+    def log(self, values: dict, step: int) -> None:
+        for name, log in list(self.logs.items()):
+            try:
+                log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step)
+            except Exception as e:
+                print0(f"{name} failed ({e}): going on without it")
+                del self.logs[name]
+
+    def close(self) -> None:
+        for name, close in self.closers:
+            try:
+                close()
+            except Exception as e:
+                print0(f"{name} failed to close ({e})")
+
+
+def _wandb(run_name, run_dir, config):
+    import os
+
+    import wandb
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or Path("~/.netrc").expanduser().exists()):
+        os.environ["WANDB_MODE"] = "offline"  # no account: keep the records on disk
+    run = wandb.init(project="nanochat", name=run_name, dir=str(run_dir), config=config)
+    return (lambda values, step: run.log(values, step=step)), run.finish
+
+
+def _tensorboard(run_name, run_dir, config):
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(values, step):
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+    return log, writer.close
+
+
+def _trackio(run_name, run_dir, config):
+    import trackio
+    trackio.init(project="nanochat", name=run_name, config=config)
+    return (lambda values, step: trackio.log(values | {"step": step})), trackio.finish
+
+
+_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}

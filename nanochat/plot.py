@@ -1,0 +1,42 @@
+"""The picture of a run: training loss and validation bits per byte, over steps and over training time."""
+
+from pathlib import Path
+
+from nanochat.metrics import read_metrics
+
+
+def plot_run(run_dir: Path) -> str:
+    """Draw `loss.png` from the run's metrics.jsonl. Returns a line for the user: where it is, or why there is none."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    steps = [r for r in rows if r["loss"] is not None]
+    evals = [r for r in rows if r["val_bpb"] is not None]
+    if not steps:
+        return "no plot: no step was finished"
+    try:
+        from matplotlib.figure import Figure  # the object interface: no display, no global state
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2)
+    _draw(by_step, steps, evals, "step", "optimizer step")
+    _draw(by_time, steps, evals, "train_time_sec", "training time (s)")
+    last = steps[-1]
+    title = f"{run_dir.name}: loss {last['smooth_loss']:.3f} nats"
+    if evals:
+        title += f", validation {evals[-1]['val_bpb']:.4f} bits per byte"
+    figure.suptitle(title)
+    figure.savefig(run_dir / "loss.png", dpi=120)
+    return f"loss plot: {run_dir / 'loss.png'}"
+
+
+def _draw(axes, steps: list[dict], evals: list[dict], x: str, label: str) -> None:
+    axes.plot([r[x] for r in steps], [r["loss"] for r in steps], color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot([r[x] for r in steps], [r["smooth_loss"] for r in steps], color="tab:blue", label="training loss (smoothed)")
+    axes.set_xlabel(label)
+    axes.set_ylabel("training loss (nats per token)", color="tab:blue")
+    axes.grid(alpha=0.25)
+    if evals:
+        right = axes.twinx()
+        right.plot([r[x] for r in evals], [r["val_bpb"] for r in evals], color="tab:red", marker="o", markersize=4,
+                   label="validation")
+        right.set_ylabel("validation (bits per byte)", color="tab:red")

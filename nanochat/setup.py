@@ -1,0 +1,226 @@
+"""How a run comes to be: from flags to text, model, optimizer, loader and, when resuming, to where it was."""
+
+import json
+import platform
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanochat import schedules
+from nanochat.checkpoint_manager import (build_model, check_tokenizer, load_checkpoint, load_weights, resolve_step, runs_dir,
+                                         save_checkpoint)
+from nanochat.common import UserError, get_base_dir, is_main_rank, print0, write_atomic
+from nanochat.config import Config
+from nanochat.dataloader import PackedRows, TrainLoader
+from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
+from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype, synchronize)
+from nanochat.features import FEATURES, Features
+from nanochat.flash_attention import make_attention
+from nanochat.metrics import Clock, MetricsFile, Tally, Trackers, git_state, write_result
+from nanochat.plot import plot_run
+from nanochat.shape import param_counts
+from nanochat.tokenizer import get_token_bytes, get_tokenizer
+
+RECOMPILE_LIMIT = 64  # graphs per function: torch's default of 8 falls back to eager with no more than a warning
+
+
+class Run:
+    """Everything that one run is made of. Made whole by the constructor; `nanochat.train` moves `step` from there."""
+
+    def __init__(self, config: Config):
+        self.config, self.started = config, time.monotonic()
+        self.device, self.ranks = init_device(config.run.device_type)
+        self.dtype, why = pick_compute_dtype(self.device, config.run.dtype)
+        self.console = Console()
+        print0(f"device: {device_name(self.device)} | compute dtype: {dtype_name(self.dtype)} ({why})")
+        self.run_dir = runs_dir() / config.model_tag
+        self.first_step = self.step = 0
+        resume = config.run.resume_from_step
+        if resume != "-1":
+            self.first_step = self.step = resolve_step(self.run_dir, resume)
+
+        self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config))
+        self.token_bytes = get_token_bytes(self.device, self.tokenizer)
+        shape = config.model.shape(self.tokenizer.get_vocab_size())
+        self.horizon = config.plan(shape, self.ranks.world_size)
+        torch.manual_seed(config.run.seed)
+        self.model = build_model(shape, self.dtype, self.device)
+        self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,
+                                                      self.model.window_sizes)
+        print0(str(self.model.kernels.attention))
+        self.features = Features(config, FEATURES)
+        self.features.on_model(self.model)
+        scale = self.horizon.lr_scale
+        optim = config.optim
+        self.optimizer = self.model.setup_optimizer(
+            optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
+            optim.scalar_lr * scale, compile=config.run.compile)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.forward = compiled(self.model) if config.run.compile else self.model
+
+        rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
+        self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
+                                  grad_accum_steps=self.horizon.grad_accum_steps, rank=self.ranks.rank,
+                                  world_size=self.ranks.world_size, device=self.device)
+        self.clock = Clock(lambda: synchronize(self.device))
+        self.memory = PeakMemory(self.device)
+        self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
+        if resume == "-1":
+            start_run_dir(self)
+        else:
+            self._resume()
+        self.loader.start(self.step)
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=self.step)
+        self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat())
+
+    def _resume(self) -> None:
+        weights, optimizer, state = load_checkpoint(self.run_dir, self.step)
+        check_tokenizer(self.tokenizer, state, self.run_dir)
+        load_weights(self.model, weights, self.run_dir)
+        self.optimizer.load_named_state(optimizer)
+        self.clock.load_state_dict(state["clock"])
+        self.tally.load_state_dict(state["tally"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.features.load_state_dict(state["features"])
+        print0(f"resumed {self.run_dir} at step {self.step}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, on rank 0."""
+        if not is_main_rank():
+            return
+        state = {
+            "model_config": vars(self.model.config), "user_config": self.config.flat(), "tokens": str(self.tokens.folder),
+            "tokenizer": self.tokenizer.fingerprint(), "val_bpb": self.tally.val_bpb, "clock": self.clock.state_dict(),
+            "tally": self.tally.state_dict(), "scaler": self.scaler.state_dict(), "features": self.features.state_dict(),
+        }
+        with self.features.eval_context(self.model):
+            folder = save_checkpoint(self.run_dir, self.step, self.model.state_dict(), self.optimizer.named_state(), state)
+        self.console.line(f"step {self.step} | saved {folder}")
+
+    def set_schedule(self) -> None:
+        """Set the optimizer's rates for this step."""
+        total, flags = self.horizon.num_iterations, self.config.optim
+        self.lr_multiplier = schedules.lr_multiplier(
+            self.step, total, warmup_steps=flags.warmup_steps, warmdown_ratio=flags.warmdown_ratio,
+            final_lr_frac=flags.final_lr_frac, warmdown_shape=flags.warmdown_shape)
+        momentum = schedules.muon_momentum(self.step, total, warmdown_ratio=flags.warmdown_ratio)
+        decay = schedules.weight_decay_multiplier(self.step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.lr_multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+                group["weight_decay"] = group["initial_weight_decay"] * decay
+
+    def out_of_time(self) -> bool:
+        """Whether --max-train-seconds are over, by rank 0's clock."""
+        limit = self.config.run.max_train_seconds
+        if limit <= 0:
+            return False
+        over = torch.tensor(float(self.clock.train >= limit), device=self.device)
+        if dist.is_initialized():
+            dist.broadcast(over, src=0)
+        return bool(over.item())
+
+    def finish(self, status: str, error: str | None, exit_code: int) -> None:
+        """Close what is open and write result.json and the plot, with what is known."""
+        self.loader.close()
+        self.metrics.close()
+        self.trackers.close()
+        if not is_main_rank():
+            return
+        config, horizon, commit = self.config, self.horizon, git_state()
+        peak = peak_flops(self.device)
+        peak = peak and peak * self.ranks.world_size
+        fields = {
+            "status": status, "exit_code": exit_code, "error": error,
+            "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
+            "git_commit": commit[0], "git_dirty": commit[1], "seed": config.run.seed, "host": platform.node(),
+            "device": device_name(self.device), "dtype": dtype_name(self.dtype), "torch_version": torch.__version__,
+            "depth": config.model.depth, "model_dim": self.model.config.n_embd,
+            "num_params": param_counts(self.model.config)["total"], "flops_per_token": horizon.flops_per_token,
+            "num_iterations": horizon.num_iterations, "steps_done": self.step,
+            "tokens_seen": self.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
+            "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
+        } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
+            "schedule": "full_update", "active_layers_mean": None, "active_layers_range": None,
+        } | self.features.summary()
+        extra = [Path(config.run.result_json)] if config.run.result_json else []
+        write_result([self.run_dir / "result.json", *extra], fields)
+        self.console.line(plot_run(self.run_dir))
+
+
+class Console:
+    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then."""
+
+    def __init__(self):
+        self.tty = sys.stdout.isatty()
+        self.shown = 0.0        # time of the last progress line
+        self.unfinished = False  # the cursor stands behind a progress line
+
+    def show(self, text: str) -> None:
+        """A progress line."""
+        self.shown = time.monotonic()
+        print0(("\r\033[K" if self.tty else "") + text, end="" if self.tty else "\n")
+        self.unfinished = self.tty
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        print0(("\n" if self.unfinished else "") + text)
+        self.unfinished = False
+
+
+def prepare_text(config: Config):
+    """The tokenizer and the token dataset, made first where they are missing."""
+    data = config.data
+    options = dict(text_column=data.text_column, skip_bad=data.skip_bad)
+    if not (get_base_dir() / "tokenizer").exists():
+        print0("no tokenizer yet: training one")
+        train_tokenizer(data.data, data.vocab_size, **options).save(get_base_dir() / "tokenizer")
+    tokenizer = get_tokenizer()
+    tokens = TokenDataset.open(prepare_tokens(data.data, tokenizer, val_source=data.val_data, **options))
+    print0(f"text: {data.data} | vocabulary {tokenizer.get_vocab_size():,} | tokens: "
+           f"{tokens.split('train').num_tokens:,} training, {tokens.split('val').num_tokens:,} validation")
+    return tokenizer, tokens
+
+
+def on_main_rank_first(work):
+    """Run `work` on rank 0, then on the others, which find done what it leaves on disk."""
+    if not dist.is_initialized():
+        return work()
+    if is_main_rank():
+        result = work()
+    dist.barrier()
+    return result if is_main_rank() else work()
+
+
+def start_run_dir(run: Run) -> None:
+    """An empty folder for a new run, with its flags and its tokenizer; a previous run of that name is kept as NAME~."""
+    if not is_main_rank():
+        return
+    folder, backup = run.run_dir, run.run_dir.with_name(run.run_dir.name + "~")
+    if folder.exists():
+        shutil.rmtree(backup, ignore_errors=True)
+        folder.rename(backup)
+        print0(f"the previous run of this name is now {backup}")
+    folder.mkdir(parents=True)
+    write_atomic(folder / "config.json", json.dumps(run.config.flat() | {"command": shlex.join(sys.argv)}, indent=1) + "\n")
+    run.tokenizer.save(folder / "tokenizer")
+
+
+def tracker_names(config: Config) -> list[str]:
+    """--tracker's, or wandb where --run names a run, as nanochat's users expect."""
+    if config.run.tracker:
+        return [name for name in config.run.tracker if name != "none"]
+    return ["wandb"] if config.run.run != "dummy" else []
+
+
+def compiled(model):
+    """The model's compiled forward. A graph per `active_start`; never a silent fall back to eager."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model, dynamic=False)

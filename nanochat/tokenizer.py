@@ -1,0 +1,328 @@
+"""Text to token ids and back: byte-level byte-pair encoding (BPE, arXiv 1508.07909), the way GPT-2 and GPT-4 do it.
+
+A text is first split by a pattern into pieces (words with their leading space, digits, punctuation, line breaks), and
+a token never reaches across a piece. Inside a piece the 256 bytes are the first tokens, and pairs of neighbours are
+merged in the order in which training found them most frequent. So every text has an encoding, none is ever unknown,
+and decoding gives back the same bytes.
+
+Training uses `tokenizers`, encoding uses `tiktoken`: the merges, in their order, are all that goes from one to the
+other. Special tokens come after the merged ones and are never produced by `encode`, so that text cannot forge them.
+
+A conversation is rendered into ids and a mask: 1 on the tokens that the assistant is trained to produce, 0 on the rest.
+"""
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import re
+from itertools import chain
+from pathlib import Path
+
+import tiktoken
+
+from nanochat.common import UserError, get_base_dir
+
+SPECIAL_TOKENS = [
+    "<|bos|>",  # in front of every document
+    "<|user_start|>", "<|user_end|>",
+    "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>",  # the assistant calls the Python tool
+    "<|output_start|>", "<|output_end|>",  # what the tool answers
+]
+
+# GPT-4's pattern, but numbers in groups of at most two digits instead of three: a small vocabulary has no room for
+# a thousand three-digit tokens.
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
+
+FILE_NAME, FILE_FORMAT, FILE_VERSION = "tokenizer.json", "nanochat-tokenizer", 1
+
+# A stretch of this many characters without (or of nothing but) white space is cut before it is encoded. Real text has
+# none; without the cut, megabytes of one letter are a single piece, which costs some encoders quadratic time.
+MAX_RUN = 4096
+
+
+class Tokenizer:
+    """Byte-level BPE with special tokens. Make one by `train_from_iterator`, `from_directory` or `from_pretrained`."""
+
+    def __init__(self, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int], bos_token="<|bos|>"):
+        """`ranks`: id of each token's bytes, which is also its merge priority; `special_tokens`: name -> id."""
+        self.pattern, self.ranks, self.special_tokens, self.bos_token = pattern, ranks, special_tokens, bos_token
+        self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special_tokens)
+        self.bos_token_id = special_tokens[bos_token]
+
+    # ---- making, saving, loading
+
+    @classmethod
+    def train_from_iterator(cls, text_iterator, vocab_size: int) -> "Tokenizer":
+        """Learn merges from an iterator of str. `vocab_size` counts the 256 bytes, the merges and the special tokens.
+
+        Text with too few pairs to merge gives a smaller vocabulary: ask `get_vocab_size()`.
+        """
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: the 256 bytes and the {len(SPECIAL_TOKENS)} "
+                            f"special tokens alone are {smallest}.")
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+
+        model = tokenizers.Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        texts = (part for text in text_iterator for part in _cut_long_runs(replace_lone_surrogates(text)))
+        model.train_from_iterator(texts, trainer)
+        merges = json.loads(model.to_str())["model"]["merges"]
+        ranks = _ranks_from_merges(merges)
+        return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+    @classmethod
+    def from_pretrained(cls, tiktoken_name: str) -> "Tokenizer":
+        """A published encoding such as `gpt2` or `cl100k_base`; tiktoken downloads its file once and caches it."""
+        encoding = tiktoken.get_encoding(tiktoken_name)
+        return cls(encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens, bos_token="<|endoftext|>")
+
+    @classmethod
+    def from_directory(cls, directory) -> "Tokenizer":
+        """Read what `save` wrote. UserError where it is missing or damaged."""
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            pickles = sorted(Path(directory).glob("*.pkl"))
+            why = f" {pickles[0].name} is a pickle, which can run code when loaded, and is not read." if pickles else ""
+            raise UserError(f"no tokenizer at {path}.{why} Train one with `python -m scripts.tok_train`.")
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format"] != FILE_FORMAT or content["version"] != FILE_VERSION:
+                raise ValueError(f"its format is {content['format']} {content['version']}")
+            tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
+            ranks = {token: rank for rank, token in enumerate(tokens) if token}  # an empty one marks an id not in use
+            special_tokens = {str(name): int(rank) for name, rank in content["special_tokens"].items()}
+            _check_ranks(tokens, special_tokens)
+            return cls(content["pattern"], ranks, special_tokens, content["bos_token"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is damaged or is not a tokenizer of this project ({type(e).__name__}: "
+                            f"{str(e)[:100]}). Train one with `python -m scripts.tok_train`.") from None
+
+    def save(self, directory) -> Path:
+        """Write `tokenizer.json` into `directory`, at once or not at all. Plain JSON: loading it runs no code."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tokens = [b""] * (max(self.ranks.values()) + 1)
+        for token, rank in self.ranks.items():
+            tokens[rank] = token
+        content = dict(format=FILE_FORMAT, version=FILE_VERSION, pattern=self.pattern, bos_token=self.bos_token,
+                       special_tokens=self.special_tokens, tokens=[base64.b64encode(t).decode() for t in tokens])
+        path, temporary = directory / FILE_NAME, directory / f".{FILE_NAME}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=0)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        return path
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with the pattern, the tokens, their order or the special tokens."""
+        parts = [self.pattern, sorted(self.special_tokens.items()), sorted((r, t.hex()) for t, r in self.ranks.items())]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    # ---- vocabulary
+
+    def get_vocab_size(self) -> int:
+        return self.encoding.n_vocab
+
+    def get_special_tokens(self) -> set[str]:
+        return set(self.special_tokens)
+
+    def get_bos_token_id(self) -> int:
+        return self.bos_token_id
+
+    def encode_special(self, text: str) -> int:
+        """The id of a special token. KeyError if there is none of that name."""
+        return self.special_tokens[text]
+
+    def id_to_token(self, id: int) -> str:
+        return self.decode([id])
+
+    def decode_single_token_bytes(self, id: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(id)
+
+    def token_bytes(self):
+        """numpy int32 (vocab_size,): how many bytes of text each token stands for; 0 for special tokens."""
+        import numpy as np
+        lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
+        for token, rank in self.ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    # ---- encoding and decoding
+
+    def encode(self, text, prepend=None, append=None, num_threads: int = 8):
+        """Ids of a str as a list, or of a list of str as a list of lists (on `num_threads` threads).
+
+        `prepend` and `append` are ids or names of special tokens to put around each text. Special tokens spelled out
+        in the text are encoded as ordinary text. A lone surrogate, which no UTF-8 can hold, becomes U+FFFD.
+        """
+        before = [] if prepend is None else [self._special_id(prepend)]
+        after = [] if append is None else [self._special_id(append)]
+        texts = [text] if isinstance(text, str) else list(text)
+        parts = [_cut_long_runs(replace_lone_surrogates(t)) for t in texts]
+        encoded = iter(self.encoding.encode_ordinary_batch(list(chain.from_iterable(parts)), num_threads=num_threads)
+                       if len(texts) > 1 else map(self.encoding.encode_ordinary, chain.from_iterable(parts)))
+        ids = [list(chain(before, *(next(encoded) for _ in part), after)) for part in parts]
+        return ids[0] if isinstance(text, str) else ids
+
+    __call__ = encode
+
+    def decode(self, ids) -> str:
+        """Text of ids; bytes that are not valid UTF-8 (a character cut in two) become U+FFFD."""
+        return self.encoding.decode(list(ids))
+
+    def _special_id(self, token) -> int:
+        return token if isinstance(token, int) else self.encode_special(token)
+
+    # ---- conversations
+
+    def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """A conversation as (ids, mask), both of the same length, at most `max_tokens`.
+
+        `conversation["messages"]` is a list of `{"role", "content"}`: user and assistant take turns, a system message
+        may come first and is put in front of the first user's. The assistant's content is a str or a list of parts
+        `{"type": "text" | "python" | "python_output", "text": str}`. mask is 1 where the assistant is trained: its
+        text, its tool calls and its end token, not what the tool answered. UserError for turns out of order.
+        """
+        ids, mask = [self.bos_token_id], [0]
+
+        def add(tokens: list[int], supervised: int) -> None:
+            ids.extend(tokens)
+            mask.extend([supervised] * len(tokens))
+
+        def special(name: str) -> list[int]:
+            return [self.encode_special(f"<|{name}|>")]
+
+        for message in _turns(conversation):
+            if message["role"] == "user":
+                add(special("user_start") + self.encode(message["content"]) + special("user_end"), supervised=0)
+                continue
+            add(special("assistant_start"), supervised=0)
+            for kind, text in _parts(message["content"]):
+                if kind == "text":
+                    add(self.encode(text), supervised=1)
+                elif kind == "python":
+                    add(special("python_start") + self.encode(text) + special("python_end"), supervised=1)
+                else:
+                    add(special("output_start") + self.encode(text) + special("output_end"), supervised=0)
+            add(special("assistant_end"), supervised=1)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Ids up to and including the assistant's start token, its last message left out: the prompt it answers."""
+        messages = _turns(conversation)
+        if messages[-1]["role"] != "assistant":
+            raise UserError("a conversation to complete ends with the assistant's message, which is then left out.")
+        ids, _ = self.render_conversation({"messages": messages[:-1]}, max_tokens=None)
+        return ids + [self.encode_special("<|assistant_start|>")]
+
+    def visualize_tokenization(self, ids, mask) -> str:
+        """The tokens for a terminal, one `|` between them: green where supervised, red where not."""
+        red, green, reset = "\033[91m", "\033[92m", "\033[0m"
+        return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask))
+
+
+RustBPETokenizer = Tokenizer  # the name that nanochat's users know
+
+
+def get_tokenizer(directory=None) -> Tokenizer:
+    """The tokenizer in `directory`, by default the current one in `$NANOCHAT_BASE_DIR/tokenizer`."""
+    return Tokenizer.from_directory(directory or get_base_dir() / "tokenizer")
+
+
+def get_token_bytes(device="cpu", tokenizer: Tokenizer | None = None):
+    """torch int32 (vocab_size,) on `device`: bytes of text per token, 0 for special tokens; for bits per byte."""
+    import torch
+    return torch.from_numpy((tokenizer or get_tokenizer()).token_bytes()).to(device)
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """`text` with each half of a broken UTF-16 pair, which JSON may carry and UTF-8 cannot, replaced by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _cut_long_runs(text: str) -> list[str]:
+    """`text` in parts that have no run of more than MAX_RUN characters, all or none of them white space.
+
+    Ordinary text comes back whole. To see that it is ordinary costs little: a run of MAX_RUN characters or more
+    covers at least one of the aligned windows of half that length, so only those are looked at.
+    """
+    half = MAX_RUN // 2
+    windows = (text[i:i + half] for i in range(0, len(text) - half + 1, half))
+    if not any(len(window.split(None, 1)) < 2 for window in windows):
+        return [text]
+    parts, begin = [], 0
+    for run in re.finditer(r"\S+|\s+", text):
+        for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+            parts.append(text[begin:cut])
+            begin = cut
+    return [*parts, text[begin:]]
+
+
+def _ranks_from_merges(merges: list) -> dict[bytes, int]:
+    """Ranks from the merges of `tokenizers`, which spells each byte as a printable character: GPT-2's table."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    ranks = {bytes([b]): b for b in range(256)}
+    for left, right in merges:
+        token = bytes(byte_of[c] for c in left + right)
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def _check_ranks(tokens: list[bytes], special_tokens: dict[str, int]) -> None:
+    used = [token for token in tokens if token]
+    if len(set(used)) != len(used):
+        raise ValueError("a token occurs twice")
+    if len({token for token in used if len(token) == 1}) != 256:
+        raise ValueError("some of the 256 bytes have no token")
+    if not special_tokens or min(special_tokens.values()) < len(tokens):
+        raise ValueError("special tokens must come after all others")
+
+
+def _turns(conversation: dict) -> list[dict]:
+    """The messages, checked, a leading system message merged into the first of the user. The input is not changed."""
+    messages = copy.deepcopy(conversation["messages"])
+    if messages and messages[0]["role"] == "system":
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise UserError("a system message must be followed by a message of the user.")
+        messages[1]["content"] = messages[0]["content"] + "\n\n" + messages[1]["content"]
+        messages = messages[1:]
+    if not messages:
+        raise UserError("a conversation needs at least one message.")
+    for i, message in enumerate(messages):
+        expected = ("user", "assistant")[i % 2]
+        if message["role"] != expected:
+            raise UserError(f"message {i} of the conversation is from {message['role']!r}, expected {expected!r}: "
+                            "user and assistant take turns, the user first.")
+        if expected == "user" and not isinstance(message["content"], str):
+            raise UserError(f"message {i} of the conversation: the user's content must be a string.")
+    return messages
+
+
+def _parts(content) -> list[tuple[str, str]]:
+    """An assistant's content as (type, text) pairs."""
+    if isinstance(content, str):
+        return [("text", content)]
+    pairs = [(part["type"], part["text"]) for part in content]
+    for kind, _ in pairs:
+        if kind not in ("text", "python", "python_output"):
+            raise UserError(f"the assistant's message has a part of type {kind!r}; known: text, python, python_output.")
+    return pairs

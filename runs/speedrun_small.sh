@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. Capitals are environment variables, and
+# arguments go to scripts.base_train:   DEPTH=6 DATA=~/texts bash runs/speedrun_small.sh --max-train-seconds=600
+source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
+setup
+DEVICE_TYPE="${DEVICE_TYPE:-$(detect_device)}"
+case "$DEVICE_TYPE" in  # depth head-dim window T vocab micro-batch(rows) batch(tokens) steps eval-every eval-tokens
+    cuda) profile 12 128 L 2048 32768 16 131072 500 100 524288 ;;
+    mps) profile 6 64 L 512 8192 16 16384 400 100 131072 ;;
+    cpu) profile 4 64 L 512 4096 8 4096 300 100 65536 ;;
+    *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
+esac
+
+if [[ ${PREPARE_DATA:-1} == 1 ]]; then
+    say "text -> tokenizer -> tokens"
+    DATA="${DATA:-python}"
+    run "$PYTHON" -m scripts.tok_train --data="$DATA" --vocab-size="$VOCAB_SIZE"
+    run "$PYTHON" -m nanochat.dataset --data="$DATA" ${VAL_DATA:+"--val-data=$VAL_DATA"}
+fi
+say "train d$DEPTH for $NUM_ITERATIONS steps on $DEVICE_TYPE"
+base_train_flags
+launch scripts.base_train "${ARGS[@]}" "$@"
+say "evaluate, then write"
+run "$PYTHON" -m scripts.base_eval --eval bpb,sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE"
+run "$PYTHON" -m scripts.sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE" -p "${PROMPT:-def }"
+say "the run: $NANOCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
+show_results "$NANOCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"

@@ -1,0 +1,152 @@
+"""Evaluate a base model: `python -m scripts.base_eval`. Any of
+
+- bpb: bits per byte on the train and validation splits of the tokens it was trained on (or of `--data`);
+- core: the CORE metric, where its bundle is at hand or can be fetched;
+- sample: a few continuations to read.
+
+Prints a table and writes `eval_NNNNNN.json` into the folder of the run, beside `result.json`.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+from nanochat.common import Progress, UserError, cli, format_duration, format_table, is_main_rank, print0, write_atomic
+from nanochat.flags import flag, parse
+from scripts.sample import ModelFlags, tolerant_streams
+
+KINDS = ("core", "bpb", "sample")
+
+
+@dataclass
+class EvalFlags:
+    """Evaluation"""
+    eval: str = flag("core,bpb,sample", "what to do: any of core, bpb and sample, with commas between", metavar="KINDS")
+    max_per_task: int = flag(-1, "questions per CORE task; -1 takes all")
+    device_batch_size: int | None = flag(None, "rows per forward pass for bpb; by default the run's own", low=1)
+    split_tokens: int = flag(-1, "tokens per split for bpb, at most all there are; -1 takes as many as the run did")
+    data: str | None = flag(None, "measure bpb on this text instead: python, a path, glob or folder, or hf:NAME[:...]")
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in self.eval.split(",") if kind]
+
+    def validate(self):
+        problems = [f"--eval knows {', '.join(KINDS)}, not {kind!r}" for kind in self.kinds if kind not in KINDS]
+        problems += [f"--{name} must be positive, or -1, got {value}"
+                     for name, value in (("max-per-task", self.max_per_task), ("split-tokens", self.split_tokens))
+                     if value != -1 and value <= 0]
+        return problems + ([] if self.kinds else [f"--eval names nothing to do: give any of {', '.join(KINDS)}"])
+
+
+def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> dict:
+    """{"train": bits per byte, "val": bits per byte, ...} on the run's token dataset, or on that of `--data`."""
+    from pathlib import Path
+
+    from nanochat.dataloader import val_batches
+    from nanochat.dataset import TokenDataset, prepare_tokens
+    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.tokenizer import get_token_bytes
+    tokens = TokenDataset.open(prepare_tokens(flags.data, tokenizer) if flags.data else Path(state["tokens"]))
+    if tokens.tokenizer_fingerprint != tokenizer.fingerprint():
+        raise UserError(f"the tokens in {state['tokens']} were made with another tokenizer than the model's. "
+                        "Name the text with --data to prepare them anew.")
+    config, device = state["user_config"], model.get_device()
+    wanted = config["eval_tokens"] if flags.split_tokens == -1 else flags.split_tokens
+    rows = flags.device_batch_size or config["device_batch_size"]
+    result = {"data": flags.data or state["tokens"], "split_tokens": wanted}
+    for name in ("train", "val"):
+        progress = Progress(f"bpb of {name}", unit=" tokens")
+        batches = val_batches(tokens.split(name), model.config.sequence_len, rows, wanted, ranks.rank, ranks.world_size,
+                              device)
+        result[name] = evaluate_bpb(model, counted(batches, progress), None, get_token_bytes(device, tokenizer))
+        progress.close()
+    return result
+
+
+def counted(batches, progress: Progress):
+    """Pass on the batches of this rank, with progress."""
+    for x, y in batches:
+        yield x, y
+        progress.update(x.numel())
+
+
+def draw_samples(model, tokenizer, state: dict) -> list[str]:
+    """Greedy continuations of a few prompts and two free samples, printed as they come."""
+    from nanochat.engine import Engine
+    from nanochat.train import SAMPLE_PROMPTS, SAMPLE_TOKENS
+    engine, texts = Engine(model, tokenizer), []
+    prompts = SAMPLE_PROMPTS.get(state["user_config"].get("data"), SAMPLE_PROMPTS[""])
+    for prompt, temperature, seed in [*((p, 0.0, 0) for p in prompts), ("", 1.0, 1), ("", 1.0, 2)]:
+        tokens = tokenizer(prompt, prepend=tokenizer.get_bos_token_id())
+        (sequence,), _ = engine.generate_batch(tokens, max_tokens=SAMPLE_TOKENS, temperature=temperature, seed=seed)
+        texts.append(tokenizer.decode(sequence[1:]))
+        print(f"--- {'greedy' if temperature == 0 else 'sampled freely'}\n{texts[-1]}", flush=True)
+    return texts
+
+
+def run_evaluations(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> dict:
+    """The sections of the record: `bpb`, `core`, `samples`, of those asked for. CORE may be missing, which is said."""
+    from nanochat.core_eval import CoreUnavailable, evaluate_core
+    record = {}
+    if "bpb" in flags.kinds:
+        record["bpb"] = evaluate_splits(flags, model, tokenizer, state, ranks)
+    if "core" in flags.kinds:
+        try:
+            record["core"] = evaluate_core(model, tokenizer, model.get_device(), flags.max_per_task)
+            record["core"]["max_per_task"] = flags.max_per_task
+        except CoreUnavailable as e:
+            if flags.kinds == ["core"]:
+                raise
+            print0(f"CORE left out: {e}")
+    if "sample" in flags.kinds and is_main_rank():
+        record["samples"] = draw_samples(model, tokenizer, state)
+    return record
+
+
+def table(record: dict) -> str:
+    """One line per figure."""
+    rows = [{"metric": f"bits per byte, {name}", "value": record["bpb"][name]} for name in ("train", "val")
+            if "bpb" in record]
+    if "core" in record:
+        core = record["core"]
+        rows += [{"metric": label, "value": accuracy, "centered": core["centered_results"][label]}
+                 for label, accuracy in core["results"].items()]
+        rows.append({"metric": "CORE", "centered": core["core_metric"]})
+    columns = ["metric", "value", "centered"] if "core" in record else ["metric", "value"]
+    return format_table(rows, columns) if rows else ""
+
+
+def save(record: dict, path) -> None:
+    """Write the sections of `record`; those of an earlier evaluation of this step that were not redone are kept."""
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        earlier = {}
+    write_atomic(path, json.dumps(earlier | record, indent=1))
+    print(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags, model_flags = parse([EvalFlags, ModelFlags], argv, prog="python -m scripts.base_eval",
+                               description="Evaluate a base model.")
+    tolerant_streams()
+    from nanochat.checkpoint_manager import runs_dir
+    from nanochat.device import close_device, device_name, dtype_name, evaluation
+    started = time.monotonic()
+    model, tokenizer, state, ranks = model_flags.load()
+    tag, step = state["model_tag"], state["step"]
+    where = {"device": device_name(model.get_device()), "dtype": dtype_name(model.compute_dtype)}
+    print0(f"{tag}, step {step} | {where['device']} | {where['dtype']}")
+    with evaluation(model):
+        record = run_evaluations(flags, model, tokenizer, state, ranks)
+    if is_main_rank():
+        print(table(record))
+        sections = {name: value | where if isinstance(value, dict) else value for name, value in record.items()}
+        save({"model_tag": tag, "step": step, **sections}, runs_dir() / tag / f"eval_{step:06d}.json")
+        print(f"took {format_duration(time.monotonic() - started)}")
+    close_device()
+
+
+if __name__ == "__main__":
+    cli(main)

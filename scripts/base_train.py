@@ -1,0 +1,30 @@
+"""Train a GPT. `python -m scripts.base_train --help` lists the flags; with torchrun it uses several devices.
+
+    python -m scripts.base_train --depth=4 --head-dim=64 --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096 \\
+        --num-iterations=300 --eval-every=100 --core-metric-every=-1
+
+Text, tokenizer and tokens are prepared if they are not there yet. The run leaves its records and its checkpoint in
+$NANOCHAT_BASE_DIR/base_checkpoints/<model-tag>/.
+"""
+
+from nanochat.common import cli
+from nanochat.config import parse_config
+from nanochat.features import FEATURES
+
+
+def main() -> int:
+    config = parse_config(FEATURES, prog="python -m scripts.base_train")
+    if config.run.explain:
+        from nanochat.explain import explain_flags
+        print(explain_flags(config))
+        return 0
+    from nanochat.device import close_device  # torch comes in only now: a wrong flag is answered before
+    from nanochat.setup import Run
+    from nanochat.train import run_to_the_end
+    status = run_to_the_end(Run(config))
+    close_device()
+    return status
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,98 @@
+"""Prompt in, text streams out: `python -m scripts.sample -p "The capital of France is"`.
+
+Without `-p` the prompt is read from standard input. One sample streams as it is made; several are printed when done.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from nanochat.common import UserError, cli
+from nanochat.flags import flag, parse
+
+
+@dataclass
+class ModelFlags:
+    """The model"""
+    model_tag: str | None = flag(None, "the run under base_checkpoints; by default the one trained last")
+    step: int | None = flag(None, "the step of its checkpoint; by default the last one", low=0)
+    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+
+    def load(self):
+        """(model in eval mode on the device, tokenizer, checkpoint's state, ranks). UserError where there is none."""
+        from nanochat.checkpoint_manager import load_model
+        from nanochat.device import init_device
+        device, ranks = init_device(self.device_type)
+        return *load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype), ranks
+
+
+@dataclass
+class SamplingFlags:
+    """Sampling"""
+    max_tokens: int = flag(128, "length of the continuation in tokens, at most", low=1)
+    temperature: float = flag(0.8, "0 always takes the likeliest token; 1 samples from the model as it is", low=0)
+    top_k: int = flag(50, "sample among this many of the likeliest tokens; 0 is among all", low=0)
+    seed: int = flag(42, "the same seed gives the same text", low=0)
+
+    def kwargs(self) -> dict:
+        return dict(max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+
+
+@dataclass
+class PromptFlags:
+    """The prompt"""
+    prompt: str | None = flag(None, "text to continue; may be given several times; by default standard input is read",
+                              aliases=("-p",), metavar="TEXT")
+    num_samples: int = flag(1, "how many continuations of each prompt", low=1)
+
+
+def take_prompts(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """(prompts, the other flags). Taken out first because a dataclass field holds one value per flag."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-p", "--prompt", action="append", default=[])
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(str(e)) from None
+    return known.prompt, rest
+
+
+def tolerant_streams() -> None:
+    """Bytes that are no text on the way in, characters that the terminal lacks on the way out: replaced, not fatal."""
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")
+
+
+def main(argv: list[str] | None = None) -> None:
+    prompts, rest = take_prompts(argv)
+    model_flags, sampling, output = parse([ModelFlags, SamplingFlags, PromptFlags], rest,
+                                          prog="python -m scripts.sample", description="Continue a prompt.")
+    tolerant_streams()
+    if not prompts:
+        if sys.stdin.isatty():
+            print("Type the prompt, then Ctrl-D.", file=sys.stderr)
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    model, tokenizer, state, _ = model_flags.load()
+    print(f"{state['model_tag']}, step {state['step']}", file=sys.stderr)
+
+    from nanochat.engine import Engine
+    engine = Engine(model, tokenizer)
+    for prompt in prompts:
+        tokens = tokenizer(prompt, prepend=tokenizer.get_bos_token_id())
+        if output.num_samples == 1:
+            print(prompt, end="", flush=True)
+            for text in engine.stream_text(tokens, **sampling.kwargs()):
+                print(text, end="", flush=True)
+            print(flush=True)
+            continue
+        sequences, _ = engine.generate_batch(tokens, output.num_samples, **sampling.kwargs())
+        for n, sequence in enumerate(sequences, 1):
+            continuation = tokenizer.decode(sequence[len(tokens):])
+            print(f"--- sample {n} of {output.num_samples}\n{prompt}{continuation}", flush=True)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,114 @@
+"""How well the tokenizer compresses: `python -m scripts.tok_eval`. Bytes of text per token, beside GPT-2's and GPT-4's.
+
+The more bytes a token stands for, the more text fits into a context and the fewer tokens a model has to be trained on;
+a larger vocabulary buys that with larger embedding tables. GPT-2 (50k) and GPT-4 (100k) are shown where tiktoken has
+their files or can fetch them within a few seconds.
+"""
+
+import threading
+from dataclasses import dataclass
+
+from nanochat.common import cli, format_table, print0
+from nanochat.flags import flag, parse
+
+PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
+PEER_SECONDS = 5  # how long to wait for the peers' files, all together
+
+SAMPLES = {
+    "English": """The harbour was quiet that morning. A few gulls walked along the wall as if they owned it, and the
+fishermen, who had come back before dawn, were mending their nets and talking about the price of diesel. "It'll rain
+by noon," said the oldest of them, without looking up. Nobody answered; he had been right too often. In 1987 there had
+been forty boats here. Now there were six, and two of those belonged to a man who lived in the city.
+""",
+    "code": '''def moving_average(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each position."""
+    if window < 1:
+        raise ValueError(f"window must be positive, got {window}")
+    total, out = 0.0, []
+    for i, value in enumerate(values):
+        total += value
+        if i >= window:
+            total -= values[i - window]
+        out.append(total / min(i + 1, window))
+    return out
+''',
+    "maths": r"""Let $f \colon [a, b] \to \mathbb{R}$ be continuous. Then there is a $\xi \in (a, b)$ such that
+\[ \int_a^b f(x)\,dx = f(\xi)\,(b - a). \]
+For $f(x) = x^2$ on $[0, 3]$ we have $\int_0^3 x^2\,dx = 9$, hence $\xi^2 = 3$ and $\xi = \sqrt{3} \approx 1.7320508$.
+Moreover $\sum_{k=1}^{n} k^2 = \frac{n(n+1)(2n+1)}{6}$, which for $n = 100$ gives $338350$.
+""",
+    "other scripts": """Утром в гавани было тихо; рыбаки чинили сети и говорили о погоде.
+今天早上港口很安静，渔民们在修补渔网。 오늘 아침 항구는 조용했고 어부들은 그물을 손질하고 있었다.
+كان الميناء هادئا هذا الصباح. Το λιμάνι ήταν ήσυχο το πρωί. आज सुबह बंदरगाह शांत था। 🐟🌊
+""",
+}
+
+
+@dataclass
+class TokEvalFlags:
+    """Tokenizer evaluation"""
+    data: str = flag("python", "where the text is: python, a path, glob or folder, or hf:NAME", metavar="SOURCE")
+    max_chars: int = flag(4_000_000, "read at most this many characters of it", low=1)
+    text_column: str = flag("text", "the column of .jsonl and .parquet rows that holds the text", metavar="NAME")
+    skip_bad: bool = flag(False, "leave out, and count, what is not valid UTF-8 or JSON")
+
+
+def main() -> None:
+    flags, = parse([TokEvalFlags], prog="python -m scripts.tok_eval", description="Compression of the tokenizer.")
+    from nanochat.dataset import split_documents
+    from nanochat.sources import iter_documents
+    from nanochat.tokenizer import get_tokenizer
+    tokenizers = {"ours": get_tokenizer()}
+    fetched = fetch_peers()
+
+    texts = {name: [text] for name, text in SAMPLES.items()}
+    documents = iter_documents(flags.data, text_column=flags.text_column, skip_bad=flags.skip_bad,
+                               max_chars=flags.max_chars)
+    for split, text in split_documents(documents):
+        texts.setdefault(f"{flags.data} ({split})", []).append(text)
+
+    tokenizers |= fetched()
+    print0("vocabulary: " + ", ".join(f"{name} {t.get_vocab_size()}" for name, t in tokenizers.items()) + "\n")
+    print0("bytes per token, higher is better\n" + format_table([compression(name, text, tokenizers)
+                                                                 for name, text in texts.items()]))
+    missing = [name for name in PEERS if name not in tokenizers]
+    if missing:
+        print0(f"\nleft out: {', '.join(missing)}: tiktoken neither has the files nor could fetch them in {PEER_SECONDS} s")
+
+
+def compression(name: str, texts: list[str], tokenizers: dict) -> dict:
+    """One row of the table: the text's size and each tokenizer's bytes per token on it."""
+    size = sum(len(text.encode()) for text in texts)
+    rates = {label: size / sum(map(len, t.encode(texts))) for label, t in tokenizers.items()}
+    return {"text": name, "bytes": size} | {label: round(rate, 2) for label, rate in rates.items()} \
+        | {f"ours / {label}": round(rates["ours"] / rate, 2) for label, rate in rates.items() if label != "ours"}
+
+
+def fetch_peers():
+    """Start loading the peers' tokenizers; returns a function that gives those that are there after PEER_SECONDS.
+
+    In threads that end with the process: a download without a network can hang for as long as it likes.
+    """
+    from nanochat.tokenizer import Tokenizer
+    found = {}
+
+    def load(label: str, name: str) -> None:
+        try:
+            found[label] = Tokenizer.from_pretrained(name)
+        except Exception:  # no network, no such file, a proxy's answer: all the same, it is left out and said
+            pass
+
+    threads = [threading.Thread(target=load, args=peer, daemon=True) for peer in PEERS.items()]
+    for thread in threads:
+        thread.start()
+
+    def collect() -> dict:
+        for thread in threads:
+            thread.join(PEER_SECONDS / len(threads))
+        return {label: found[label] for label in PEERS if label in found}
+
+    return collect
+
+
+if __name__ == "__main__":
+    cli(main)

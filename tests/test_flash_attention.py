@@ -1,0 +1,243 @@
+"""Every attention backend against the definition in float64, the windows' edges, the cost, the cache, the compiler."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanochat import flash_attention as fa
+from nanochat.flash_attention import flash_attn, make_attention
+
+# What the choice can come to on this machine, and the general one that needs no set-up.
+WORKING = [name for name in fa.BACKENDS
+           if any(fa.why_not(name, windowed, "cpu", torch.float32, 8) is None for windowed in (False, True))]
+
+
+def reference(q, k, v, grad, window):
+    """Output and gradients in float64 from the formulas, and for each the size of the terms it is a sum of.
+
+    Rounding each factor of a sum of products by a relative u changes the sum by at most (number of factors) * u * the sum
+    of the products' absolute values; scores s enter through exp(s), where a relative u becomes u * |s|.
+    """
+    q, k, v, grad = (x.detach().double().transpose(1, 2) for x in (q, k, v, grad))
+    groups, T, scale = q.size(1) // k.size(1), q.size(2), 1 / math.sqrt(q.size(3))
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & ((distance <= window) | (window < 0))
+    s = (q @ k.mT * scale).masked_fill(~seen, -math.inf)
+    p = s.softmax(-1)
+    dp = grad @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    # Sizes: the score's own terms |q||k|, then everything with its sign removed.
+    s_size = (q.abs() @ k.mT.abs() * scale).masked_fill(~seen, 0).amax()
+    dp_size = grad.abs() @ v.mT.abs()
+    ds_size = p * (dp_size + (p * dp_size).sum(-1, keepdim=True))
+    fold = lambda x: x.unflatten(1, (-1, groups)).sum(2)  # query heads that share a key head add up
+    exact = p @ v, ds @ k * scale, fold(ds.mT @ q * scale), fold(p.mT @ grad)
+    sizes = p @ v.abs(), ds_size @ k.abs() * scale, fold(ds_size.mT @ q.abs() * scale), fold(p.mT @ grad.abs())
+    return [x.transpose(1, 2) for x in exact], [x.transpose(1, 2) for x in sizes], s_size.item()
+
+
+def draw(B, T, H, H_kv, D, dtype, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    shapes = (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D), (B, T, H, D)
+    *inputs, grad = (torch.randn(s, generator=random).to(dtype) for s in shapes)
+    return [x.requires_grad_() for x in inputs], grad
+
+
+def check(function, inputs, grad, window):
+    """Output and the three gradients of `function(q, k, v, window)` are within rounding of the float64 reference."""
+    y = function(*inputs, window)
+    assert y.shape == inputs[0].shape and y.dtype == inputs[0].dtype
+    exact, sizes, s_size = reference(*inputs, grad, window)
+    T, D = inputs[0].shape[1], inputs[0].shape[3]
+    u = torch.finfo(y.dtype).eps / 2
+    # bf16 products are summed in fp32, so only the few roundings on the way count; chunks and blocks, at most 9 of which
+    # touch a key at these sizes, add their gradients in bf16. In fp32 the sums' own roundings count too.
+    roundings = 16 if y.dtype == torch.bfloat16 else 16 + T + D
+    names = "output", "dq", "dk", "dv"
+    for name, got, want, size in zip(names, (y, *torch.autograd.grad(y, inputs, grad)), exact, sizes):
+        bound = u * (roundings + 2 * s_size * (2 if y.dtype == torch.bfloat16 else D)) * size + 1e-30
+        worst = ((got.double() - want).abs() / bound).max().item()
+        assert worst <= 1, f"{name} is off by {worst:.3g} times the bound"
+
+
+@st.composite
+def problems(draw_):
+    H_kv = draw_(st.integers(1, 2))
+    return dict(T=draw_(st.integers(1, 70) | st.sampled_from([127, 128, 129, 200, 300])), H_kv=H_kv,
+                H=H_kv * draw_(st.integers(1, 3)), D=draw_(st.sampled_from([8, 16, 32])), B=draw_(st.integers(1, 2)),
+                window=draw_(st.integers(-1, 80)), dtype=draw_(st.sampled_from([torch.float32, torch.bfloat16])),
+                seed=draw_(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("name", WORKING)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(problem=problems())
+def test_backend_equals_definition(name, problem):
+    window = problem.pop("window")
+    if name == "sdpa":
+        window = fa.FULL
+    check(fa.BACKENDS[name][0](), *draw(**problem), window)
+
+
+def test_expected_backends_work_here():
+    assert {"chunked", "sdpa", "blocks", "masked"} <= set(WORKING)
+
+
+@pytest.mark.parametrize("name", [n for n in WORKING if n != "sdpa"])
+@pytest.mark.parametrize("T, window", [(1, 0), (1, 1), (2, 0), (7, 0), (9, 1), (16, 1), (16, 8), (17, 8), (15, 16), (16, 15),
+                                       (16, 14), (16, 16), (5, 100), (130, 1), (257, 128), (256, 128), (129, 128)])
+def test_window_edges(name, T, window):
+    check(fa.BACKENDS[name][0](), *draw(1, T, 2, 1, 8, torch.float32), window)
+
+
+def test_window_counts_tokens_before_the_query():
+    """Values that spell out positions: with equal scores the output is the mean position of what is seen."""
+    T, window = 12, 3
+    q = torch.zeros(1, T, 1, 8)
+    v = torch.arange(T, dtype=torch.float32).view(1, T, 1, 1).expand(1, T, 1, 8)
+    y = flash_attn.flash_attn_func(q, q, v, causal=True, window_size=(window, 0))
+    want = torch.tensor([sum(seen) / len(seen) for seen in (range(max(0, t - window), t + 1) for t in range(T))])
+    torch.testing.assert_close(y[0, :, 0, 0], want)
+
+
+def flops(function, T, window):
+    inputs, grad = draw(1, T, 2, 2, 16, torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*inputs, window).backward(grad)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("function", [fa._blocks, fa._chunked])
+def test_windowed_cost_is_linear_in_length(function):
+    """Twice the tokens, twice the products, up to the one shorter block at the start; `masked` makes four times as many."""
+    assert 1.9 < flops(function, 2048, 128) / flops(function, 1024, 128) < 2.4
+    assert flops(fa._masked, 2048, 128) == 4 * flops(fa._masked, 1024, 128)
+
+
+def test_blocks_cost_is_linear_in_window():
+    # 2 keys per query and token of the window, 2 products forward and 4 backward, 2 FLOPs a multiply-add
+    for T, window in (256, 16), (256, 32), (512, 32), (512, 64):
+        assert flops(fa._blocks, T, window) == 6 * 2 * (2 * 16) * T * 2 * window
+
+
+def test_chunked_full_context_skips_what_no_query_sees():
+    assert flops(fa._chunked, 1024, fa.FULL) == flops(fa._masked, 1024, fa.FULL) * 9 / 16  # 8 chunks: (1 + 1/8) / 2
+
+
+@pytest.mark.parametrize("window", [-1, 0, 1, 5, 11, 100])
+@pytest.mark.parametrize("chunks", [[23], [1] * 23, [5, 1, 7, 1, 1, 8], [1, 22]])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_kv_cache_equals_full_attention(window, chunks, as_tensor):
+    T, room = 23, 30
+    (q, k, v), _ = draw(2, T, 4, 2, 8, torch.float32)
+    caches = [torch.full((2, room, 2, 8), float("nan")) for _ in range(2)]  # NaN spreads if an unwritten place is read
+    want, outputs, pos = fa._masked(q, k, v, window), [], 0
+    with torch.no_grad():
+        for n in chunks:
+            now = slice(pos, pos + n)
+            seqlens = torch.full((2,), pos, dtype=torch.int32) if as_tensor else pos
+            outputs.append(flash_attn.flash_attn_with_kvcache(
+                q[:, now], *caches, k=k[:, now], v=v[:, now], cache_seqlens=seqlens, causal=True, window_size=(window, 0)))
+            pos += n
+    torch.testing.assert_close(torch.cat(outputs, 1), want)
+    for cache, x in zip(caches, (k, v)):
+        assert torch.equal(cache[:, :T], x) and cache[:, T:].isnan().all()
+
+
+def test_kv_cache_without_new_keys_reads_up_to_cache_seqlens():
+    (q, k, v), _ = draw(2, 9, 4, 2, 8, torch.float32)
+    for n in (1, 3, 9):
+        y = flash_attn.flash_attn_with_kvcache(q[:, 9 - n:], k, v, cache_seqlens=9, window_size=(4, 0))
+        torch.testing.assert_close(y, fa._masked(q, k, v, 4)[:, 9 - n:])
+
+
+def test_kv_cache_refuses_what_it_cannot_do():
+    (q, k, v), _ = draw(2, 4, 2, 2, 8, torch.float32)
+    with pytest.raises(AssertionError, match="one position"):
+        flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.tensor([4, 3]))
+    with pytest.raises(AssertionError, match="do not fit"):
+        flash_attn.flash_attn_with_kvcache(q, k, v, k=k, v=v, cache_seqlens=1)
+    with pytest.raises(AssertionError, match="causal"):
+        flash_attn.flash_attn_func(q, k, v, causal=False)
+
+
+class Block(torch.nn.Module):
+    """Attention as a model holds it."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.scale = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, q, k, v, window):
+        return self.attention(q * self.scale, k, v, window)
+
+
+@pytest.mark.parametrize("attention", ["set up", "without set-up"])
+def test_compiles_to_one_graph_and_agrees(attention):
+    T, window = 32, 8
+    if attention == "set up":
+        attention = make_attention("cpu", torch.float32, 8, T, [window, -1])
+    else:
+        attention = lambda q, k, v, w: flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(w, 0))
+    block = Block(attention)
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    for w in (window, fa.FULL):
+        inputs, grad = draw(1, T, 2, 1, 8, torch.float32)
+        leaves = [*inputs, block.scale]
+        results = []
+        for f in (compiled, block):
+            y = f(*inputs, w)
+            results.append([y, *torch.autograd.grad(y, leaves, grad)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_routes_every_window():
+    """Also windows and lengths that the set-up did not name."""
+    attention = make_attention("cpu", torch.float32, 8, 64, [16, 16, -1])
+    for T in (1, 10, 17, 64, 100):
+        inputs, grad = draw(1, T, 2, 1, 8, torch.float32)
+        for window in (-1, 16, 5, 63, 99):
+            check(attention, inputs, grad, window)
+
+
+def test_line_for_the_user():
+    assert str(make_attention("cpu", torch.float16, 64, 512, [128, 128, 512, -1])) \
+        == "attention: sdpa (full context), blocks (window 128)"
+    attention = make_attention("cpu", torch.float32, 64, 512, [128, 64])
+    assert str(attention) == "attention: chunked (window 64, window 128)"
+    assert attention.backend_for(128) == fa.choose_backend("cpu", torch.float32, 64, 512, 128) == "chunked"
+    assert attention.backend_for(511) == attention.backend_for(-1)
+    assert fa.choose_backend("cpu", torch.float32, 64, 4096, -1) == "sdpa"
+
+
+def test_a_backend_that_raises_is_left_out_and_its_reason_told():
+    reason = fa.why_not("varlen", True, "cpu", torch.float16, 64)  # a CUDA kernel, asked for on a CPU
+    assert reason is not None and "CPU" in reason
+    text = fa.describe_backends("cpu", torch.float16, 64, 512, [128, -1], reasons=True)
+    assert text.splitlines()[0] == "attention: sdpa (full context), blocks (window 128)"
+    assert f"varlen not used for window 128: {reason}" in text
+    assert "sdpa not used for window 128: does not do windows" in text
+
+
+def test_no_backend_at_all_is_a_user_error():
+    with pytest.raises(fa.UserError, match="no attention works on cpu in torch.int32.*sdpa: .*masked: "):
+        fa.choose_backend("cpu", torch.int32, 8, 64, -1)
+
+
+def test_probing_leaves_the_random_state_and_grad_mode_alone():
+    code = ("import torch; from nanochat.flash_attention import make_attention; torch.manual_seed(1)\n"
+            "with torch.inference_mode(): print(make_attention('cpu', torch.float32, 16, 64, [8, -1]))\n"
+            "a = torch.rand(3); torch.manual_seed(1); assert torch.equal(a, torch.rand(3)) and torch.is_grad_enabled()")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "attention: chunked (full context, window 8)\n"

@@ -1,0 +1,127 @@
+"""The model: shape facts of the recipe, the suffix's gradients to the bit, and what must not leak between positions."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanochat.checkpoint_manager import build_model
+from nanochat.gpt import GPT
+from nanochat.shape import GPTConfig, flops_per_token, param_counts, shape_of_depth, window_sizes
+
+TINY = GPTConfig(sequence_len=32, vocab_size=101, n_layer=5, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
+
+
+def tiny_model(config=TINY, seed=0, dtype=torch.float32):
+    """A model in which every path carries signal: projections and lambdas that start at zero are drawn at random."""
+    torch.manual_seed(seed)
+    model = build_model(config, dtype, torch.device("cpu"))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_proj.weight.normal_(std=0.1)
+            block.mlp.c_proj.weight.normal_(std=0.1)
+        model.lm_head.weight.normal_(std=0.1)
+        model.smear_lambda.fill_(0.5)
+    return model
+
+
+def batch(config=TINY, rows=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(config.vocab_size, (rows, config.sequence_len + 1), generator=generator)
+    return x[:, :-1], x[:, 1:]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 12, 20])
+def test_counts_from_the_config_are_the_models(depth):
+    config = shape_of_depth(depth, vocab_size=1000)
+    with torch.device("meta"):
+        model = GPT(config)
+    assert sum(p.numel() for p in model.parameters()) == param_counts(config)["total"]
+
+
+def test_d12_has_79_linears():
+    with torch.device("meta"):
+        model = GPT(shape_of_depth(12))
+    assert len(model.linears()) == 79
+    assert sum(type(m).__mro__[1] is torch.nn.Linear for m in model.modules()) == 79
+
+
+def test_windows():
+    assert window_sizes(shape_of_depth(12)) == [512, 512, 512, 2048] * 3
+    assert window_sizes(shape_of_depth(5, window_pattern="S", sequence_len=600)) == [256, 256, 256, 256, 600]
+
+
+def test_flops_match_a_count_of_what_runs():
+    """6 per matmul parameter and 12 x width x T for attention, against torch's own counter of a forward and backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config = GPTConfig(sequence_len=128, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="L")
+    model = tiny_model(config)
+    x, y = batch(config, rows=1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no CPU flash kernel
+        model(x, y).backward()
+    assert counter.get_total_flops() / 128 == pytest.approx(flops_per_token(config), rel=0.01)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    model = build_model(TINY, torch.float32, torch.device("cpu"))
+    assert model(*batch()).item() == pytest.approx(torch.log(torch.tensor(101.0)).item(), abs=0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_agrees_with_the_logits(reduction):
+    model, (x, y) = tiny_model(), batch()
+    y = y.masked_fill(torch.rand(y.shape, generator=torch.Generator().manual_seed(2)) < 0.3, -1)
+    logits = model(x)
+    assert logits.shape == (3, 32, 101) and logits.dtype == torch.float32 and logits.abs().max() < 15
+    nats = -logits.double().log_softmax(-1).gather(-1, y.clamp_min(0)[..., None])[..., 0] * (y >= 0)
+    expected = {"mean": nats.sum() / (y >= 0).sum(), "sum": nats.sum(), "none": nats}[reduction]
+    torch.testing.assert_close(model(x, y, loss_reduction=reduction).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(position=st.integers(1, 31), seed=st.integers(0, 99))
+def test_no_position_sees_a_later_one(position, seed):
+    model, (x, _) = tiny_model(seed=seed), batch(seed=seed)
+    changed = x.clone()
+    changed[:, position] = (changed[:, position] + 1) % TINY.vocab_size
+    before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :position], after[:, :position], rtol=0, atol=1e-5)
+    assert (before[:, position] - after[:, position]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("start", range(TINY.n_layer))
+def test_suffix_gradients_are_those_of_the_full_backward(start, accumulate):
+    """To the bit in eager fp32; what is before the suffix gets no gradient at all."""
+    full, suffix = tiny_model(), tiny_model()
+    for i in range(accumulate):
+        x, y = batch(seed=i)
+        whole, part = full(x, y), suffix(x, y, active_start=start)
+        assert torch.equal(whole, part)
+        (whole / accumulate).backward()
+        (part / accumulate).backward()
+    trained = {f"transformer.h.{i}." for i in range(start, TINY.n_layer)} | {"lm_head."}
+    trained |= {f"value_embeds.{i}." for i in range(start, TINY.n_layer)}
+    expected = dict(full.named_parameters())
+    for name, p in suffix.named_parameters():
+        if start == 0 or name.startswith(tuple(trained)) or name == "backout_lambda":
+            assert torch.equal(p.grad, expected[name].grad), name
+        elif name in ("resid_lambdas", "x0_lambdas"):
+            assert torch.equal(p.grad[start:], expected[name].grad[start:]) and not p.grad[:start].any()
+        else:
+            assert p.grad is None, name
+
+
+def test_bf16_model_follows_the_fp32_one():
+    exact, coarse = tiny_model(), tiny_model(dtype=torch.bfloat16)
+    x, y = batch()
+    assert coarse.transformer.wte.weight.dtype == torch.bfloat16 and coarse.lm_head.weight.dtype == torch.float32
+    # 2^-9 relative rounding per operation, a few dozen of them in a row
+    torch.testing.assert_close(coarse(x, y), exact(x, y), rtol=0.03, atol=0.03)
+
+
+def test_generation_of_the_same_weights_needs_the_same_seed():
+    one, two, other = tiny_model(seed=3), tiny_model(seed=3), tiny_model(seed=4)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)

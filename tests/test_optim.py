@@ -1,0 +1,164 @@
+"""MuonAdamW against torch.optim.AdamW, against an exact SVD, and on parameters that have no gradient."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from nanochat.optim import MuonAdamW, muon_update, polar_factor
+
+COMPILE = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+
+
+def muon_group(params, **kw):
+    return dict(kind="muon", params=params, lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1) | kw
+
+
+def adamw_group(params, **kw):
+    return dict(kind="adamw", params=params, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1) | kw
+
+
+def parameters(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def give_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+@COMPILE
+def test_adamw_agrees_with_torch(compile):
+    ours, theirs = parameters((7, 5), (3,), ()), parameters((7, 5), (3,), ())
+    mine = MuonAdamW([adamw_group(ours)], compile=compile)
+    reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    for step in range(20):
+        for params, optimizer in ((ours, mine), (theirs, reference)):
+            give_gradients(params, step)
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
+
+
+def test_adamw_keeps_fp32_moments_of_a_bf16_table():
+    table = torch.nn.Parameter(torch.randn(8, 4).bfloat16())
+    optimizer = MuonAdamW([adamw_group([table])], names={table: "wte"})
+    for step in range(3):
+        give_gradients([table], step)
+        optimizer.step()
+    assert table.dtype == torch.bfloat16
+    assert optimizer.named_state()["wte/exp_avg_sq"].dtype == torch.float32
+
+
+@settings(max_examples=40)
+@given(rows=st.integers(2, 24), cols=st.integers(2, 24), scale=st.sampled_from([1e-12, 1.0, 1e8]), seed=st.integers(0, 999))
+def test_polar_factor_is_orthogonal_at_any_scale(rows, cols, scale, seed):
+    """Five iterations bring every singular value that is not tiny to within 0.7 .. 1.3; the paper's bound is tighter for
+    well conditioned input, but a random square matrix has a small one now and then."""
+    g = torch.randn(1, rows, cols, generator=torch.Generator().manual_seed(seed)) * scale
+    equilibrated = (g / g.norm(dim=-1, keepdim=True))[0].double()
+    u, s, vh = torch.linalg.svd(equilibrated, full_matrices=False)
+    ours = polar_factor(g, torch.float32)[0].double()
+    along = torch.diagonal(u.T @ ours @ vh.T)   # how far the update goes in each direction of the gradient
+    well = s > 1e-2 * s.max()
+    assert ((along[well] > 0.7) & (along[well] < 1.3)).all(), along
+    off_diagonal = u.T @ ours @ vh.T - torch.diag(along)
+    assert off_diagonal.abs().max() < 1e-3
+
+
+def test_polar_factor_of_zeros_is_zero():
+    assert torch.equal(polar_factor(torch.zeros(2, 3, 5), torch.bfloat16), torch.zeros(2, 3, 5))
+
+
+def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient():
+    g = torch.randn(1, 32, 64)
+    new, _, _ = muon_update(torch.zeros(1, 32, 64), g, torch.zeros(1, 32, 64), torch.zeros(1, 1, 64),
+                            0.0, 1.0, 0.0, 0.9, torch.float32)
+    assert abs(new.norm().item() / 32**0.5 - 1) < 0.05          # Frobenius norm sqrt(min(m, n)), kept by NorMuon
+    assert (new * g).sum() < 0                                  # downhill
+
+
+def test_weight_decay_is_cautious():
+    p, g = torch.randn(1, 16, 16), torch.randn(1, 16, 16)
+    args = (g, torch.zeros_like(g), torch.zeros(1, 16, 1), 0.0, 0.1)
+    plain, _, _ = muon_update(p, *args, 0.0, 0.9, torch.float32)
+    decayed, _, _ = muon_update(p, *args, 0.5, 0.9, torch.float32)
+    update = p - plain
+    agree = update * p >= 0
+    assert torch.equal(plain[~agree], decayed[~agree])
+    torch.testing.assert_close(plain[agree] - decayed[agree], 0.1 * 0.5 * p[agree], rtol=1e-3, atol=1e-6)
+
+
+@COMPILE
+def test_a_batch_is_updated_as_its_members_would_be(compile):
+    together, alone = parameters((6, 4), (6, 4), (6, 4)), parameters((6, 4), (6, 4), (6, 4))
+    optimizers = [MuonAdamW([muon_group(together)], compile=compile)] + [MuonAdamW([muon_group([p])]) for p in alone]
+    for step in range(4):
+        for params in (together, alone):
+            give_gradients(params, step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@COMPILE
+@settings(max_examples=12)
+@given(present=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_without_a_gradient_nothing_moves(compile, present):
+    """Whatever subset has gradients: the others keep value and state to the bit; those with one go on as if alone."""
+    params = parameters((6, 4), (6, 4), (5,), (3, 2))
+    optimizer = MuonAdamW([muon_group(params[:2]), adamw_group(params[2:])], names=dict(zip(params, "abcd")), compile=compile)
+    give_gradients(params, 100)
+    optimizer.step()
+    for step, mask in enumerate(present):
+        before, state = copy.deepcopy(params), {k: v.clone() for k, v in optimizer.named_state().items()}
+        give_gradients(params, step)
+        for p, has_gradient in zip(params, mask):
+            if not has_gradient:
+                p.grad = None
+        optimizer.step()
+        for name, p, old, has_gradient in zip("abcd", params, before, mask):
+            assert torch.equal(p, old) != has_gradient
+            for key, value in optimizer.named_state().items():
+                if key.startswith(name) and not has_gradient:
+                    assert torch.equal(value, state[key]), key
+
+
+def test_subsets_do_not_recompile():
+    """Ten parameters, subsets of every size: at most two graphs of the Muon rule, one of them for a single matrix."""
+    params = parameters(*[(6, 4)] * 10)
+    optimizer = MuonAdamW([muon_group(params)], compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for size in (10, 7, 1, 3, 9, 2, 5, 8, 6, 4):
+        give_gradients(params, size)
+        for p in params[size:]:
+            p.grad = None
+        optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_state_travels_by_name():
+    """Saved and loaded into an optimizer with other grouping order, training goes on to the same bits."""
+    def build(params, reverse):
+        groups = [muon_group(params[:2][::-1] if reverse else params[:2]), adamw_group(params[2:])]
+        return MuonAdamW(groups[::-1] if reverse else groups, names=dict(zip(params, "abcd")))
+    first = parameters((6, 4), (6, 4), (5,), (3, 2))
+    one = build(first, False)
+    for step in range(3):
+        give_gradients(first, step)
+        one.step()
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    other = build(second, True)
+    other.load_named_state({k: v.clone() for k, v in one.named_state().items()})
+    for step in range(3, 6):
+        for params, optimizer in ((first, one), (second, other)):
+            give_gradients(params, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(first, second))
+    with pytest.raises(KeyError):
+        other.load_named_state({"nobody/step": torch.zeros(())})

@@ -1,0 +1,394 @@
+"""The shell runners: the commands they launch, what they do when a step fails, and set-up. No network, no training.
+
+An interpreter that only records its arguments stands in for Python, so a test sees exactly what would be launched.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nanochat.config import Config, parse_config
+from nanochat.flags import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNERS = sorted(p for p in (ROOT / "runs").glob("*.sh") if p.name != "_lib.sh")
+BASH = shutil.which("bash")
+STEPS = ["scripts.tok_train", "nanochat.dataset", "scripts.base_train", "scripts.base_eval", "scripts.sample"]
+
+# Writes its arguments to $CALLS, one call a line, separated by tabs; exits 3 when the call contains $FAIL_AT.
+RECORDER = """#!/bin/sh
+for a in "$@"; do printf '%s\\t' "$a" >> "$CALLS"; done; echo >> "$CALLS"
+case "$*" in *"${FAIL_AT:-nothing fails}"*) exit 3 ;; esac
+"""
+# The same, and makes what `python -m venv DIR` and `uv venv DIR` would; $OLD and $NO_VENV imitate such interpreters.
+FAKE_PYTHON = RECORDER + """
+case "$*" in
+    *version_info*) [ -z "$OLD" ] ;;
+    *ensurepip*) [ -z "$NO_VENV" ] ;;
+    "-m venv "*|"venv "*) for dir in "$@"; do :; done; mkdir -p "$dir/bin"; cp "$0" "$dir/bin/python" ;;
+esac
+"""
+
+
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Sandbox:
+    """A copy of the runners with stand-ins for the programs they start, all first in PATH."""
+
+    def __init__(self, folder):
+        self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
+        shutil.copytree(ROOT / "runs", self.root / "runs")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        self.bin.mkdir()
+        self.python = write_program(self.bin / "stub", RECORDER)
+        self.program("curl", "exit 7")        # PyTorch's index is out of reach
+        self.program("nvidia-smi", "exit 9")  # no GPU
+        self.program("uname", 'case "$1" in -s) echo Linux ;; *) echo Linux x86_64 ;; esac')
+        for name in ("python3", "uv"):
+            write_program(self.bin / name, FAKE_PYTHON)
+
+    def program(self, name, body):
+        write_program(self.bin / name, f"#!/bin/sh\n{body}\n")
+
+    def run(self, command, cwd=None, **environment):
+        """Run a bash command in a clean environment -> (process, the calls it made as lists of arguments)."""
+        self.calls_file.write_text("")
+        environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.root.parent),
+                       "CALLS": str(self.calls_file), **environment}
+        process = subprocess.run([BASH, "-c", command], cwd=cwd or self.root, env=environment, text=True, timeout=60,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return process, [line.split("\t")[:-1] for line in self.calls_file.read_text().splitlines()]
+
+    def launch(self, runner="speedrun_small.sh", arguments="", **environment):
+        return self.run(f"bash {self.root}/runs/{runner} {arguments}",
+                        **{"SKIP_SETUP": "1", "PYTHON": str(self.python), **environment})
+
+    def setup(self, **environment):
+        return self.run("source runs/_lib.sh; setup; echo \"interpreter $PYTHON\"", **environment)
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+def arguments_of(calls, module):
+    """The arguments that `-m module` was called with."""
+    matching = [call[call.index(module) + 1:] for call in calls if module in call]
+    assert len(matching) == 1, f"{module} was called {len(matching)} times in {calls}"
+    return matching[0]
+
+
+def modules_of(calls):
+    return [call[1] for call in calls if call[:1] == ["-m"]]
+
+
+# --- every runner ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", [*RUNNERS, ROOT / "runs" / "_lib.sh", ROOT / ".ci" / "run"], ids=lambda p: p.name)
+def test_bash_accepts_the_syntax(path):
+    assert subprocess.run([BASH, "-n", path], capture_output=True).stderr == b""
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
+def test_runner_is_strict_before_its_first_command(path):
+    """The first line that is not a comment takes the strict mode from _lib.sh."""
+    code = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert re.match(r"source .*_lib\.sh", code[0]), f"{path.name} begins with {code[0]!r}"
+
+
+def test_lib_makes_a_shell_strict(sandbox):
+    process, _ = sandbox.run("source runs/_lib.sh; false | true; echo survived")
+    assert process.returncode == 1 and "survived" not in process.stdout
+    process, _ = sandbox.run('source runs/_lib.sh; echo "$NOT_SET"; echo survived')
+    assert process.returncode != 0 and "survived" not in process.stdout
+
+
+# --- what speedrun_small.sh launches --------------------------------------------------------------------------------
+
+CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--vocab-size=4096", "--depth=4", "--head-dim=64",
+             "--window-pattern=L", "--max-seq-len=512"]
+
+
+def test_the_steps_and_their_order(sandbox):
+    process, calls = sandbox.launch()
+    assert process.returncode == 0, process.stderr
+    assert modules_of(calls) == STEPS
+    assert arguments_of(calls, "scripts.tok_train") == ["--data=python", "--vocab-size=4096"]
+    assert arguments_of(calls, "nanochat.dataset") == ["--data=python"]
+    assert arguments_of(calls, "scripts.base_train")[:len(CPU_FLAGS)] == CPU_FLAGS
+    assert "scripts.base_train --model-tag=d4" in process.stdout, "the command that is launched must be visible"
+
+
+def changed_flags(sandbox, **environment):
+    """Flags of base_train that the environment adds, and those that it takes away."""
+    default = arguments_of(sandbox.launch()[1], "scripts.base_train")
+    process, calls = sandbox.launch(**environment)
+    assert process.returncode == 0, process.stderr
+    given = arguments_of(calls, "scripts.base_train")
+    return [a for a in given if a not in default], [a.split("=")[0] for a in default if a not in given]
+
+
+@pytest.mark.parametrize("environment, added, removed", [
+    (dict(DEPTH="6"), ["--model-tag=d6", "--depth=6"], ["--model-tag", "--depth"]),
+    (dict(DEPTH="6", MODEL_TAG="mine"), ["--model-tag=mine", "--depth=6"], ["--model-tag", "--depth"]),
+    (dict(HEAD_DIM="32"), ["--head-dim=32"], ["--head-dim"]),
+    (dict(WINDOW_PATTERN="SSSL"), ["--window-pattern=SSSL"], ["--window-pattern"]),
+    (dict(MAX_SEQ_LEN="256"), ["--max-seq-len=256"], ["--max-seq-len"]),
+    (dict(DEVICE_BATCH_SIZE="2", TOTAL_BATCH_SIZE="2048"), ["--device-batch-size=2", "--total-batch-size=2048"],
+     ["--device-batch-size", "--total-batch-size"]),
+    (dict(NUM_ITERATIONS="7"), ["--num-iterations=7"], ["--num-iterations"]),
+    (dict(EVAL_EVERY="5", EVAL_TOKENS="1024"), ["--eval-every=5", "--eval-tokens=1024"],
+     ["--eval-every", "--eval-tokens"]),
+    (dict(SEED="3"), ["--seed=3"], []),
+    (dict(WANDB_RUN="tonight"), ["--run=tonight"], []),
+    (dict(DATA="hf:tinystories"), ["--data=hf:tinystories"], ["--data"]),
+    (dict(VAL_DATA="hf:climbmix"), ["--val-data=hf:climbmix"], []),
+    (dict(VOCAB_SIZE="512"), ["--vocab-size=512"], ["--vocab-size"]),
+    (dict(PREPARE_DATA="0"), [], ["--data"]),
+    (dict(BLOCK_UPDATE_SCHEDULE="dynamic_suffix", DYN_PROBE_EVERY="40", DYN_REQUIRE_STABLE="1", DYN_ADAPT_BUDGET="0"),
+     ["--block-update-schedule=dynamic_suffix", "--dyn-probe-every=40", "--dyn-require-stable"], []),
+    (dict(BLOCK_UPDATE_SCHEDULE="static_suffix", STATIC_ACTIVE_LAYERS="2"),
+     ["--block-update-schedule=static_suffix", "--static-active-layers=2"], []),
+    (dict(USE_FP8="1"), ["--fp8"], []),
+    (dict(USE_FP8="1", FP8_BACKEND="custom", FP8_RECIPE="tensorwise", FP8_EMULATE="1"),
+     ["--fp8", "--fp8-emulate", "--fp8-backend=custom", "--fp8-recipe=tensorwise"], []),
+    (dict(USE_FP8="0", FP8_BACKEND="custom"), [], []),
+    (dict(BASE_TRAIN_EXTRA_ARGS="  --fp8-min-dim=256   --fp8-include-regex=*.sh\n--explain "),
+     ["--fp8-min-dim=256", "--fp8-include-regex=*.sh", "--explain"], []),
+    (dict(BASE_TRAIN_EXTRA_ARGS="*"), ["*"], []),
+], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
+def test_environment_becomes_flags(sandbox, environment, added, removed):
+    assert changed_flags(sandbox, **environment) == (added, removed)
+
+
+def test_arguments_go_to_base_train_last(sandbox):
+    _, calls = sandbox.launch(arguments="--tracker wandb --run='two words'", BASE_TRAIN_EXTRA_ARGS="--explain")
+    assert arguments_of(calls, "scripts.base_train")[-4:] == ["--explain", "--tracker", "wandb", "--run=two words"]
+
+
+def test_prepared_data_is_not_prepared_again(sandbox):
+    _, calls = sandbox.launch(PREPARE_DATA="0")
+    assert modules_of(calls) == ["scripts.base_train", "scripts.base_eval", "scripts.sample"]
+
+
+def test_validation_text_reaches_the_preparation(sandbox):
+    _, calls = sandbox.launch(VAL_DATA="hf:climbmix")
+    assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--val-data=hf:climbmix"]
+
+
+def test_relative_paths_are_the_callers(sandbox, tmp_path):
+    """The runner changes to the repository root; a path typed elsewhere must still mean the same file."""
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    (elsewhere / "poems.txt").write_text("text")
+    _, calls = sandbox.run(f"bash {sandbox.root}/runs/speedrun_small.sh", cwd=elsewhere, SKIP_SETUP="1",
+                           PYTHON=str(sandbox.python), DATA="*.txt", VAL_DATA="poems.txt")
+    assert arguments_of(calls, "nanochat.dataset") == [f"--data={elsewhere}/*.txt", f"--val-data={elsewhere}/poems.txt"]
+    process, _ = sandbox.run(f"source {sandbox.root}/runs/_lib.sh; echo $NANOCHAT_BASE_DIR", cwd=elsewhere,
+                             NANOCHAT_BASE_DIR="out")
+    assert process.stdout == f"{elsewhere}/out\n"
+
+
+@pytest.mark.parametrize("completed, failing", enumerate(STEPS), ids=STEPS)
+def test_a_failing_step_ends_the_run_with_its_status(sandbox, completed, failing):
+    process, calls = sandbox.launch(FAIL_AT=failing)
+    assert process.returncode == 3
+    assert len(calls) == completed + 1, "a step after the one that failed was started"
+    assert failing in process.stderr and "exit status 3" in process.stderr
+
+
+def test_the_run_is_summed_up_from_result_json(sandbox):
+    run = sandbox.root / "base" / "base_checkpoints" / "d4"
+    run.mkdir(parents=True)
+    (run / "result.json").write_text('{"status": "ok", "steps_done": 300, "min_val_bpb": 1.25}')
+    (run / "loss.png").write_text("")
+    process, _ = sandbox.run(f"source {ROOT}/runs/_lib.sh; PYTHON={sys.executable}; show_results {run}")
+    assert re.search(r"ok +300 .* 1\.25 ", process.stdout)
+    assert f"{run}/loss.png\n{run}/result.json\n" in process.stdout
+
+
+def with_gpus(sandbox, n):
+    one = 'echo "GPU 0: NVIDIA H200 (UUID: GPU-1)"; echo "  MIG 1g.18gb Device 0: (UUID: MIG-1)"'
+    sandbox.program("nvidia-smi", "\n".join([one] * n))
+
+
+@pytest.mark.parametrize("gpus, environment, device", [(0, {}, "cpu"), (1, {}, "cuda"), (8, {}, "cuda"),
+                                                       (1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu")])
+def test_device_detection(sandbox, gpus, environment, device):
+    if gpus:
+        with_gpus(sandbox, gpus)
+    process, _ = sandbox.run("source runs/_lib.sh; detect_device; count_gpus", **environment)
+    assert process.stdout.split() == [device, "0" if device == "cpu" else str(gpus)]
+
+
+def test_a_mac_is_detected(sandbox):
+    sandbox.program("uname", 'case "$1" in -s) echo Darwin ;; *) echo Darwin arm64 ;; esac')
+    assert sandbox.run("source runs/_lib.sh; detect_device")[0].stdout == "mps\n"
+
+
+def test_several_gpus_go_through_torchrun(sandbox):
+    with_gpus(sandbox, 4)
+    process, calls = sandbox.launch(NPROC_PER_NODE="4")
+    assert process.returncode == 0
+    launched = next(call for call in calls if "scripts.base_train" in call)
+    assert launched[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m",
+                            "scripts.base_train"]
+    assert "--depth=12" in launched
+    process, calls = sandbox.launch(NPROC_PER_NODE="8")
+    assert process.returncode == 2 and "there are 4 GPUs" in process.stderr
+    assert "scripts.base_train" not in modules_of(calls)
+
+
+def test_unknown_device_is_refused_before_anything_runs(sandbox):
+    process, calls = sandbox.launch(DEVICE_TYPE="gpu")
+    assert process.returncode == 2 and "choose cuda, mps or cpu" in process.stderr and calls == []
+
+
+# --- the flags exist, and the profiles are valid runs ---------------------------------------------------------------
+
+@pytest.mark.parametrize("runner", ["speedrun_small.sh", "runcpu.sh"])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_profiles_are_valid_runs(sandbox, runner, device):
+    """Every profile passes the checks of base_train itself: known flags, values in range, a batch that divides."""
+    with_gpus(sandbox, 1)
+    _, calls = sandbox.launch(runner, DEVICE_TYPE=device)
+    config = parse_config(argv=arguments_of(calls, "scripts.base_train"))
+    assert config.run.device_type == device
+    assert config.model.depth == (6 if runner == "runcpu.sh" else {"cpu": 4, "mps": 6, "cuda": 12}[device])
+    assert config.eval.core_metric_every == -1, "CORE would need a download"
+
+
+def test_every_core_flag_of_the_runner_is_one_of_base_train(sandbox):
+    _, calls = sandbox.launch(SEED="1", WANDB_RUN="x", VAL_DATA="hf:x")
+    parser = build_parser([f.type for f in fields(Config) if f.name != "features"])
+    known = {name for action in parser._actions for name in action.option_strings}
+    passed = {argument.split("=")[0] for argument in arguments_of(calls, "scripts.base_train")}
+    assert {a for a in passed if a.startswith("--")} - known == set()
+
+
+@pytest.mark.parametrize("module", STEPS)
+def test_every_flag_of_the_runner_is_in_the_help(sandbox, module):
+    _, calls = sandbox.launch(SEED="1", WANDB_RUN="x", VAL_DATA="hf:x")
+    passed = {a.split("=")[0] for a in arguments_of(calls, module) if a.startswith("-") and a != "-1"}
+    help = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help.returncode == 0, help.stderr
+    assert passed - set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help.stdout)) == set()
+
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+PIP_INSTALL = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-e", ".[dev]"]
+
+
+def installs(calls):
+    return [call for call in calls if "install" in call]
+
+
+def test_setup_installs_once(sandbox):
+    process, calls = sandbox.setup()
+    assert process.returncode == 0, process.stderr
+    assert ["-m", "venv", ".venv"] in calls and installs(calls) == [PIP_INSTALL]
+    assert process.stdout.endswith("interpreter .venv/bin/python\n")
+    process, calls = sandbox.setup()
+    assert calls == [] and process.stdout == "interpreter .venv/bin/python\n"
+
+
+def test_setup_installs_over_when_the_project_changes(sandbox):
+    sandbox.setup()
+    (sandbox.root / ".venv" / "mine").touch()
+    with open(sandbox.root / "pyproject.toml", "a") as f:
+        f.write("# changed\n")
+    _, calls = sandbox.setup()
+    assert installs(calls) == [PIP_INSTALL] and (sandbox.root / ".venv" / "mine").exists()
+    assert sandbox.setup()[1] == []
+
+
+def test_interrupted_setup_is_made_anew(sandbox):
+    process, _ = sandbox.setup(FAIL_AT="pip install")
+    assert process.returncode == 3 and "interpreter" not in process.stdout
+    (sandbox.root / ".venv" / "half").touch()
+    process, calls = sandbox.setup()
+    assert process.returncode == 0 and ["-m", "venv", ".venv"] in calls and installs(calls) == [PIP_INSTALL]
+    assert not (sandbox.root / ".venv" / "half").exists()
+
+
+def test_two_setups_do_not_work_in_one_folder(sandbox):
+    (sandbox.root / ".venv").mkdir()
+    (sandbox.root / ".venv" / ".nanochat-setup").write_text(f"unfinished {os.getpid()}\n")
+    process, calls = sandbox.setup()
+    assert process.returncode == 2 and "wait for it" in process.stderr and calls == []
+
+
+def test_a_venv_made_by_hand_is_kept(sandbox):
+    binaries = sandbox.root / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    shutil.copy(sandbox.bin / "python3", binaries / "python")
+    _, calls = sandbox.setup()
+    assert ["-m", "venv", ".venv"] not in calls and installs(calls) == [PIP_INSTALL]
+
+
+def test_a_venv_whose_interpreter_is_gone_is_made_anew(sandbox):
+    sandbox.setup()
+    (sandbox.root / ".venv" / "bin" / "python").unlink()
+    assert ["-m", "venv", ".venv"] in sandbox.setup()[1]
+
+
+CPU_INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+
+
+@pytest.mark.parametrize("gpus, index", [(0, CPU_INDEX), (1, [])])
+def test_pip_takes_the_cpu_torch_only_without_a_gpu(sandbox, gpus, index):
+    sandbox.program("curl", "exit 0")
+    with_gpus(sandbox, gpus)
+    uv_less = "uv() { :; }; command() { [[ $* != '-v uv' ]] && builtin command \"$@\"; }; "
+    process, calls = sandbox.run(uv_less + "source runs/_lib.sh; setup")
+    assert process.returncode == 0, process.stderr
+    assert installs(calls) == [PIP_INSTALL[:-2] + index + PIP_INSTALL[-2:]]
+
+
+def test_uv_chooses_torch_where_its_index_can_be_reached(sandbox):
+    sandbox.program("curl", "exit 0")
+    process, calls = sandbox.setup()
+    assert process.returncode == 0, process.stderr
+    assert calls == [["venv", "--quiet", "--allow-existing", ".venv"],
+                     ["pip", "install", "--torch-backend=auto", "--python", ".venv/bin/python", "-e", ".[dev]"]]
+
+
+def test_setup_says_what_python_it_needs(sandbox):
+    process, calls = sandbox.setup(OLD="1", PYTHON="python3")
+    assert process.returncode == 2 and "Python 3.10 or newer" in process.stderr and installs(calls) == []
+    process, calls = sandbox.setup(NO_VENV="1", PYTHON="python3")
+    assert process.returncode == 2 and "apt install python3-venv" in process.stderr and installs(calls) == []
+
+
+def test_skipping_setup_uses_the_interpreter_at_hand(sandbox):
+    process, calls = sandbox.setup(SKIP_SETUP="1", VIRTUAL_ENV="/somewhere")
+    assert process.stdout == "interpreter python3\n" and calls == [] and not (sandbox.root / ".venv").exists()
+    process, _ = sandbox.setup(SKIP_SETUP="1", PYTHON="no-such-python")
+    assert process.returncode == 2 and "no-such-python" in process.stderr
+    sandbox.setup()  # what the first command of the README leaves is at hand for the next, without activating it
+    assert sandbox.setup(SKIP_SETUP="1")[0].stdout == "interpreter .venv/bin/python\n"
+
+
+def test_the_test_command_passes_its_arguments_to_pytest(sandbox):
+    process, calls = sandbox.launch("test.sh", "-k 'one or two' -x")
+    assert process.returncode == 0 and calls == [["-m", "pytest", "-k", "one or two", "-x"]]
+    assert sandbox.launch("test.sh", FAIL_AT="pytest")[0].returncode == 3
+
+
+def test_ci_runs_the_test_command_and_nothing_more(sandbox):
+    shutil.copytree(ROOT / ".ci", sandbox.root / ".ci")
+    process, calls = sandbox.run(".ci/run", cwd=sandbox.root, SKIP_SETUP="1", PYTHON=str(sandbox.python))
+    assert process.returncode == 0, process.stderr
+    assert calls == [["-m", "pytest"]]
