@@ -19,7 +19,7 @@ from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype, synchronize)
-from nanochat.features import FEATURES, Features
+from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
 from nanochat.metrics import Clock, MetricsFile, Tally, Trackers, git_state, write_result
 from nanochat.plot import plot_run
@@ -32,7 +32,7 @@ RECOMPILE_LIMIT = 64  # graphs per function: torch's default of 8 falls back to 
 class Run:
     """Everything that one run is made of. Made whole by the constructor; `nanochat.train` moves `step` from there."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rooms: tuple[type[Feature], ...] = FEATURES):
         self.config, self.started = config, time.monotonic()
         self.device, self.ranks = init_device(config.run.device_type)
         self.dtype, why = pick_compute_dtype(self.device, config.run.dtype)
@@ -53,15 +53,19 @@ class Run:
         self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,
                                                       self.model.window_sizes)
         print0(str(self.model.kernels.attention))
-        self.features = Features(config, FEATURES)
+        self.compile = config.run.compile
+        if self.compile and (trouble := compiler_works(self.device)):
+            print0(f"going on without torch.compile, slower: {trouble}")
+            self.compile = False
+        self.features = Features(config, rooms)
         self.features.on_model(self.model)
         scale = self.horizon.lr_scale
         optim = config.optim
         self.optimizer = self.model.setup_optimizer(
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
-            optim.scalar_lr * scale, compile=config.run.compile)
+            optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.forward = compiled(self.model) if config.run.compile else self.model
+        self.forward = compiled(self.model) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
         self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
@@ -147,7 +151,8 @@ class Run:
             "tokens_seen": self.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
             "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
         } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
-            "schedule": "full_update", "active_layers_mean": None, "active_layers_range": None,
+            "schedule": "full_update", "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compile else 0,
+            "eager_fallbacks": 0,
         } | self.features.summary()
         extra = [Path(config.run.result_json)] if config.run.result_json else []
         write_result([self.run_dir / "result.json", *extra], fields)
@@ -217,6 +222,14 @@ def tracker_names(config: Config) -> list[str]:
     if config.run.tracker:
         return [name for name in config.run.tracker if name != "none"]
     return ["wandb"] if config.run.run != "dummy" else []
+
+
+def compiler_works(device: torch.device) -> str | None:
+    """None where torch.compile works on the device, else the reason. Tried, as it needs a C++ compiler or Triton."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as e:  # whatever a missing or broken tool chain raises
+        return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
 def compiled(model):

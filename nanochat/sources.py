@@ -271,7 +271,7 @@ def expected_bytes(source: str, max_chars: int) -> int | None:
 def source_identity(source: str) -> list:
     """What tells one content of a source from another, as far as that can be seen without reading it."""
     if source == "python":
-        return [sys.version]
+        return [sys.version, sys.prefix]
     if source.startswith("hf:"):
         return list(hub_address(source))
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in local_files(source)]

@@ -1,6 +1,7 @@
 """Training: the loop, one step of it, and what happens between steps. How a run comes to be is in nanochat/setup.py."""
 
 import math
+import sys
 import time
 
 import torch
@@ -177,4 +178,6 @@ def run_to_the_end(run: Run) -> int:
         raise
     finally:
         run.finish(status, error, code)
+    if error and is_main_rank():
+        print(f"{status}: {error}", file=sys.stderr, flush=True)
     return code

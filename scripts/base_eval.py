@@ -56,9 +56,9 @@ def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> d
     rows = flags.device_batch_size or config["device_batch_size"]
     result = {"data": flags.data or state["tokens"], "split_tokens": wanted}
     for name in ("train", "val"):
-        progress = Progress(f"bpb of {name}", unit=" tokens")
-        batches = val_batches(tokens.split(name), model.config.sequence_len, rows, wanted, ranks.rank, ranks.world_size,
-                              device)
+        split = tokens.split(name)
+        progress = Progress(f"bpb of {name}", total=min(wanted, split.num_tokens) // ranks.world_size, unit=" tokens")
+        batches = val_batches(split, model.config.sequence_len, rows, wanted, ranks.rank, ranks.world_size, device)
         result[name] = evaluate_bpb(model, counted(batches, progress), None, get_token_bytes(device, tokenizer))
         progress.close()
     return result

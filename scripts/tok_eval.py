@@ -73,7 +73,7 @@ def main() -> None:
                                                                  for name, text in texts.items()]))
     missing = [name for name in PEERS if name not in tokenizers]
     if missing:
-        print0(f"\nleft out: {', '.join(missing)}: tiktoken neither has the files nor could fetch them in {PEER_SECONDS} s")
+        print0(f"\nleft out: {', '.join(missing)}: tiktoken has no copy and could not fetch one in {PEER_SECONDS} s")
 
 
 def compression(name: str, texts: list[str], tokenizers: dict) -> dict:

@@ -22,6 +22,15 @@ TEXT = "def add(a, b):\n    return a + b  # the sum of a and b, größer und lä
 LENGTH, CONTEXT = 300, 256
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small lose by sharing the work among threads, and on a busy machine they lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train_from_iterator([TEXT], 320)
@@ -99,8 +108,9 @@ def test_cached_logits_in_float64_are_exact():
 def test_the_comparison_would_notice_windows_smear_and_attention():
     model, ids = make_model(), random_ids(1)
     last = model(ids)[0, -1]
-    assert (make_model(pattern="L")(ids)[0, -1] - last).abs().max() > 0.01          # the short windows bite
-    assert (make_model(context=4 * CONTEXT, pattern="L")(ids)[0, -1] - make_model(pattern="L")(ids)[0, -1]).abs().max() > 1e-4
+    long_windows = make_model(pattern="L")(ids)[0, -1]
+    assert (long_windows - last).abs().max() > 0.01                                                    # the short bite
+    assert (make_model(pattern="L", context=2 * CONTEXT)(ids)[0, -1] - long_windows).abs().max() > 1e-3  # the long too
     model.smear_lambda.zero_()
     assert (model(ids)[0, -1] - last).abs().max() > 0.01
     early = ids.clone()
@@ -176,12 +186,12 @@ def test_temperature_zero_and_top_1_take_the_likeliest():
 # ---- the engine
 
 class Chain(nn.Module):
-    """A Markov chain in the shape of the model: the next token's logits are a row of a (V, V) table. An input, no more."""
+    """A Markov chain in the shape of the model: the logits of the next token are a row of a (V, V) table."""
 
     def __init__(self, table, max_seq_len=1000):
         super().__init__()
         self.table, self.max_seq_len, self.compute_dtype = table, max_seq_len, torch.float32
-        self.config = GPTConfig(sequence_len=max_seq_len, vocab_size=len(table), n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.config = GPTConfig(vocab_size=len(table), n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
 
     def get_device(self):
         return torch.device("cpu")
@@ -309,7 +319,7 @@ def base_dir(tmp_path_factory, tokenizer):
 
 def script(name, *args, base_dir, stdin="", ok=True):
     """Run a script as a user would; returns (stdout, stderr)."""
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32", "http_proxy": "", "https_proxy": ""}
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-m", f"scripts.{name}", *args], cwd=ROOT, env=env, input=stdin.encode(),
                             capture_output=True, timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()
@@ -337,7 +347,8 @@ def test_sample_reads_standard_input_and_draws_several(base_dir):
 
 
 def test_chat_cli_completes_in_a_loop_and_chats_when_told(base_dir):
-    out, err = script("chat_cli", "--max-tokens", "3", base_dir=base_dir, stdin="def add\n\nclear\nb\nquit\nnever read\n")
+    typed = "def add\n\nclear\nb\nquit\nnever read\n"
+    out, err = script("chat_cli", "--max-tokens", "3", base_dir=base_dir, stdin=typed)
     assert len(out) > 0 and "base model without chat tuning" in err
     chat, err = script("chat_cli", "--chat", "-p", "hello", "--max-tokens", "3", base_dir=base_dir)
     assert chat.endswith("\n") and "never tuned" in err

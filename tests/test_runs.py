@@ -200,7 +200,7 @@ def test_relative_paths_are_the_callers(sandbox, tmp_path):
     assert process.stdout == f"{elsewhere}/out\n"
 
 
-@pytest.mark.parametrize("completed, failing", enumerate(STEPS), ids=STEPS)
+@pytest.mark.parametrize("completed, failing", list(enumerate(STEPS)), ids=STEPS)
 def test_a_failing_step_ends_the_run_with_its_status(sandbox, completed, failing):
     process, calls = sandbox.launch(FAIL_AT=failing)
     assert process.returncode == 3

@@ -107,9 +107,7 @@ def test_lone_surrogates_become_replacement_characters(tok):
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\0", "é", "!?", "12", "word "])
 def test_ten_megabytes_of_anything(tok, unit):
     text = unit * (10_000_000 // len(unit))
-    ids = tok.encode(text)
-    assert tok.token_bytes()[ids].sum() == len(text.encode())
-    assert tok.decode(ids[-1000:]) in text
+    assert tok.decode(tok.encode(text)) == text
 
 
 @given(st.lists(st.tuples(st.sampled_from("a \n"), st.integers(1, 3 * MAX_RUN)), max_size=8))

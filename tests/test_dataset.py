@@ -1,0 +1,381 @@
+"""Text and tokens on disk: every source, the fixed split, nothing half-written taken, bad input named and harmless."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochat.common import UserError, get_base_dir
+from nanochat.dataset import TokenDataset, prepare_tokens, split_documents, train_tokenizer
+from nanochat.sources import Counts, hub_address, iter_documents, local_files, python_files
+from nanochat.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return get_base_dir()
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return Tokenizer.train_from_iterator([story(i) for i in range(50)], vocab_size=400)
+
+
+def story(i: int) -> str:
+    return f"Story {i}. " + f"The {i * 7919 % 1000} bears went to town {i % 13} and back.\n" * (1 + i % 40)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def texts_of(dataset: TokenDataset, tok: Tokenizer, split: str) -> list[str]:
+    part = dataset.split(split)
+    docs = [part.doc(i) for i in range(part.num_docs)]
+    assert all(doc[0] == dataset.bos for doc in docs)
+    return [tok.decode(doc[1:].tolist()) for doc in docs]
+
+
+# ---- sources
+
+def test_files_of_all_types_in_a_folder_are_read_in_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.txt").write_text("text")
+    (tmp_path / "a.md").write_text("markdown")
+    (tmp_path / "c.py").write_text("print('python')")
+    (tmp_path / "image.png").write_bytes(b"\xff\xfe")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    write_jsonl(tmp_path / "d.jsonl", [{"text": "row 1"}, {"text": "   "}, {"text": None}, {"text": "row 2", "id": 3}])
+    write_jsonl(tmp_path / "e.jsonl.gz", [{"text": "packed"}])
+    counts = Counts()
+    assert list(iter_documents(str(tmp_path), counts=counts)) == [
+        "markdown", "text", "print('python')", "row 1", "row 2", "packed"]
+    assert (counts.files, counts.documents, counts.empty) == (5, 6, 2)
+    assert list(iter_documents(str(tmp_path / "*.md"))) == ["markdown"]
+    assert [p.name for p in local_files(str(tmp_path / "**" / "*.txt"))] == ["one.txt"]
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    path = tmp_path / "x.parquet"
+    texts = [f"document {i}" for i in range(3000)]
+    parquet.write_table(pa.table({"body": [*texts, None], "id": list(range(3001))}), path)
+    assert list(iter_documents(str(path), text_column="body")) == texts
+    with pytest.raises(UserError, match="x.parquet has no column 'text'; it has 'body', 'id'"):
+        list(iter_documents(str(path)))
+    with pytest.raises(UserError, match="row 1: column 'id' holds int, not text"):
+        list(iter_documents(str(path), text_column="id"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="x.parquet"):
+        list(iter_documents(str(path), text_column="body"))
+
+
+def test_python_source_is_this_interpreters_own_text():
+    files = python_files()
+    assert len(files) > 500 and not any("__pycache__" in p.parts for p in files)
+    assert Path(json.__file__).resolve() in files  # the standard library
+    assert any("hypothesis" in p.parts for p in files)  # an installed package
+    assert not any("nanochat" in p.parts[-3:] for p in files)  # not what is being written
+    counts = Counts()
+    first = list(iter_documents("python", max_chars=3_000_000, counts=counts))
+    assert first == list(iter_documents("python", max_chars=3_000_000))
+    assert sum(map(len, first)) == 3_000_000 and len(set(first)) == len(first) and counts.empty
+
+
+def test_max_chars_is_exact(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "abcdef"}] * 3)
+    assert list(iter_documents(str(path), max_chars=8)) == ["abcdef", "ab"]
+
+
+def test_nuls_and_broken_surrogates_are_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\0b")
+    (tmp_path / "b.jsonl").write_text('{"text": "\\ud800x"}\n')
+    assert list(iter_documents(str(tmp_path))) == ["a\0b", "\ufffdx"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.txt", b"good\nb\xffd", "x.txt: byte 6 is not UTF-8.*--skip-bad"),
+    ("x.jsonl", b'{"text": "good"}\n{"text": "b\xffd"}\n', "x.jsonl, line 2: byte 28 of the file is not UTF-8"),
+    ("x.jsonl", b'{"text": "good"}\n\n{"text": "bad\n', "x.jsonl, line 3 is not valid JSON"),
+    ("x.jsonl", b'{"text": "good"}\n[1]\n', "x.jsonl, line 2 is not a JSON object"),
+    ("x.jsonl", b'{"text": "good"}\n{"text": 5}\n', "x.jsonl, line 2: column 'text' holds int, not text"),
+])
+def test_bad_text_is_named_or_counted(tmp_path, name, content, message):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(iter_documents(str(tmp_path)))
+    counts = Counts()
+    assert list(iter_documents(str(tmp_path), skip_bad=True, counts=counts)) == ["fine", "good"][:1 + (name != "x.txt")]
+    assert counts.unreadable == 1
+
+
+@pytest.mark.parametrize("setup, message", [
+    (lambda d: None, "none of the 0 name"),
+    (lambda d: (d / "x.csv").write_text("a"), "none of the 1 name.*known type.*parquet"),
+    (lambda d: (d / "x.txt").write_text(""), "no text in.*1 file.*1 empty"),
+    (lambda d: write_jsonl(d / "x.jsonl", [{"body": "a", "id": 1}]),
+     "x.jsonl, line 1 has no column 'text'; it has 'body', 'id'.*--text-column"),
+    (lambda d: (d / "x.jsonl.gz").write_bytes(b"not gzip"), "cannot read .*x.jsonl.gz"),
+    (lambda d: (d / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9]), "cannot read .*x.jsonl.gz"),
+])
+def test_bad_corpora_are_explained(tmp_path, setup, message):
+    setup(tmp_path)
+    with pytest.raises(UserError, match=message):
+        list(iter_documents(str(tmp_path), skip_bad=True))
+
+
+def test_paths_that_are_not_there(tmp_path):
+    for source, message in ((tmp_path / "x", "no such file"), (tmp_path / "*.txt", "none of the 0")):
+        with pytest.raises(UserError, match=message):
+            list(iter_documents(str(source)))
+    (tmp_path / "x.doc").write_text("a")
+    with pytest.raises(UserError, match="x.doc: do not know how to read"):
+        list(iter_documents(str(tmp_path / "x.doc")))
+
+
+def test_hub_addresses():
+    assert hub_address("hf:tinystories") == ("roneneldan/TinyStories", None, "train", "text")
+    assert hub_address("hf:tinystories::validation") == ("roneneldan/TinyStories", None, "validation", "text")
+    assert hub_address("hf:me/mine:small:test:body") == ("me/mine", "small", "test", "body")
+    assert hub_address("hf:me/mine", "content") == ("me/mine", None, "train", "content")
+    for source in ("hf:", "hf:a:b:c:d:e"):
+        with pytest.raises(UserError, match="hf:NAME"):
+            hub_address(source)
+
+
+def test_hub_without_the_library():
+    code = ("import sys; sys.modules['datasets'] = None\n"  # what Python does where an import must fail
+            "from nanochat.common import cli\nfrom nanochat.sources import iter_documents\n"
+            "cli(lambda: next(iter_documents('hf:climbmix')) and 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "pip install datasets" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- the split
+
+def shares(texts):
+    labelled = list(split_documents(texts))
+    return [[t for name, t in labelled if name == split] for split in ("train", "val")]
+
+
+def test_split_is_by_content_and_covers_everything():
+    texts = [story(i) for i in range(2000)]
+    train, val = shares(texts)
+    assert sorted(train + val) == sorted(texts) and 50 < len(val) < 150
+    again_train, again_val = shares(texts[:1] + texts[:0:-1])
+    assert set(again_val) == set(val)
+
+
+def test_appended_text_leaves_a_full_validation_set_alone(monkeypatch):
+    monkeypatch.setattr("nanochat.dataset.VAL_CHARS", 20_000)
+    texts = [story(i) for i in range(4000)]
+    _, val = shares(texts[:2000])
+    train, more_val = shares(texts)
+    assert 20_000 <= sum(map(len, val)) < 30_000
+    assert more_val == val and len(train) == 4000 - len(val)
+
+
+def test_copies_of_validation_text_are_not_trained_on():
+    texts = [story(i) for i in range(500)]
+    counts = Counts()
+    labelled = list(split_documents(texts + texts, counts))
+    val = {t for name, t in labelled if name == "val"}
+    assert val and not val & {t for name, t in labelled if name == "train"}
+    assert counts.duplicates == len(val) + 1
+
+
+def test_tiny_corpora_have_both_parts():
+    assert shares(["only\n" * 100]) == [["only\n" * 95], ["only\n" * 5]]
+    assert shares(["a" * 100]) == [["a" * 95], ["a" * 5]]
+    assert shares(["ab"]) == [["a"], ["b"]]
+    for n in range(2, 12):  # whether the hash picks one of them or not
+        train, val = shares([story(i) for i in range(n)])
+        assert train and val and len(train) + len(val) == n
+    with pytest.raises(UserError, match="one character"):
+        shares(["a"])
+
+
+# ---- tokens on disk
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "stories.jsonl", [{"text": story(i)} for i in range(300)])
+
+
+def test_tokens_are_the_text(base, tok, corpus):
+    folder = prepare_tokens(str(corpus), tok)
+    dataset = TokenDataset.open(folder)
+    dataset.verify()
+    train, val = texts_of(dataset, tok, "train"), texts_of(dataset, tok, "val")
+    assert [train, val] == shares([story(i) for i in range(300)])
+    manifest = dataset.manifest
+    assert folder.parent == base / "tokens" and folder.name.startswith("stories-")
+    assert manifest["dtype"] == "uint16" and dataset.tokenizer_fingerprint == tok.fingerprint()
+    assert dataset.vocab_size == tok.get_vocab_size() and dataset.bos == tok.get_bos_token_id()
+    assert manifest["splits"]["train"]["text_bytes"] == sum(len(t.encode()) for t in train)
+    part = dataset.split("train")
+    assert part.num_tokens == sum(part.doc_lengths) == manifest["splits"]["train"]["tokens"]
+    assert part.tokens(3, 1, 2).tolist() == part.doc(3)[1:3].tolist()
+
+
+def test_several_shards_read_like_one(base, tok, corpus, monkeypatch):
+    in_one = texts_of(TokenDataset.open(prepare_tokens(str(corpus), tok)), tok, "train")
+    monkeypatch.setattr("nanochat.dataset.SHARD_TOKENS", 3000)
+    monkeypatch.setattr("nanochat.dataset.ENCODE_CHARS", 1000)
+    shards = TokenDataset.open(prepare_tokens(str(corpus), tok, force=True))
+    assert len(shards.manifest["splits"]["train"]["shards"]) > 5
+    assert texts_of(shards, tok, "train") == in_one
+
+
+def test_large_vocabularies_take_four_bytes(base, corpus, tok):
+    large = Tokenizer(tok.pattern, tok.ranks, {"<|bos|>": 70_000})
+    dataset = TokenDataset.open(prepare_tokens(str(corpus), large))
+    assert dataset.split("val").doc(0).dtype == np.uint32 and dataset.split("val").doc(0)[0] == 70_000
+
+
+def test_prepared_once_per_content_tokenizer_and_arguments(base, tok, corpus):
+    folder = prepare_tokens(str(corpus), tok)
+    changed = (folder / "manifest.json").stat().st_mtime_ns
+    assert prepare_tokens(str(corpus), tok) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == changed
+    assert prepare_tokens(str(corpus), tok, max_chars=9000) != folder
+    assert prepare_tokens(str(corpus), Tokenizer.train_from_iterator([story(1)], 300)) != folder
+    assert prepare_tokens(str(corpus), tok, force=True) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns != changed
+    write_jsonl(corpus, [{"text": story(i)} for i in range(301)])
+    assert prepare_tokens(str(corpus), tok) != folder
+    assert not [p for p in (base / "tokens").iterdir() if ".tmp" in p.name or ".old" in p.name]
+
+
+def test_explicit_validation_text(base, tok, corpus, tmp_path):
+    val = write_jsonl(tmp_path / "val.jsonl", [{"text": story(i)} for i in (5, 6, 1000)])
+    dataset = TokenDataset.open(prepare_tokens(str(corpus), tok, val_source=str(val)))
+    assert texts_of(dataset, tok, "val") == [story(5), story(6), story(1000)]
+    assert texts_of(dataset, tok, "train") == [story(i) for i in range(300) if i not in (5, 6)]
+    assert dataset.manifest["counts"]["duplicates"] == 2
+    with pytest.raises(UserError, match="no document is left for train"):
+        prepare_tokens(str(corpus), tok, val_source=str(corpus))
+
+
+def test_one_large_document(base, tok, tmp_path):
+    text = "The bears went to town and back again, all nine of them.\n" * 175_000  # 10 MB
+    (tmp_path / "large.txt").write_text(text)
+    dataset = TokenDataset.open(prepare_tokens(str(tmp_path / "large.txt"), tok))
+    train, val = texts_of(dataset, tok, "train"), texts_of(dataset, tok, "val")
+    assert train[0] + val[0] == text and len(train) == len(val) == 1 and train[0].endswith("\n")
+    assert 0.04 < len(val[0]) / len(text) < 0.11
+
+
+@pytest.mark.parametrize("file", ["train_000000.bin", "val_000000.lengths.npy", "manifest.json"])
+def test_truncated_and_missing_files_are_named(base, tok, corpus, file):
+    folder = prepare_tokens(str(corpus), tok)
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[:-2])
+    with pytest.raises(UserError, match=f"{file}.*--force"):
+        TokenDataset.open(folder)
+    with pytest.raises(UserError, match=file):
+        prepare_tokens(str(corpus), tok)
+    (folder / file).unlink()
+    with pytest.raises(UserError, match=file):
+        TokenDataset.open(folder)
+    TokenDataset.open(prepare_tokens(str(corpus), tok, force=True)).verify()
+
+
+def test_changed_bytes_fail_verification(base, tok, corpus):
+    folder = prepare_tokens(str(corpus), tok)
+    path = folder / "val_000000.bin"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="val_000000.bin has changed"):
+        TokenDataset.open(folder).verify()
+
+
+def test_failure_leaves_nothing(base, tok, tmp_path):
+    rows = "".join(json.dumps({"text": story(i)}) + "\n" for i in range(300))
+    (tmp_path / "x.jsonl").write_text(rows + "{oops\n")
+    with pytest.raises(UserError, match="line 301"):
+        prepare_tokens(str(tmp_path / "x.jsonl"), tok)
+    assert list((base / "tokens").iterdir()) == []
+
+
+def test_tokenizer_learns_from_training_text_only(base, tmp_path):
+    texts = [story(i) + f" Word{i}" * 9 for i in range(200)]
+    train, _ = shares(texts)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": t} for t in texts])
+    expected = Tokenizer.train_from_iterator(train, 350).fingerprint()
+    assert train_tokenizer(str(path), 350).fingerprint() == expected
+    assert Tokenizer.train_from_iterator(texts, 350).fingerprint() != expected
+
+
+# ---- command line
+
+def run(base, *argv, **kwargs):
+    return subprocess.run([sys.executable, "-m", "nanochat.dataset", *map(str, argv)], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)}, **kwargs)
+
+
+def snapshot(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_command_line(base, tok, corpus):
+    tok.save(base / "tokenizer")
+    done = run(base, "--data", corpus, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "val" in done.stdout and "bytes/token" in done.stdout and str(base) in done.stdout
+
+
+def test_command_line_bad_input(base, tok, corpus, tmp_path):
+    done = run(base, "--data", corpus)
+    assert done.returncode == 2 and "tok_train" in done.stderr and "Traceback" not in done.stderr
+    tok.save(base / "tokenizer")
+    folder = prepare_tokens(str(corpus), tok)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    before = snapshot(base)
+    for argv, message in [
+        (["--data", tmp_path / "nowhere"], "no such file or folder"),
+        (["--data", tmp_path / "empty.txt"], "no text in"),
+        (["--data", tmp_path / "latin.txt"], "latin.txt: byte 2 is not UTF-8"),
+        (["--data", corpus, "--text-column", "body"], "no column 'body'; it has 'text'"),
+        (["--data", corpus, "--val-data", tmp_path / "empty.txt"], "no text in"),
+        (["--max-chars", "0"], "--max-chars must be"),
+        (["--dat", "python"], "did you mean --data"),
+    ]:
+        done = run(base, *argv)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (argv, done.stderr)
+    assert snapshot(base) == before
+    shard = folder / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    done = run(base, "--data", corpus)
+    assert done.returncode == 2 and "train_000000.bin" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_preparation_is_not_taken(base, tok, tmp_path):
+    tok.save(base / "tokenizer")
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": story(i)} for i in range(40_000)])
+    process = subprocess.Popen([sys.executable, "-m", "nanochat.dataset", "--data", str(path)],
+                               stderr=subprocess.DEVNULL, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
+    while process.poll() is None and not list(base.glob("tokens/*/train_000000.bin")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = list((base / "tokens").iterdir())
+    assert left and all(".tmp-" in p.name for p in left), "killed too late to test anything"
+    folder = prepare_tokens(str(path), tok)
+    assert folder not in left
+    TokenDataset.open(folder).verify()
