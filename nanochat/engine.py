@@ -155,7 +155,7 @@ class Engine:
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             logits = self.model(chunk, kv_cache=one)[:, -1]
         if torch.isnan(logits).any():
-            raise UserError("the model's output is not a number: the run had diverged by this step. Take an earlier one.")
+            raise UserError("the model's output is not a number: the run had diverged. Take an earlier step.")
         if num_samples == 1:
             return one, logits
         many = KVCache.for_model(self.model, num_samples, room)

@@ -97,8 +97,10 @@ def _add_argument(arguments, f) -> None:
         arguments.add_argument(*names, dest=f.name, action=action, default=default, help=help)
         return
     metavar = meta["metavar"] or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else _base_type(f).__name__.upper())
-    nargs = "+" if isinstance(default, list) else None
-    arguments.add_argument(*names, dest=f.name, default=default, metavar=metavar, nargs=nargs, help=help)
+    if isinstance(default, list):  # several values after the flag, or the flag several times
+        arguments.add_argument(*names, dest=f.name, default=[], action="extend", nargs="+", metavar=metavar, help=help)
+    else:
+        arguments.add_argument(*names, dest=f.name, default=default, metavar=metavar, help=help)
 
 
 def _base_type(f) -> type:
@@ -113,6 +115,8 @@ def _convert(f, raw) -> tuple[object, list[str]]:
     """The field's value from argparse's string, and what is wrong with it."""
     if raw is None or isinstance(raw, bool):
         return raw, []
+    if raw == []:
+        return f.default_factory(), []
     if isinstance(raw, list):
         pairs = [_convert(f, item) for item in raw]
         return [value for value, _ in pairs], [problem for _, problems in pairs for problem in problems]

@@ -270,7 +270,7 @@ class Attention:
 
 
 def make_attention(device, dtype: torch.dtype, head_dim: int, seq_len: int, windows) -> Attention:
-    """Choose a backend for each of a model's `windows` (iterable of ints, repeats allowed). Call it before compiling."""
+    """Choose a backend for each of a model's `windows` (ints, repeats allowed). Call it before compiling."""
     distinct = sorted({w if 0 <= w < seq_len - 1 else FULL for w in windows})
     names = {w: choose_backend(device, dtype, head_dim, seq_len, w) for w in sorted({FULL, *distinct})}
     return Attention(names, distinct, seq_len)
@@ -308,9 +308,9 @@ def flash_attn_func(q, k, v, causal=True, window_size=(-1, 0)):
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, causal=True, window_size=(-1, 0)):
     """Attention of the newest T tokens, q (B, T, H, D), to a cache k_cache, v_cache (B, T_max, H_kv, D).
 
-    If given, the new k, v (B, T, H_kv, D) are first written into the cache, in place, at position `cache_seqlens`: an int,
-    or an int tensor (B,) of one value (reading it makes a GPU wait; the int does not). Without k and v, `cache_seqlens`
-    counts the tokens in the cache, q's included. Query t of T stands at the end's position - T + t.
+    If given, the new k, v (B, T, H_kv, D) are first written into the cache, in place, at position `cache_seqlens`: an
+    int, or an int tensor (B,) of one value (reading it makes a GPU wait; the int does not). Without k and v,
+    `cache_seqlens` counts the tokens in the cache, q's included. Query t of T stands at the end's position - T + t.
     """
     T, window = q.size(1), _window(causal, window_size)
     if torch.is_tensor(cache_seqlens):

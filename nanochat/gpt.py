@@ -81,7 +81,7 @@ class CausalSelfAttention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head) if with_value_embedding else None
 
     def forward(self, x, ve, cos, sin, window, cache):
-        """x (B, T, C), ve (B, T, kv_dim) or None -> (B, T, C). `cache`: this layer's (k, v, lengths), or None."""
+        """x (B, T, C), ve (B, T, kv_dim) or None -> (B, T, C). `cache`: this layer's (k, v, tokens in it), or None."""
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)   # (B, T, H, D)
         k = self.c_k(x).view(B, T, -1, self.head_dim)   # (B, T, H_kv, D)
@@ -95,8 +95,8 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = self.kernels.attention(q, k, v, window)
         else:
-            k_cache, v_cache, lengths = cache
-            y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths,
+            k_cache, v_cache, length = cache
+            y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=length,
                                                    causal=True, window_size=(window, 0))
         return self.c_proj(y.reshape(B, T, -1))
 
@@ -211,8 +211,8 @@ class GPT(nn.Module):
         cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
         with torch.no_grad() if active_start > 0 else nullcontext():
             x0 = self._embed(idx, kv_cache)
-            x, mid = self._run_blocks(range(active_start), x0, x0, None, idx, cos, sin, kv_cache)
-        x, mid = self._run_blocks(range(active_start, self.config.n_layer), x, x0, mid, idx, cos, sin, kv_cache)
+            x, mid = self._run_blocks(range(active_start), x0, x0, None, idx, cos, sin, kv_cache, start)
+        x, mid = self._run_blocks(range(active_start, self.config.n_layer), x, x0, mid, idx, cos, sin, kv_cache, start)
         if kv_cache is not None:
             kv_cache.advance(T)
         x = self.kernels.norm(x - self.backout_lambda.to(x.dtype) * mid)
@@ -230,11 +230,11 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], self.smear_gate.to(x.dtype)))  # (B, T, 1)
         return x + self.smear_lambda.to(x.dtype) * gate * previous
 
-    def _run_blocks(self, layers, x, x0, mid, idx, cos, sin, kv_cache):
+    def _run_blocks(self, layers, x, x0, mid, idx, cos, sin, kv_cache, start):
         """Run the given layers; returns the stream and what it was after layer n // 2 (None before that)."""
         for i in layers:
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            cache = None if kv_cache is None else (*kv_cache.get_layer_cache(i), kv_cache.cache_seqlens)
+            cache = None if kv_cache is None else (*kv_cache.get_layer_cache(i), start)
             x = self.transformer.h[i](x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos, sin,
                                       self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:

@@ -65,7 +65,7 @@ class Run:
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
             optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.forward = compiled(self.model) if self.compile else self.model
+        self.forward = compile_whole(self.model) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
         self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
@@ -232,8 +232,20 @@ def compiler_works(device: torch.device) -> str | None:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
-def compiled(model):
-    """The model's compiled forward. A graph per `active_start`; never a silent fall back to eager."""
+def compile_whole(model):
+    """The model's forward as one graph per `active_start`; never a silent fall back to eager."""
+    _fail_loudly()
+    return torch.compile(model, dynamic=False)
+
+
+def compile_blocks(model):
+    """The model with its blocks compiled one by one: blocks of a kind share a graph, so it is ready sooner."""
+    _fail_loudly()
+    for block in model.transformer.h:
+        block.compile(dynamic=False)
+    return model
+
+
+def _fail_loudly() -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(model, dynamic=False)

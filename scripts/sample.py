@@ -3,11 +3,10 @@
 Without `-p` the prompt is read from standard input. One sample streams as it is made; several are printed when done.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 
-from nanochat.common import UserError, cli
+from nanochat.common import cli
 from nanochat.flags import flag, parse
 
 
@@ -43,21 +42,9 @@ class SamplingFlags:
 @dataclass
 class PromptFlags:
     """The prompt"""
-    prompt: str | None = flag(None, "text to continue; may be given several times; by default standard input is read",
-                              aliases=("-p",), metavar="TEXT")
+    prompt: list[str] = flag([], "text to continue, several if wanted; by default what comes from standard input",
+                             aliases=("-p",), metavar="TEXT")
     num_samples: int = flag(1, "how many continuations of each prompt", low=1)
-
-
-def take_prompts(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """(prompts, the other flags). Taken out first because a dataclass field holds one value per flag."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-p", "--prompt", action="append", default=[])
-    try:
-        known, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise UserError(str(e)) from None
-    return known.prompt, rest
 
 
 def tolerant_streams() -> None:
@@ -67,9 +54,9 @@ def tolerant_streams() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    prompts, rest = take_prompts(argv)
-    model_flags, sampling, output = parse([ModelFlags, SamplingFlags, PromptFlags], rest,
+    model_flags, sampling, output = parse([ModelFlags, SamplingFlags, PromptFlags], argv,
                                           prog="python -m scripts.sample", description="Continue a prompt.")
+    prompts = output.prompt
     tolerant_streams()
     if not prompts:
         if sys.stdin.isatty():

@@ -6,7 +6,7 @@ import tempfile
 
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is first imported; many threads slow tiny models down
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; threads only slow tiny models down
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")  # for the scripts that tests start, too
 
 settings.register_profile("nanochat", deadline=None)  # the first example pays for imports and compilation

@@ -45,14 +45,6 @@ KNOWN = ([query + d + answer for query, answer in COLORS.items() for d in (" ", 
 EXPECTED = {"colors": 0.75, "colors_2shot": 0.75, "cups": 1.0, "sayings": 0.6, "sayings_3shot": 0.6}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_tokenizer():
     return Tokenizer.train_from_iterator(["the word is followed by green blue was wet because he ate since"] * 9, 300)
 
@@ -187,7 +179,8 @@ def test_a_continuation_is_right_if_every_token_is(tokenizer):
                 logits[0, wrong - 1] *= -1
             return logits
 
-        assert core_eval.count_right(model, [([(row, start, end)], None)], torch.device("cpu"), pad=0) == (wrong is None)
+        right = core_eval.count_right(model, [([(row, start, end)], None)], torch.device("cpu"), pad=0)
+        assert right == (wrong is None)
 
 
 def test_long_rows_are_cropped_on_the_left(bundle, tokenizer):

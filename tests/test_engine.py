@@ -22,15 +22,6 @@ TEXT = "def add(a, b):\n    return a + b  # the sum of a and b, größer und lä
 LENGTH, CONTEXT = 300, 256
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small lose by sharing the work among threads, and on a busy machine they lose a lot."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train_from_iterator([TEXT], 320)
@@ -319,7 +310,7 @@ def base_dir(tmp_path_factory, tokenizer):
 
 def script(name, *args, base_dir, stdin="", ok=True):
     """Run a script as a user would; returns (stdout, stderr)."""
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32"}
     result = subprocess.run([sys.executable, "-m", f"scripts.{name}", *args], cwd=ROOT, env=env, input=stdin.encode(),
                             capture_output=True, timeout=120)
     out, err = result.stdout.decode(), result.stderr.decode()

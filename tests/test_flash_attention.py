@@ -22,8 +22,8 @@ WORKING = [name for name in fa.BACKENDS
 def reference(q, k, v, grad, window):
     """Output and gradients in float64 from the formulas, and for each the size of the terms it is a sum of.
 
-    Rounding each factor of a sum of products by a relative u changes the sum by at most (number of factors) * u * the sum
-    of the products' absolute values; scores s enter through exp(s), where a relative u becomes u * |s|.
+    Rounding each factor of a sum of products by a relative u changes the sum by at most (number of factors) * u * the
+    sum of the products' absolute values; scores s enter through exp(s), where a relative u becomes u * |s|.
     """
     q, k, v, grad = (x.detach().double().transpose(1, 2) for x in (q, k, v, grad))
     groups, T, scale = q.size(1) // k.size(1), q.size(2), 1 / math.sqrt(q.size(3))
@@ -59,8 +59,9 @@ def check(function, inputs, grad, window):
     exact, sizes, (score, score_size) = reference(*inputs, grad, window)
     T, D = inputs[0].shape[1], inputs[0].shape[3]
     u = torch.finfo(y.dtype).eps / 2
-    # bf16 products are summed in fp32, so what counts is the rounding of scores, probabilities, their gradients, results,
-    # and of the up to 3 chunks whose gradients for a key are added in bf16. In fp32 each sum of n terms adds n roundings.
+    # bf16 products are summed in fp32, so what counts is the rounding of scores, probabilities, their gradients,
+    # results, and of the up to 3 chunks whose gradients for a key are added in bf16. In fp32 a sum of n terms adds
+    # n roundings.
     factor = u * (8 + 2 * score if y.dtype == torch.bfloat16 else 8 + T + D + 2 * D * score_size)
     names = "output", "dq", "dk", "dv"
     for name, got, want, size in zip(names, (y, *torch.autograd.grad(y, inputs, grad)), exact, sizes):
@@ -93,8 +94,9 @@ def test_expected_backends_work_here():
 
 
 @pytest.mark.parametrize("name", [n for n in WORKING if n != "sdpa"])
-@pytest.mark.parametrize("T, window", [(1, 0), (1, 1), (2, 0), (7, 0), (9, 1), (16, 1), (16, 8), (17, 8), (15, 16), (16, 15),
-                                       (16, 14), (16, 16), (5, 100), (130, 1), (257, 128), (256, 128), (129, 128)])
+@pytest.mark.parametrize("T, window", [(1, 0), (1, 1), (2, 0), (7, 0), (9, 1), (16, 1), (16, 8), (17, 8), (15, 16),
+                                       (16, 15), (16, 14), (16, 16), (5, 100), (130, 1), (257, 128), (256, 128),
+                                       (129, 128)])
 def test_window_edges(name, T, window):
     check(fa.BACKENDS[name][0](), *draw(1, T, 2, 1, 8, torch.float32), window)
 
@@ -145,8 +147,8 @@ def test_kv_cache_equals_full_attention(window, chunks, as_tensor):
         for n in chunks:
             now = slice(pos, pos + n)
             seqlens = torch.full((2,), pos, dtype=torch.int32) if as_tensor else pos
-            outputs.append(flash_attn.flash_attn_with_kvcache(
-                q[:, now], *caches, k=k[:, now], v=v[:, now], cache_seqlens=seqlens, causal=True, window_size=(window, 0)))
+            outputs.append(flash_attn.flash_attn_with_kvcache(q[:, now], *caches, k=k[:, now], v=v[:, now], causal=True,
+                                                              cache_seqlens=seqlens, window_size=(window, 0)))
             pos += n
     torch.testing.assert_close(torch.cat(outputs, 1), want)
     for cache, x in zip(caches, (k, v)):

@@ -14,14 +14,6 @@ VOCAB, T = 11, 24
 TOKEN_BYTES = torch.tensor([1, 1, 2, 3, 4, 7, 1, 0, 5, 2, 0], dtype=torch.int32)  # 7 and 10 are special
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model():
     torch.manual_seed(3)
     config = GPTConfig(sequence_len=T, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
