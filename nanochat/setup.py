@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nanochat import schedules
 from nanochat.checkpoint_manager import (build_model, check_tokenizer, load_checkpoint, load_weights, resolve_step, runs_dir,
                                          save_checkpoint)
-from nanochat.common import UserError, get_base_dir, is_main_rank, print0, write_atomic
+from nanochat.common import get_base_dir, is_main_rank, print0, write_atomic
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer

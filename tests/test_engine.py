@@ -359,7 +359,7 @@ def test_base_eval_prints_a_table_and_leaves_a_record(base_dir):
 @pytest.mark.parametrize("name, args, words", [
     ("sample", ("--model-tag", "nope", "-p", "x"), "tiny"),
     ("sample", ("--step", "15", "-p", "x"), "10, 20"),
-    ("sample", ("-p",), "expected one argument"),
+    ("sample", ("-p",), "expected at least one argument"),
     ("chat_cli", ("--chat", "--complete", "--top-k", "-1"), "--top-k must be at least 0"),
     ("base_eval", ("--eval", "bpb,cor", "--max-per-task", "0"), "not 'cor'"),
 ])
