@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from nanochat.flags import flag, parse
 from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
+from nanochat.sources import SourceFlags
 
 
 @dataclass
@@ -42,12 +43,9 @@ class RunFlags:
 
 
 @dataclass
-class DataFlags:
+class DataFlags(SourceFlags):
     """The text"""
-    data: str = flag("python", "python (this interpreter's own sources), a path, glob or folder, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
-    val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data")
-    text_column: str = flag("text", "column of .jsonl and .parquet files that holds the text")
-    skip_bad: bool = flag(False, "skip (and count) undecodable text instead of stopping at it")
+    val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data", metavar="SOURCE")
     vocab_size: int = flag(32768, "size of the tokenizer to train where there is none yet", low=265, high=2**24)
 
 

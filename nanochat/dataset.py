@@ -25,7 +25,7 @@ import numpy as np
 
 from nanochat.common import Progress, UserError, cli, format_table, get_base_dir, print0
 from nanochat.flags import flag, parse
-from nanochat.sources import Counts, expected_bytes, iter_documents, source_identity, text_digest
+from nanochat.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity, text_digest
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 VAL_EVERY = 20  # one document in so many goes to validation ...
@@ -351,24 +351,16 @@ _REMEDY = "Prepare the tokens again: `python -m nanochat.dataset --force` with t
 # ---- command line
 
 @dataclass
-class DataFlags:
-    """Data"""
-    data: str = flag("python", "where the text is: python, a path, glob or folder, or hf:NAME", metavar="SOURCE")
-    val_data: str = flag("", "a source to validate on; by default a part of --data is held out", metavar="SOURCE")
-    text_column: str = flag("text", "the column of .jsonl and .parquet rows that holds the text", metavar="NAME")
-    max_chars: int = flag(-1, "read at most this many characters; -1: all (1e9 of hf:)", low=-1)
-    skip_bad: bool = flag(False, "leave out, and count, what is not valid UTF-8 or JSON")
+class PrepareFlags(SourceFlags):
+    """The text, prepared as tokens on disk"""
+    val_data: str | None = flag(None, "a source to validate on; by default a part of --data is held out", metavar="SOURCE")
     force: bool = flag(False, "prepare again even if the tokens are there")
     verify: bool = flag(False, "check the checksum of every file")
 
-    def validate(self) -> list[str]:
-        return ["--max-chars must be -1 (all) or positive, got 0"] if self.max_chars == 0 else []
-
 
 def main() -> None:
-    flags, = parse([DataFlags], prog="python -m nanochat.dataset", description="Prepare text as tokens on disk.")
-    folder = prepare_tokens(flags.data, get_tokenizer(), val_source=flags.val_data, text_column=flags.text_column,
-                            skip_bad=flags.skip_bad, max_chars=flags.max_chars, force=flags.force)
+    flags, = parse([PrepareFlags], prog="python -m nanochat.dataset", description="Prepare text as tokens on disk.")
+    folder = prepare_tokens(flags.data, get_tokenizer(), val_source=flags.val_data, force=flags.force, **flags.reading())
     dataset = TokenDataset.open(folder)
     if flags.verify:
         dataset.verify()

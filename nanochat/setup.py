@@ -68,6 +68,10 @@ class Run:
         self.forward = compile_whole(self.model) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
+        packing = rows.report(groups=1)
+        print0(f"rows of {shape.sequence_len} tokens: {packing['tokens_lost_share']:.2%} of the tokens lost, "
+               f"{packing['documents_cut_share']:.1%} of the documents cut ({packing['documents_longer_share']:.1%} are longer "
+               "than a row)")
         self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
                                   grad_accum_steps=self.horizon.grad_accum_steps, rank=self.ranks.rank,
                                   world_size=self.ranks.world_size, device=self.device)
@@ -182,12 +186,11 @@ class Console:
 def prepare_text(config: Config):
     """The tokenizer and the token dataset, made first where they are missing."""
     data = config.data
-    options = dict(text_column=data.text_column, skip_bad=data.skip_bad)
     if not (get_base_dir() / "tokenizer").exists():
         print0("no tokenizer yet: training one")
-        train_tokenizer(data.data, data.vocab_size, **options).save(get_base_dir() / "tokenizer")
+        train_tokenizer(data.data, data.vocab_size, **data.reading()).save(get_base_dir() / "tokenizer")
     tokenizer = get_tokenizer()
-    tokens = TokenDataset.open(prepare_tokens(data.data, tokenizer, val_source=data.val_data, **options))
+    tokens = TokenDataset.open(prepare_tokens(data.data, tokenizer, val_source=data.val_data, **data.reading()))
     print0(f"text: {data.data} | vocabulary {tokenizer.get_vocab_size():,} | tokens: "
            f"{tokens.split('train').num_tokens:,} training, {tokens.split('val').num_tokens:,} validation")
     return tokenizer, tokens

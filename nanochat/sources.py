@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError
+from nanochat.flags import flag
 from nanochat.tokenizer import replace_lone_surrogates
 
 HUB_CHARS = 1_000_000_000  # what is read of a dataset on the hub unless --max-chars says otherwise
@@ -29,6 +30,23 @@ HUB_PRESETS = {  # name: (repository, config, split, column)
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "text"),
     "tinystories": ("roneneldan/TinyStories", None, "train", "text"),
 }
+
+
+@dataclass
+class SourceFlags:
+    """The text"""
+    data: str = flag("python", "python (this interpreter's own sources), a path, glob or folder, or "
+                               "hf:NAME[:CONFIG][:SPLIT][:COLUMN]", metavar="SOURCE")
+    text_column: str = flag("text", "column of .jsonl and .parquet files that holds the text", metavar="NAME")
+    max_chars: int = flag(-1, "read at most this many characters; -1 is all (1e9 of hf:)")
+    skip_bad: bool = flag(False, "leave out, and count, what is not valid UTF-8 or JSON instead of stopping at it")
+
+    def validate(self) -> list[str]:
+        return [] if self.max_chars == -1 or self.max_chars > 0 else ["--max-chars must be positive, or -1 for all"]
+
+    def reading(self) -> dict:
+        """The keyword arguments that readers of text share."""
+        return dict(text_column=self.text_column, max_chars=self.max_chars, skip_bad=self.skip_bad)
 
 
 @dataclass
