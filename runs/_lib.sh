@@ -54,17 +54,19 @@ words() {                                           # split at white space; no g
 profile() {
     : "${DEPTH:=$1}" "${HEAD_DIM:=$2}" "${WINDOW_PATTERN:=$3}" "${MAX_SEQ_LEN:=$4}" "${VOCAB_SIZE:=$5}"
     : "${DEVICE_BATCH_SIZE:=$6}" "${TOTAL_BATCH_SIZE:=$7}" "${NUM_ITERATIONS:=$8}"
-    : "${EVAL_EVERY:=$9}" "${EVAL_TOKENS:=${10}}" "${MODEL_TAG:=d$DEPTH}"
+    : "${EVAL_EVERY:=$9}" "${EVAL_TOKENS:=${10}}" "${MAX_CHARS:=${11}}" "${WARMUP_STEPS:=${12}}" "${LR_MULTIPLIER:=${13}}"
+    : "${MODEL_TAG:=d$DEPTH}"
 }
 
 base_train_flags() {
     ARGS=()
     flag run "${WANDB_RUN-}"; flag model-tag "$MODEL_TAG"; flag device-type "$DEVICE_TYPE"; flag seed "${SEED-}"
-    flag data "$DATA"; flag val-data "$VAL_DATA"; flag vocab-size "$VOCAB_SIZE"
+    flag data "$DATA"; flag val-data "$VAL_DATA"; flag max-chars "$MAX_CHARS"; flag vocab-size "$VOCAB_SIZE"
     flag depth "$DEPTH"; flag head-dim "$HEAD_DIM"; flag window-pattern "$WINDOW_PATTERN"
     flag max-seq-len "$MAX_SEQ_LEN"
     flag device-batch-size "$DEVICE_BATCH_SIZE"; flag total-batch-size "$TOTAL_BATCH_SIZE"
-    flag num-iterations "$NUM_ITERATIONS"; flag eval-every "$EVAL_EVERY"; flag eval-tokens "$EVAL_TOKENS"
+    flag num-iterations "$NUM_ITERATIONS"; flag warmup-steps "$WARMUP_STEPS"; flag lr-multiplier "$LR_MULTIPLIER"
+    flag eval-every "$EVAL_EVERY"; flag eval-tokens "$EVAL_TOKENS"
     flag core-metric-every -1; flag sample-every -1  # CORE needs a download; samples come after training
     feature_flags
     words "${BASE_TRAIN_EXTRA_ARGS-}"

@@ -4,18 +4,19 @@
 source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
 setup
 DEVICE_TYPE="${DEVICE_TYPE:-$(detect_device)}"
-case "$DEVICE_TYPE" in  # depth head-dim window T vocab micro-batch(rows) batch(tokens) steps eval-every eval-tokens
-    cuda) profile 12 128 L 2048 32768 16 131072 500 100 524288 ;;
-    mps) profile 6 64 L 512 8192 16 16384 400 100 131072 ;;
-    cpu) profile 4 64 L 512 4096 8 4096 300 100 65536 ;;
+# Runs this short want higher rates than the law for full horizons gives: x4 measured best of 1, 4, 10 (dev/LOG.md).
+case "$DEVICE_TYPE" in  # depth head-dim window T vocab rows batch steps eval-every eval-tokens max-chars warm-up LR
+    cuda) profile 12 128 L 2048 32768 16 131072 500 100 524288 -1 40 1 ;;
+    mps) profile 6 64 L 512 8192 16 16384 400 100 131072 100000000 20 4 ;;
+    cpu) profile 4 64 L 512 4096 8 4096 340 85 65536 40000000 20 4 ;;
     *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
 esac
 
 if [[ ${PREPARE_DATA:-1} == 1 ]]; then
     say "text -> tokenizer -> tokens"
     DATA="${DATA:-python}"
-    run "$PYTHON" -m scripts.tok_train --data="$DATA" --vocab-size="$VOCAB_SIZE"
-    run "$PYTHON" -m nanochat.dataset --data="$DATA" ${VAL_DATA:+"--val-data=$VAL_DATA"}
+    run "$PYTHON" -m scripts.tok_train --data="$DATA" --max-chars="$MAX_CHARS" --vocab-size="$VOCAB_SIZE"
+    run "$PYTHON" -m nanochat.dataset --data="$DATA" --max-chars="$MAX_CHARS" ${VAL_DATA:+"--val-data=$VAL_DATA"}
 fi
 say "train d$DEPTH for $NUM_ITERATIONS steps on $DEVICE_TYPE"
 base_train_flags
