@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat.embedding import Embedding
 from nanochat.flash_attention import flash_attn
 from nanochat.losses import softcapped_cross_entropy, softcapped_logits
 from nanochat.optim import MuonAdamW
@@ -143,10 +144,10 @@ class GPT(nn.Module):
         self.window_sizes = window_sizes(config)
         self.max_seq_len = config.sequence_len * ROTARY_REACH
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab, config.n_embd, dtype=table_dtype),
+            "wte": Embedding(vocab, config.n_embd, dtype=table_dtype),
             "h": nn.ModuleList(Block(config, has_value_embedding(i, n), self.kernels) for i in range(n)),
         })
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab, config.n_kv_head * head_dim, dtype=table_dtype)
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(vocab, config.n_kv_head * head_dim, dtype=table_dtype)
                                            for i in range(n) if has_value_embedding(i, n)})
         self.lm_head = Linear(config.n_embd, vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(n))

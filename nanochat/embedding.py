@@ -1,0 +1,42 @@
+"""Embedding tables whose gradient is the same to the bit every time.
+
+The gradient of a lookup adds up, per table row, what flows back to every place where that token stands. torch.compile
+does it with atomic adds from several threads, in whatever order they come; PyTorch's own kernel gives each thread rows
+of its own, but in a bf16 table also adds in bf16, where a frequent token's sum soon stops growing. Here PyTorch's kernel
+adds in fp32 and the result is rounded once. It is an operator of its own, so that compilers do not look inside.
+"""
+
+import torch
+import torch.nn as nn
+
+
+@torch.library.custom_op("nanochat::embedding_gradient", mutates_args=())
+def embedding_gradient(grad: torch.Tensor, idx: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sum of grad (..., C) over the places in idx (...) int64 of each token: (rows, C) in grad's dtype, summed in fp32."""
+    summed = torch.ops.aten.embedding_dense_backward(grad.float(), idx, rows, -1, False)
+    return summed.to(grad.dtype)
+
+
+@embedding_gradient.register_fake
+def _(grad, idx, rows):
+    return grad.new_empty(rows, grad.size(-1))
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, idx):
+        ctx.save_for_backward(idx)
+        ctx.rows = table.size(0)
+        return table[idx]
+
+    @staticmethod
+    def backward(ctx, grad):
+        idx, = ctx.saved_tensors
+        return embedding_gradient(grad, idx, ctx.rows), None
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` with the gradient above: idx (...) int64 -> (..., C) in the table's dtype."""
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return _Lookup.apply(self.weight, idx)
