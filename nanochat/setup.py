@@ -53,12 +53,12 @@ class Run:
         self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,
                                                       self.model.window_sizes)
         print0(str(self.model.kernels.attention))
+        self.features = Features(config, rooms)
+        self.features.on_model(self.model)
         self.compile = config.run.compile
         if self.compile and (trouble := compiler_works(self.device)):
             print0(f"going on without torch.compile, slower: {trouble}")
             self.compile = False
-        self.features = Features(config, rooms)
-        self.features.on_model(self.model)
         scale = self.horizon.lr_scale
         optim = config.optim
         self.optimizer = self.model.setup_optimizer(

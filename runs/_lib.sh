@@ -107,7 +107,7 @@ show_results() {  # folder of the run
     "$PYTHON" - "$1/result.json" <<'PYTHON_END'
 import json, sys
 from nanochat.common import format_table
-columns = "status steps_done tokens_seen train_time_sec tok_per_sec_avg final_loss min_val_bpb peak_mem_mib".split()
+columns = "status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb peak_mem_mib".split()
 print(format_table([json.load(open(sys.argv[1]))], columns))
 PYTHON_END
     local file

@@ -116,7 +116,7 @@ def test_lib_makes_a_shell_strict(sandbox):
 
 # --- what speedrun_small.sh launches --------------------------------------------------------------------------------
 
-CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--vocab-size=4096", "--depth=4", "--head-dim=64",
+CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--max-chars=40000000", "--vocab-size=4096", "--depth=4", "--head-dim=64",
              "--window-pattern=L", "--max-seq-len=512"]
 
 
@@ -124,8 +124,8 @@ def test_the_steps_and_their_order(sandbox):
     process, calls = sandbox.launch()
     assert process.returncode == 0, process.stderr
     assert modules_of(calls) == STEPS
-    assert arguments_of(calls, "scripts.tok_train") == ["--data=python", "--vocab-size=4096"]
-    assert arguments_of(calls, "nanochat.dataset") == ["--data=python"]
+    assert arguments_of(calls, "scripts.tok_train") == ["--data=python", "--max-chars=40000000", "--vocab-size=4096"]
+    assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--max-chars=40000000"]
     assert arguments_of(calls, "scripts.base_train")[:len(CPU_FLAGS)] == CPU_FLAGS
     assert "scripts.base_train --model-tag=d4" in process.stdout, "the command that is launched must be visible"
 
@@ -184,7 +184,7 @@ def test_prepared_data_is_not_prepared_again(sandbox):
 
 def test_validation_text_reaches_the_preparation(sandbox):
     _, calls = sandbox.launch(VAL_DATA="hf:climbmix")
-    assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--val-data=hf:climbmix"]
+    assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--max-chars=40000000", "--val-data=hf:climbmix"]
 
 
 def test_relative_paths_are_the_callers(sandbox, tmp_path):
@@ -194,7 +194,8 @@ def test_relative_paths_are_the_callers(sandbox, tmp_path):
     (elsewhere / "poems.txt").write_text("text")
     _, calls = sandbox.run(f"bash {sandbox.root}/runs/speedrun_small.sh", cwd=elsewhere, SKIP_SETUP="1",
                            PYTHON=str(sandbox.python), DATA="*.txt", VAL_DATA="poems.txt")
-    assert arguments_of(calls, "nanochat.dataset") == [f"--data={elsewhere}/*.txt", f"--val-data={elsewhere}/poems.txt"]
+    assert arguments_of(calls, "nanochat.dataset") == [
+        f"--data={elsewhere}/*.txt", "--max-chars=40000000", f"--val-data={elsewhere}/poems.txt"]
     process, _ = sandbox.run(f"source {sandbox.root}/runs/_lib.sh; echo $NANOCHAT_BASE_DIR", cwd=elsewhere,
                              NANOCHAT_BASE_DIR="out")
     assert process.stdout == f"{elsewhere}/out\n"

@@ -1,0 +1,170 @@
+"""Rooms: every one, switched off, changes no bit of a run; switched on, it survives a kill and a resume. And the hooks of
+the protocol are called where they say, shown by a room of the test's own that trains suffixes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.config import parse_config
+from nanochat.features import FEATURES, Feature
+from nanochat.flags import flag
+from nanochat.metrics import read_metrics
+from nanochat.setup import Run
+from nanochat.train import run_to_the_end
+
+ROOT = Path(__file__).parent.parent
+SWITCHED_ON = {"compile_cache": ["--compile", "--compile-cache-dir={tmp}"]}  # flags that switch each room on
+STEPS = 8
+
+
+class Alternate(Feature):
+    """Trains the upper half on odd steps, counts what it sees, and keeps a state that decides the next step."""
+    name = "alternate"
+
+    @dataclass
+    class Config:
+        """Alternate"""
+        alternate_from: int = flag(-1, "first step on which only the upper half may be trained; -1 is off")
+
+    @classmethod
+    def enabled(cls, config):
+        return config.features[cls.name].alternate_from >= 0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.frozen, self.evaluations, self.gradients = False, 0, []
+
+    def on_model(self, model):
+        self.half = model.config.n_layer // 2
+
+    def before_step(self, step):
+        self.frozen = not self.frozen and step >= self.config.alternate_from
+        return {"active_start": self.half if self.frozen else 0}
+
+    def after_backward(self, model, step):
+        self.gradients.append([block.mlp.c_fc.weight.grad is not None for block in model.transformer.h])
+
+    @contextmanager
+    def eval_context(self, model):
+        self.evaluations += 1
+        yield
+
+    def metrics(self):
+        return {"step_kind": "suffix" if self.frozen else "full", "active_start": self.half if self.frozen else 0,
+                "active_layers": self.half if self.frozen else 2 * self.half}
+
+    def summary(self):
+        return {"schedule": "alternate"}
+
+    def state_dict(self):
+        return {"frozen": self.frozen}
+
+    def load_state_dict(self, state):
+        self.frozen = state["frozen"]
+
+
+ROOMS = (*FEATURES, Alternate)
+SWITCHED_ON["alternate"] = ["--no-compile", "--alternate-from=3"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("rooms")
+    (base / "text").mkdir()
+    for name in ("gpt", "optim", "dataset", "tokenizer", "train"):
+        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
+    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
+    yield base
+    os.environ["NANOCHAT_BASE_DIR"] = before
+
+
+def train(base, tag, *extra, rooms=ROOMS):
+    argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 --core-metric-every=-1 "
+            f"--sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu --data={base / 'text'} --model-tag={tag}").split()
+    run = Run(parse_config(rooms, [*argv, *extra]), rooms)
+    assert run_to_the_end(run) == 0
+    return run
+
+
+def final_bytes(run):
+    return [(run.run_dir / f"step_{STEPS:06d}" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+
+
+def steps_of(run):
+    rows = read_metrics(run.run_dir / "metrics.jsonl")
+    return [(r["step"], r["loss"], r["step_kind"], r["active_start"]) for r in rows if r["loss"] is not None]
+
+
+def test_every_room_is_tested_here():
+    assert set(SWITCHED_ON) == {room.name for room in ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
+def test_switched_off_it_changes_no_bit(base, room):
+    without = train(base, "without", "--no-compile", rooms=tuple(r for r in ROOMS if r is not room))
+    with_it = train(base, "with-it-off", "--no-compile")
+    assert steps_of(without) == steps_of(with_it) and final_bytes(without) == final_bytes(with_it)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
+def test_switched_on_it_survives_a_resume(base, room, tmp_path):
+    on = [f.format(tmp=tmp_path) for f in SWITCHED_ON[room.name]]
+    whole = train(base, f"whole-{room.name}", *on)
+    halved = whole.run_dir.with_name(f"halved-{room.name}")
+    shutil.copytree(whole.run_dir, halved)
+    for step in (6, STEPS):
+        shutil.rmtree(halved / f"step_{step:06d}")
+    resumed = train(base, halved.name, *on, "--resume-from-step=latest")
+    assert resumed.first_step == 3
+    assert steps_of(resumed) == steps_of(whole) and final_bytes(resumed) == final_bytes(whole)
+
+
+def test_hooks_are_called_where_they_say(base):
+    run = train(base, "hooks", *SWITCHED_ON["alternate"])
+    room = run.features.rooms[-1]
+    assert [row[2:] for row in steps_of(run)] == [("full", 0)] * 3 + [("suffix", 2), ("full", 0)] * 2 + [("suffix", 2)]
+    assert room.gradients == [[True] * 4] * 3 + [[False, False, True, True], [True] * 4] * 2 + [[False, False, True, True]]
+    assert room.evaluations == 3 + 3  # evaluations at 0, 4 and 8; checkpoints at 3, 6 and 8
+    assert json.loads((run.run_dir / "result.json").read_text())["schedule"] == "alternate"
+
+
+def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
+    """Between the checkpoints of steps 3 and 4 only the upper half was trained."""
+    from nanochat.checkpoint_manager import load_checkpoint
+    run = train(base, "frozen", *SWITCHED_ON["alternate"], "--save-every=1")
+    (before, state_before, _), (after, state_after, _) = (load_checkpoint(run.run_dir, step) for step in (3, 4))
+    for name in before:
+        frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear"))
+        changed = not torch.equal(before[name], after[name])
+        assert changed != frozen or name == "x0_lambdas" or name == "resid_lambdas", name
+        for key in (k for k in state_before if k.startswith(name + "/")):
+            assert not frozen or torch.equal(state_before[key], state_after[key]), key
+
+
+def test_the_compile_cache_serves_another_process(base, tmp_path):
+    """The second process finds the first one's graphs: it compiles no C++ of its own."""
+    argv = ["--depth=1", "--head-dim=24", "--aspect-ratio=24", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=32",
+            "--num-iterations=1", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1", "--device-type=cpu",
+            f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
+    libraries = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        libraries.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.so")})
+    assert libraries[0] and libraries[0] == libraries[1]
+
+
+def test_a_compile_cache_that_cannot_be_written_is_refused(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Choose a folder"):
+        train(base, "uncached", "--compile", f"--compile-cache-dir={tmp_path / 'file' / 'cache'}")
