@@ -26,6 +26,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+COMPILE_FROM = 2**14  # elements: smaller parameters are updated eagerly, as a graph for each would cost seconds
 TINY = 1e-20  # keeps a division by the norm of an all-zero row or matrix finite, and matters to nothing else
 
 
@@ -79,7 +80,8 @@ class MuonAdamW(torch.optim.Optimizer):
     A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables.
 
     names: parameter -> name, for `named_state`.   muon_dtype: what the orthogonalization multiplies in.
-    compile: fuse each rule with torch.compile. A batch of another size reuses the graph (the batch is dynamic).
+    compile: fuse each rule with torch.compile, for parameters large enough to pay for their graph. A batch of another
+    size reuses the graph (the batch is dynamic).
     """
 
     def __init__(self, param_groups: list[dict], names: dict[Tensor, str] | None = None,
@@ -89,9 +91,9 @@ class MuonAdamW(torch.optim.Optimizer):
         assert all(len({p.shape for p in g["params"]}) <= 1 for g in self.param_groups if g["kind"] == "muon")
         self.names = names or {}
         self.muon_dtype = muon_dtype
-        self.compiled = compile
-        self._adamw_update = torch.compile(adamw_update, dynamic=False, fullgraph=True) if compile else adamw_update
-        self._muon_update = torch.compile(muon_update, fullgraph=True) if compile else muon_update
+        self.compile = compile
+        self._compiled_adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)  # compiles when first called
+        self._compiled_muon = torch.compile(muon_update, fullgraph=True)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -110,7 +112,11 @@ class MuonAdamW(torch.optim.Optimizer):
             step = state["step"].item()
             scalars = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
                        (1 - beta2**step) ** 0.5, eps)
-            self._adamw_update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], *self._scalars(*scalars))
+            tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
+            if self._compiles(p):
+                self._compiled_adamw(*tensors, *_on_host(scalars))
+            else:
+                adamw_update(*tensors, *scalars)
 
     def _step_muon(self, group: dict, active: list[Tensor]) -> None:
         states = [self._state(p, group) for p in active]
@@ -119,11 +125,13 @@ class MuonAdamW(torch.optim.Optimizer):
         rows, cols = active[0].shape
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5
         stacks = [torch.stack(list(t)) for t in (active, [p.grad.float() for p in active], momenta, seconds)]
-        if self.compiled:
+        scalars = group["momentum"], lr, group["weight_decay"], group["beta2"]
+        if self._compiles(active[0]):
             for stack in stacks:
                 torch._dynamo.maybe_mark_dynamic(stack, 0)
-        scalars = self._scalars(group["momentum"], lr, group["weight_decay"], group["beta2"])
-        updated = self._muon_update(*stacks, *scalars, self.muon_dtype)
+            updated = self._compiled_muon(*stacks, *_on_host(scalars), self.muon_dtype)
+        else:
+            updated = muon_update(*stacks, *scalars, self.muon_dtype)
         for tensors, new in zip((active, momenta, seconds), updated):
             torch._foreach_copy_(tensors, list(new.unbind()))
 
@@ -140,9 +148,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["second_momentum"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)
         return state
 
-    def _scalars(self, *values: float) -> tuple:
-        """Numbers as they are in eager mode; compiled, as 0-d host tensors, whose change compiles nothing anew."""
-        return tuple(torch.tensor(v, dtype=torch.float32) for v in values) if self.compiled else values
+    def _compiles(self, p: Tensor) -> bool:
+        return self.compile and p.numel() >= COMPILE_FROM
 
     def named_state(self) -> dict[str, Tensor]:
         """Every state tensor under `<parameter name>/<key>`, for checkpoints that do not depend on grouping or order."""
@@ -157,3 +164,8 @@ class MuonAdamW(torch.optim.Optimizer):
             name, _, slot = key.rpartition("/")
             p, group = owner[name]
             self._state(p, group)[slot].copy_(tensor)
+
+
+def _on_host(scalars: tuple[float, ...]) -> list[Tensor]:
+    """Numbers as 0-d host tensors: a compiled function takes other values of them without compiling anew."""
+    return [torch.tensor(value, dtype=torch.float32) for value in scalars]

@@ -6,9 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from nanochat import optim
 from nanochat.optim import MuonAdamW, muon_update, polar_factor
 
 COMPILE = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+
+
+@pytest.fixture(autouse=True)
+def compile_small_ones_too(monkeypatch):
+    monkeypatch.setattr(optim, "COMPILE_FROM", 1)
 
 
 def muon_group(params, **kw):
@@ -139,7 +145,18 @@ def test_subsets_do_not_recompile():
         for p in params[size:]:
             p.grad = None
         optimizer.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_small_parameters_do_not_cost_a_graph(monkeypatch):
+    monkeypatch.undo()
+    params = parameters((6, 4), (5,))
+    optimizer = MuonAdamW([muon_group(params[:1]), adamw_group(params[1:])], compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    give_gradients(params, 0)
+    optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
 def test_state_travels_by_name():
