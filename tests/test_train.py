@@ -267,3 +267,20 @@ def test_another_vocabulary_is_refused_on_resume(plain, base, tmp_path):
                            "--resume-from-step=5")], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "NANOCHAT_BASE_DIR": str(other)})
     assert done.returncode == 2 and "another vocabulary" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_core_samples_and_what_is_missing(base, capsys):
+    """CORE from a bundle at hand and samples, in a run; a checkpoint is there before either of them."""
+    bundle = base / "eval_bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text("icl_tasks:\n- label: sayings\n  dataset_uri: s.jsonl\n  num_fewshot: [0]\n"
+                                      "  icl_task_type: language_modeling\n")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nsayings,0\n")
+    (bundle / "eval_data" / "s.jsonl").write_text('{"context": "def", "continuation": "step"}\n' * 3)
+    _, rows = run_here(base, "core", "--no-compile", "--num-iterations=2", "--core-metric-every=2", "--sample-every=2")
+    assert [r["core_metric"] for r in rows if "core_metric" in r] == [pytest.approx(0, abs=1)]
+    printed = capsys.readouterr().out
+    assert printed.index("saved") < printed.index("CORE metric") < printed.index("samples")
+    (bundle / "core.yaml").unlink()
+    run_here(base, "no-core", "--no-compile", "--num-iterations=1", "--core-metric-every=1")
+    assert "CORE left out" in capsys.readouterr().out
