@@ -15,14 +15,19 @@ from nanochat.sources import SourceFlags
 
 
 @dataclass
-class RunFlags:
+class DeviceFlags:
+    """The device"""
+    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
+                      choices=("auto", "bfloat16", "float16", "float32"))
+
+
+@dataclass
+class RunFlags(DeviceFlags):
     """The run: its name, its records and its limits"""
     run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it")
     model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>")
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0)
-    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
-    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
-                      choices=("auto", "bfloat16", "float16", "float32"))
     compile: bool = flag(True, "compile the model and the optimizer")
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
                                  metavar="STEP|latest")

@@ -17,7 +17,15 @@ import torch
 
 from nanochat.common import UserError
 
+SAMPLE_TOKENS = 48    # length of the samples that training and evaluation show
 PREFILL_CHUNK = 1024  # positions: bounds the logits that a long prompt needs at once (1024 x 32k x 4 bytes = 128 MiB)
+
+
+def sample_prompts(source: str) -> tuple[str, ...]:
+    """Prompts that suit a model trained on this text source."""
+    if source == "python":
+        return "def __init__(self", "import os\n", "for i in range("
+    return "The capital of France is", "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"
 
 
 class KVCache:
@@ -174,6 +182,12 @@ class Engine:
                     sequences[i].append(token)
                     masks[i].append(1)
         return sequences, masks
+
+    def complete(self, prompt: str, **sampling) -> str:
+        """The prompt and one continuation of it, as text. `sampling` as in `generate`."""
+        tokens = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+        (sequence,), _ = self.generate_batch(tokens, **sampling)
+        return self.tokenizer.decode(sequence[1:])
 
     def stream_text(self, tokens: list[int], **sampling) -> Iterator[str]:
         """The continuation of `tokens` as pieces of text, for a terminal. A token may end inside a character: its bytes

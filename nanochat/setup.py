@@ -84,6 +84,8 @@ class Run:
             self._resume()
         self.loader.start(self.step)
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=self.step)
+        if self.compile:
+            print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")
         self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat())
 
     def _resume(self) -> None:

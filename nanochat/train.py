@@ -11,15 +11,10 @@ from nanochat.common import UserError, format_duration, is_main_rank, print0
 from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
 from nanochat.device import evaluation
-from nanochat.engine import Engine
+from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.setup import Run
 
-SAMPLE_PROMPTS = {
-    "python": ("def __init__(self", "import ", "for i in range("),
-    "": ("The capital of France is", "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"),
-}
-SAMPLE_TOKENS = 48
 LOG_EVERY_SECONDS = 5.0
 
 
@@ -149,13 +144,11 @@ def sample(run: Run) -> None:
     """A few greedy continuations, on rank 0."""
     if not is_main_rank():
         return
-    prompts = SAMPLE_PROMPTS.get(run.config.data.data, SAMPLE_PROMPTS[""])
     run.console.line(f"step {run.step} | samples")
     with run.clock.evaluating(), evaluation(run.model), run.features.eval_context(run.model):
-        for prompt in prompts:
-            tokens = run.tokenizer.encode(prompt, prepend=run.tokenizer.get_bos_token_id())
-            sequences, _ = Engine(run.model, run.tokenizer).generate_batch(tokens, max_tokens=SAMPLE_TOKENS, temperature=0.0)
-            print0("  " + run.tokenizer.decode(sequences[0][1:]).replace("\n", "\n  "))
+        engine = Engine(run.model, run.tokenizer)
+        for prompt in sample_prompts(run.config.data.data):
+            print0("  " + engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0).replace("\n", "\n  "))
 
 
 def run_to_the_end(run: Run) -> int:

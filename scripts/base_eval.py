@@ -73,14 +73,11 @@ def counted(batches, progress: Progress):
 
 def draw_samples(model, tokenizer, state: dict) -> list[str]:
     """Greedy continuations of a few prompts and two free samples, printed as they come."""
-    from nanochat.engine import Engine
-    from nanochat.train import SAMPLE_PROMPTS, SAMPLE_TOKENS
+    from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
     engine, texts = Engine(model, tokenizer), []
-    prompts = SAMPLE_PROMPTS.get(state["user_config"].get("data"), SAMPLE_PROMPTS[""])
+    prompts = sample_prompts(state["user_config"].get("data", ""))
     for prompt, temperature, seed in [*((p, 0.0, 0) for p in prompts), ("", 1.0, 1), ("", 1.0, 2)]:
-        tokens = tokenizer(prompt, prepend=tokenizer.get_bos_token_id())
-        (sequence,), _ = engine.generate_batch(tokens, max_tokens=SAMPLE_TOKENS, temperature=temperature, seed=seed)
-        texts.append(tokenizer.decode(sequence[1:]))
+        texts.append(engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=temperature, seed=seed))
         print(f"--- {'greedy' if temperature == 0 else 'sampled freely'}\n{texts[-1]}", flush=True)
     return texts
 

@@ -7,17 +7,15 @@ import sys
 from dataclasses import dataclass
 
 from nanochat.common import cli
+from nanochat.config import DeviceFlags
 from nanochat.flags import flag, parse
 
 
 @dataclass
-class ModelFlags:
+class ModelFlags(DeviceFlags):
     """The model"""
     model_tag: str | None = flag(None, "the run under base_checkpoints; by default the one trained last")
     step: int | None = flag(None, "the step of its checkpoint; by default the last one", low=0)
-    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
-    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
-                      choices=("auto", "bfloat16", "float16", "float32"))
 
     def load(self):
         """(model in eval mode on the device, tokenizer, checkpoint's state, ranks). UserError where there is none."""

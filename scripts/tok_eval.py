@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nanochat.common import cli, format_table, print0
 from nanochat.flags import flag, parse
+from nanochat.sources import SourceFlags
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 PEER_SECONDS = 5  # how long to wait for the peers' files, all together
@@ -45,12 +46,9 @@ Moreover $\sum_{k=1}^{n} k^2 = \frac{n(n+1)(2n+1)}{6}$, which for $n = 100$ give
 
 
 @dataclass
-class TokEvalFlags:
-    """Tokenizer evaluation"""
-    data: str = flag("python", "where the text is: python, a path, glob or folder, or hf:NAME", metavar="SOURCE")
-    max_chars: int = flag(4_000_000, "read at most this many characters of it", low=1)
-    text_column: str = flag("text", "the column of .jsonl and .parquet rows that holds the text", metavar="NAME")
-    skip_bad: bool = flag(False, "leave out, and count, what is not valid UTF-8 or JSON")
+class TokEvalFlags(SourceFlags):
+    """The text to compress, beside samples of other kinds"""
+    max_chars: int = flag(4_000_000, "read at most this many characters; -1 is all")
 
 
 def main() -> None:
@@ -62,8 +60,7 @@ def main() -> None:
     fetched = fetch_peers()
 
     texts = {name: [text] for name, text in SAMPLES.items()}
-    documents = iter_documents(flags.data, text_column=flags.text_column, skip_bad=flags.skip_bad,
-                               max_chars=flags.max_chars)
+    documents = iter_documents(flags.data, **flags.reading())
     for split, text in split_documents(documents):
         texts.setdefault(f"{flags.data} ({split})", []).append(text)
 

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 from nanochat.common import cli, format_table
+from nanochat.config import DeviceFlags
 from nanochat.flags import flag, parse
 from nanochat.shape import flops_per_token, shape_of_depth
 
@@ -23,14 +24,12 @@ PRESETS = {  # depth, head_dim, T, vocabulary, window pattern, rows per micro-ba
 
 
 @dataclass
-class BenchFlags:
+class BenchFlags(DeviceFlags):
     """The bench"""
     preset: str = flag("cpu-d4", "shape and batch", choices=tuple(PRESETS))
     variants: list[str] = flag(["compiled"], "what to time, in turn", choices=("eager", "compiled", "regional"))
     repeats: int = flag(7, "steps counted per variant", low=1)
     tokens: int = flag(-1, "tokens per step instead of the preset's")
-    dtype: str = flag("auto", "compute dtype", choices=("auto", "bfloat16", "float32"))
-    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
     json_out: str | None = flag(None, "write the result here", metavar="PATH")
 
 
