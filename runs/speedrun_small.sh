@@ -8,7 +8,7 @@ DEVICE_TYPE="${DEVICE_TYPE:-$(detect_device)}"
 case "$DEVICE_TYPE" in  # depth head-dim window T vocab rows batch steps eval-every eval-tokens max-chars warm-up LR
     cuda) profile 12 128 L 2048 32768 8 131072 500 100 524288 -1 40 1 ;;
     mps) profile 6 64 L 512 8192 16 16384 400 100 131072 100000000 20 4 ;;
-    cpu) profile 4 64 L 512 4096 8 4096 340 85 65536 40000000 20 4 ;;
+    cpu) profile 4 64 L 512 4096 8 4096 320 80 32768 40000000 20 4 ;;
     *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
 esac
 
