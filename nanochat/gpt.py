@@ -243,7 +243,7 @@ class GPT(nn.Module):
         return x, mid
 
     def setup_optimizer(self, unembedding_lr=0.008, embedding_lr=0.3, matrix_lr=0.02, weight_decay=0.28, scalar_lr=0.5,
-                        smear_lr=0.2, compile=False) -> MuonAdamW:
+                        compile=False) -> MuonAdamW:
         """One MuonAdamW over all parameters.
 
         The rates of head and tables are for width 768 and scale as width^-0.5; Muon's is the spectral norm of an update
@@ -262,7 +262,7 @@ class GPT(nn.Module):
             adamw(tables, 0.5 * embedding_lr * scale, (0.8, 0.995), 0.01),
             adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05),
             adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95)),
-            adamw(smear_and_backout, smear_lr, (0.8, 0.95)),
+            adamw(smear_and_backout, 0.2, (0.8, 0.95)),
         ]
         matrices = list(self.transformer.h.parameters())
         for shape in sorted({tuple(p.shape) for p in matrices}):

@@ -26,7 +26,6 @@ from nanochat.plot import plot_run
 from nanochat.shape import param_counts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
-SMEAR_LR = 0.2        # the recipe does not scale this one with the batch
 RECOMPILE_LIMIT = 64  # graphs per function: torch's default of 8 falls back to eager with no more than a warning
 
 
@@ -64,7 +63,7 @@ class Run:
         optim = config.optim
         self.optimizer = self.model.setup_optimizer(
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
-            optim.scalar_lr * scale, SMEAR_LR * optim.lr_multiplier, compile=self.compile)
+            optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.forward = compile_whole(self.model) if self.compile else self.model
 

@@ -150,8 +150,8 @@ def test_killed_and_resumed_compiled(base):
 def test_compiled_training_follows_eager(plain, base):
     """The first steps agree to bf16 rounding; later ones drift apart as any two roundings do."""
     rows = read_metrics(base / "base_checkpoints/alone/metrics.jsonl")
-    for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:6]:
-        assert compiled == pytest.approx(eager, rel=2e-3)
+    for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:4]:
+        assert compiled == pytest.approx(eager, rel=1e-3)
 
 
 @pytest.mark.parametrize("micro", ["1", "2", "8"])
