@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nanochat import schedules
 from nanochat.checkpoint_manager import (build_model, check_tokenizer, load_checkpoint, load_weights, resolve_step, runs_dir,
                                          save_checkpoint)
-from nanochat.common import get_base_dir, is_main_rank, print0, write_atomic
+from nanochat.common import UserError, get_base_dir, is_main_rank, print0, write_atomic
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
@@ -48,6 +48,9 @@ class Run:
         self.token_bytes = get_token_bytes(self.device, self.tokenizer)
         shape = config.model.shape(self.tokenizer.get_vocab_size())
         self.horizon = config.plan(shape, self.ranks.world_size)
+        if self.step > self.horizon.num_iterations:
+            raise UserError(f"the checkpoint is of step {self.step}, and the run ends at {self.horizon.num_iterations} "
+                            f"({self.horizon.reason}): lengthen it, or resume from an earlier step.")
         torch.manual_seed(config.run.seed)
         self.model = build_model(shape, self.dtype, self.device)
         self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,

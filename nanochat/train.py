@@ -25,7 +25,7 @@ class Diverged(Exception):
 def train(run: Run) -> None:
     """The loop. A checkpoint is written before evaluation and sampling, so that whatever they do costs no training."""
     while True:
-        last = run.step == run.horizon.num_iterations or run.out_of_time()
+        last = run.step >= run.horizon.num_iterations or run.out_of_time()
         flags = run.config.eval
         if last or (every(run.step, flags.save_every) and run.step != run.first_step):
             run.save()

@@ -242,6 +242,7 @@ def test_tensorboard(base):
     (["--resume-from-step=7"], "There are: 5, 10, 12"),
     (["--resume-from-step=latest", "--model-tag=nobody"], "there are: "),
     (["--resume-from-step=5", "--depth=3"], "another shape"),
+    (["--resume-from-step=5", "--num-iterations=4"], "lengthen it"),
     (["--device-type=cuda"], "no such device"),
     (["--dtype=float16"], "bfloat16 or float32"),
     (["--data=/no/such/folder"], "/no/such/folder"),
