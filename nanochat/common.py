@@ -1,6 +1,7 @@
 """What every part of the house needs and none owns: user errors, the base directory, printing, progress. No torch."""
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -120,7 +121,9 @@ class Progress:
         text += f" | {_si(self.done / elapsed)}{self.unit}/s | {format_duration(elapsed)}"
         if self.total and 0 < self.done < self.total:
             text += f" | eta {format_duration(elapsed * (self.total - self.done) / self.done)}"
-        print(("\r\033[K" if self.tty else "") + text, end=end, file=sys.stderr, flush=True)
+        if self.tty:  # a line that wraps could not be rewritten
+            text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _si(n: float) -> str:

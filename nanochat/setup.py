@@ -181,7 +181,9 @@ class Console:
     def show(self, text: str) -> None:
         """A progress line."""
         self.shown = time.monotonic()
-        print0(("\r\033[K" if self.tty else "") + text, end="" if self.tty else "\n")
+        if self.tty:  # a line that wraps could not be rewritten
+            text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
+        print0(text, end="" if self.tty else "\n")
         self.unfinished = self.tty
 
     def line(self, text: str) -> None:
