@@ -253,15 +253,16 @@ class GPT(nn.Module):
         tables = list(self.value_embeds.parameters())
         smear_and_backout = [self.smear_gate, self.smear_lambda, self.backout_lambda]
 
-        def adamw(params, lr, betas, weight_decay=0.0):
-            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay)
+        def adamw(params, lr, betas, weight_decay=0.0, per_layer=False):
+            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay,
+                        skip_zero_gradients=per_layer)
 
         groups = [
             adamw([self.lm_head.weight], unembedding_lr * scale, (0.8, 0.96), 0.01),
             adamw([self.transformer.wte.weight], embedding_lr * scale, (0.8, 0.995), 0.001),
             adamw(tables, 0.5 * embedding_lr * scale, (0.8, 0.995), 0.01),
-            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05),
-            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95)),
+            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05, per_layer=True),
+            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), per_layer=True),
             adamw(smear_and_backout, 0.2, (0.8, 0.95)),
         ]
         matrices = list(self.transformer.h.parameters())

@@ -39,6 +39,15 @@ def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     p.copy_(p32 * decay - step_size * exp_avg / (exp_avg_sq.sqrt() / bias2_sqrt + eps))
 
 
+def adamw_update_where_nonzero(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *scalars) -> None:
+    """`adamw_update` that leaves elements whose gradient is exactly zero, and their moments, as they are."""
+    tensors = p, exp_avg, exp_avg_sq
+    before = [t.clone() for t in tensors]
+    adamw_update(p, grad, exp_avg, exp_avg_sq, *scalars)
+    for t, old in zip(tensors, before):
+        t.copy_(torch.where(grad == 0, old, t))
+
+
 def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
     """About the semi-orthogonal matrix nearest to each row-equilibrated matrix of g (K, m, n); computed in `dtype`."""
     x = g / g.norm(dim=-1, keepdim=True).clamp_min(TINY)
@@ -77,7 +86,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Groups are tagged `kind`: `adamw` (lr, betas, eps, weight_decay) or `muon` (lr, momentum, beta2, weight_decay).
 
     All parameters of a Muon group have one shape: those that have a gradient are stacked and updated as one batch.
-    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables.
+    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables. An AdamW group
+    with `skip_zero_gradients` holds small vectors with an element per layer: those of frozen layers, whose gradient is
+    exactly zero, are left alone as a whole parameter without gradient would be.
 
     names: parameter -> name, for `named_state`.   muon_dtype: what the orthogonalization multiplies in.
     compile: fuse each rule with torch.compile, for parameters large enough to pay for their graph. A batch of another
@@ -113,7 +124,9 @@ class MuonAdamW(torch.optim.Optimizer):
             scalars = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
                        (1 - beta2**step) ** 0.5, eps)
             tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
-            if self._compiles(p):
+            if group.get("skip_zero_gradients"):
+                adamw_update_where_nonzero(*tensors, *scalars)
+            elif self._compiles(p):
                 self._compiled_adamw(*tensors, *_on_host(scalars))
             else:
                 adamw_update(*tensors, *scalars)

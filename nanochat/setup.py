@@ -57,7 +57,7 @@ class Run:
                                                       self.model.window_sizes)
         print0(str(self.model.kernels.attention))
         self.features = Features(config, rooms)
-        self.features.on_model(self.model)
+        self.features.on_model(self.model, self.horizon)
         self.compile = config.run.compile
         if self.compile and (trouble := compiler_works(self.device)):
             print0(f"going on without torch.compile, slower: {trouble}")
@@ -68,7 +68,8 @@ class Run:
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
             optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.forward = compile_whole(self.model) if self.compile else self.model
+        compile_model = compile_parts if self.features.varies_forward else compile_whole
+        self.forward = compile_model(self.model) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
         packing = rows.report(groups=1)
@@ -250,11 +251,14 @@ def compile_whole(model):
     return torch.compile(model, dynamic=False)
 
 
-def compile_blocks(model):
-    """The model with its blocks compiled one by one: blocks of a kind share a graph, so it is ready sooner."""
+def compile_parts(model):
+    """The model with embedding, blocks and loss compiled one by one. Blocks of a kind share graphs, which serve every
+    `active_start`; evaluation bypasses them as it does a whole graph."""
     _fail_loudly()
     for block in model.transformer.h:
         block.compile(dynamic=False)
+    model._embed = torch.compile(model._embed, dynamic=False)
+    model.kernels.loss = torch.compile(model.kernels.loss, dynamic=False)
     return model
 
 

@@ -72,6 +72,7 @@ def train_step(run: Run) -> None:
         loss = loss.item()
     if not math.isfinite(loss):
         raise Diverged(f"the loss of step {run.step} is {loss}")
+    run.features.after_step(run.step, loss, run.clock.last)
     record_step(run, loss)
 
 

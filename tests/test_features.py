@@ -22,7 +22,12 @@ from nanochat.setup import Run
 from nanochat.train import run_to_the_end
 
 ROOT = Path(__file__).parent.parent
-SWITCHED_ON = {"compile_cache": ["--compile", "--compile-cache-dir={tmp}"]}  # flags that switch each room on
+SWITCHED_ON = {
+    "compile_cache": ["--compile", "--compile-cache-dir={tmp}"],
+    "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
+               "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-final-full-frac=0.13",
+               "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
+}  # flags that switch each room on
 STEPS = 8
 
 
@@ -43,7 +48,7 @@ class Alternate(Feature):
         super().__init__(config)
         self.frozen, self.evaluations, self.gradients = False, 0, []
 
-    def on_model(self, model):
+    def on_model(self, model, horizon):
         self.half = model.config.n_layer // 2
 
     def before_step(self, step):
@@ -146,9 +151,13 @@ def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
     for name in before:
         frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear"))
         changed = not torch.equal(before[name], after[name])
-        assert changed != frozen or name == "x0_lambdas" or name == "resid_lambdas", name
+        assert changed != frozen, name
         for key in (k for k in state_before if k.startswith(name + "/")):
             assert not frozen or torch.equal(state_before[key], state_after[key]), key
+    for name in ("x0_lambdas", "resid_lambdas"):  # an element per layer
+        pairs = [(before[name], after[name])] + [(state_before[f"{name}/{k}"], state_after[f"{name}/{k}"])
+                                                 for k in ("exp_avg", "exp_avg_sq")]
+        assert all(torch.equal(old[:2], new[:2]) and (old[2:] != new[2:]).all() for old, new in pairs)
 
 
 def test_the_compile_cache_serves_another_process(base, tmp_path):

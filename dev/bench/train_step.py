@@ -27,7 +27,7 @@ PRESETS = {  # depth, head_dim, T, vocabulary, window pattern, rows per micro-ba
 class BenchFlags(DeviceFlags):
     """The bench"""
     preset: str = flag("cpu-d4", "shape and batch", choices=tuple(PRESETS))
-    variants: list[str] = flag(["compiled"], "what to time, in turn", choices=("eager", "compiled", "regional"))
+    variants: list[str] = flag(["compiled"], "what to time, in turn", choices=("eager", "compiled", "parts"))
     repeats: int = flag(7, "steps counted per variant", low=1)
     tokens: int = flag(-1, "tokens per step instead of the preset's")
     json_out: str | None = flag(None, "write the result here", metavar="PATH")
@@ -41,7 +41,7 @@ def main() -> None:
     from nanochat.checkpoint_manager import build_model
     from nanochat.device import PeakMemory, init_device, pick_compute_dtype
     from nanochat.flash_attention import make_attention
-    from nanochat.setup import compile_blocks, compile_whole
+    from nanochat.setup import compile_parts, compile_whole
     bench.check_writable(flags.json_out)
     started = time.monotonic()
     device, _ = init_device(flags.device_type)
@@ -58,7 +58,7 @@ def main() -> None:
         model = build_model(shape, dtype, device)
         model.kernels.attention = make_attention(device, dtype, head_dim, T, model.window_sizes)
         optimizer = model.setup_optimizer(compile=name != "eager")
-        forward = {"eager": lambda m: m, "compiled": compile_whole, "regional": compile_blocks}[name](model)
+        forward = {"eager": lambda m: m, "compiled": compile_whole, "parts": compile_parts}[name](model)
 
         def step():
             begun = time.perf_counter()

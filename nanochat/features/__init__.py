@@ -13,6 +13,8 @@ class Feature:
     """What a room may do, and when. Every hook has a default that does nothing; override those that are needed."""
 
     name: str                 # key of its flags in `config.features` and of its state in checkpoints
+    varies_forward = False    # True where before_step's answers differ: the model is then compiled in parts, whose few
+                              # graphs serve every variant, instead of whole, a graph for each
 
     @dataclass
     class Config:
@@ -31,8 +33,9 @@ class Feature:
     def __init__(self, config):
         self.config = config.features[self.name]
 
-    def on_model(self, model) -> None:
-        """Change the model, on its device and initialized, before the optimizer is made and anything is compiled."""
+    def on_model(self, model, horizon) -> None:
+        """Change the model, on its device and initialized, before the optimizer is made and anything is compiled.
+        `horizon`: what the run will do (nanochat/horizon.py)."""
 
     def before_step(self, step: int) -> dict:
         """Keyword arguments for this step's forward, the same for all its micro-batches: {"active_start": 5}."""
@@ -40,6 +43,9 @@ class Feature:
 
     def after_backward(self, model, step: int) -> None:
         """Look at the gradients of the whole step before the optimizer does."""
+
+    def after_step(self, step: int, loss: float, seconds: float) -> None:
+        """Take note of the step's mean loss in nats, and of the seconds it took, compilation left out."""
 
     @contextmanager
     def eval_context(self, model):
@@ -68,9 +74,13 @@ class Features:
     def __init__(self, config, available: tuple[type[Feature], ...]):
         self.rooms = [feature(config) for feature in available if feature.enabled(config)]
 
-    def on_model(self, model) -> None:
+    @property
+    def varies_forward(self) -> bool:
+        return any(room.varies_forward for room in self.rooms)
+
+    def on_model(self, model, horizon) -> None:
         for room in self.rooms:
-            room.on_model(model)
+            room.on_model(model, horizon)
 
     def before_step(self, step: int) -> dict:
         return {key: value for room in self.rooms for key, value in room.before_step(step).items()}
@@ -78,6 +88,10 @@ class Features:
     def after_backward(self, model, step: int) -> None:
         for room in self.rooms:
             room.after_backward(model, step)
+
+    def after_step(self, step: int, loss: float, seconds: float) -> None:
+        for room in self.rooms:
+            room.after_step(step, loss, seconds)
 
     @contextmanager
     def eval_context(self, model):
@@ -102,5 +116,6 @@ class Features:
 
 
 from nanochat.features.compile_cache import CompileCache  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (CompileCache,)
+FEATURES: tuple[type[Feature], ...] = (Suffix, CompileCache)

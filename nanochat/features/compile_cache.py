@@ -31,7 +31,7 @@ class CompileCache(Feature):
             return ["--compile-cache-dir has nothing to keep under --no-compile: leave one of them out"]
         return []
 
-    def on_model(self, model) -> None:
+    def on_model(self, model, horizon) -> None:
         folder = Path(self.config.compile_cache_dir).expanduser().resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)

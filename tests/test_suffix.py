@@ -1,0 +1,133 @@
+"""The suffix room in real runs: what it decides reaches the model and the records, and `all blocks` is full training."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.config import parse_config
+from nanochat.features import FEATURES
+from nanochat.features.suffix import cost_model, relevance_of_blocks
+from nanochat.metrics import read_metrics
+from nanochat.setup import Run, compile_parts
+from nanochat.shape import GPTConfig, flops_per_token
+from nanochat.suffix_policy import predicted_speedup
+from nanochat.train import run_to_the_end
+from test_gpt import TINY, batch, tiny_model
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+DYNAMIC = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2", "--dyn-probe-every=4", "--dyn-refresh-every=8",
+           "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0.1", "--dyn-final-full-frac=0.17", "--dyn-min-active-layers=1"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("suffix")
+    (base / "text").mkdir()
+    for name in ("gpt", "optim", "dataset", "tokenizer"):
+        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
+    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
+    yield base
+    os.environ["NANOCHAT_BASE_DIR"] = before
+
+
+def argv(base, tag, *extra):
+    return [*(f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+              f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=6 --eval-tokens=256 "
+              f"--core-metric-every=-1 --sample-every=-1 --vocab-size=300 --device-type=cpu --data={base / 'text'} "
+              f"--model-tag={tag}").split(), *extra]
+
+
+def train(base, tag, *extra):
+    run = Run(parse_config(FEATURES, argv(base, tag, *extra)))
+    assert run_to_the_end(run) == 0
+    steps = [r for r in read_metrics(run.run_dir / "metrics.jsonl") if r["loss"] is not None]
+    return run.run_dir, steps, json.loads((run.run_dir / "result.json").read_text())
+
+
+def weights(run_dir):
+    return (run_dir / f"step_{STEPS:06d}" / "model.safetensors").read_bytes()
+
+
+def test_decisions_reach_the_records(base):
+    _, steps, result = train(base, "dynamic", "--no-compile", *DYNAMIC)
+    kinds = [r["step_kind"] for r in steps]
+    assert kinds == ["warmup"] * 2 + ["probe", "suffix"] + ["probe", "suffix", "suffix", "suffix"] + ["refresh", "suffix"] + ["recovery"] * 2
+    active = [r["active_layers"] for r in steps]
+    assert all((layers == 4) == (kind != "suffix") and r["active_start"] == 4 - layers
+               for layers, kind, r in zip(active, kinds, steps))
+    assert result["schedule"] == "dynamic_suffix" and result["active_layers_mean"] == pytest.approx(sum(active) / STEPS)
+    assert result["active_layers_range"] == f"{min(active)}-4"
+    config = GPTConfig(32, result["flops_per_token"] and 300, 4, 4, 4, 32, "SSSL")
+    assert result["speedup_predicted"] == pytest.approx(predicted_speedup(active, 4, cost_model(config))) and result["speedup_predicted"] > 1
+    assert result["speedup_measured"] > 0
+
+
+def test_all_blocks_is_full_training_to_the_bit(base):
+    full, full_steps, _ = train(base, "full", "--no-compile")
+    every, every_steps, _ = train(base, "every", "--no-compile", *DYNAMIC, "--dyn-min-active-layers=4")
+    assert [r["loss"] for r in full_steps] == [r["loss"] for r in every_steps] and weights(full) == weights(every)
+    assert all(r["active_start"] == 0 for r in every_steps)
+
+
+def test_static_suffix_trains_the_top(base):
+    _, steps, result = train(base, "static", "--no-compile", "--block-update-schedule=static_suffix", "--static-active-layers=1")
+    assert {(r["step_kind"], r["active_start"]) for r in steps} == {("suffix", 3)}
+    assert result["active_layers_range"] == "1-1" and result["speedup_measured"] is None
+
+
+@pytest.mark.parametrize("metric", ["grad_ratio", "saliency_abs_gp"])
+def test_relevance_is_what_it_says(metric):
+    model = tiny_model()
+    model(*batch()).backward()
+    expected = []
+    for block in model.transformer.h:
+        g, p = (torch.cat([t.flatten() for t in ts]).double() for ts in zip(*((p.grad, p.detach()) for p in block.parameters())))
+        expected.append((g.norm() / p.norm() if metric == "grad_ratio" else (g * p).abs().sum()).item())
+    assert relevance_of_blocks(model, metric) == pytest.approx(expected, rel=1e-4)
+
+
+def test_costs_add_up_to_the_models_flops():
+    config = GPTConfig()
+    cost = cost_model(config)
+    assert cost.step(config.n_layer, config.n_layer) == pytest.approx(flops_per_token(config))
+
+
+def test_compiled_in_parts_it_follows_eager_and_compiles_nothing_twice():
+    """Every start, forwards and backwards and evaluation between: gradients as in eager, and a second round adds no graph."""
+    from nanochat.device import evaluation
+    eager, parts = tiny_model(), compile_parts(tiny_model())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for _ in range(2):
+        for start in range(TINY.n_layer):
+            x, y = batch(seed=start)
+            for model in (eager, parts):
+                model.zero_grad(set_to_none=True)
+                model(x, y, active_start=start).backward()
+            for (name, p), q in zip(eager.named_parameters(), parts.parameters()):
+                assert (p.grad is None) == (q.grad is None), name
+                if p.grad is not None:
+                    torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+            with evaluation(parts):
+                torch.testing.assert_close(parts(x, y), eager(x, y), rtol=0, atol=0)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] <= 16
+
+
+@pytest.mark.parametrize("extra, advice", [
+    (["--dyn-min-active-layers=3", "--dyn-max-active-layers=2"], "lower the first"),
+    (["--block-update-schedule=static_suffix"], "--static-active-layers"),
+    (["--dyn-probe-every=0"], "--dyn-probe-every"),
+])
+def test_impossible_schedules_are_refused(base, extra, advice):
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *argv(base, "bad", *DYNAMIC, *extra)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and advice in done.stderr and "Traceback" not in done.stderr
