@@ -58,6 +58,26 @@ profile() {
     : "${MODEL_TAG:=d$DEPTH}"
 }
 
+# The profile of the device: a few minutes on one GPU, about five on a CPU.
+device_profile() {
+    DEVICE_TYPE="${DEVICE_TYPE:-$(detect_device)}"
+    # Runs this short want higher rates than the law for full horizons gives: x4 measured best of 1, 4, 10 (dev/LOG.md).
+    case "$DEVICE_TYPE" in  # depth head-dim window T vocab rows batch steps eval-every eval-tokens max-chars warm-up LR
+        cuda) profile 12 128 L 2048 32768 8 131072 500 100 524288 -1 40 1 ;;
+        mps) profile 6 64 L 512 8192 16 16384 400 100 131072 100000000 20 4 ;;
+        cpu) profile 4 64 L 512 4096 8 4096 320 80 32768 40000000 20 4 ;;
+        *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
+    esac
+}
+
+prepare_data() {  # PREPARE_DATA=0 leaves it out
+    [[ ${PREPARE_DATA:-1} == 1 ]] || return 0
+    say "text -> tokenizer -> tokens"
+    DATA="${DATA:-python}"
+    run "$PYTHON" -m scripts.tok_train --data="$DATA" --max-chars="$MAX_CHARS" --vocab-size="$VOCAB_SIZE"
+    run "$PYTHON" -m nanochat.dataset --data="$DATA" --max-chars="$MAX_CHARS" ${VAL_DATA:+"--val-data=$VAL_DATA"}
+}
+
 base_train_flags() {
     ARGS=()
     flag run "${WANDB_RUN-}"; flag model-tag "$MODEL_TAG"; flag device-type "$DEVICE_TYPE"; flag seed "${SEED-}"
@@ -102,16 +122,68 @@ launch() {
     run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" -m "$@"
 }
 
-# What a run left: its numbers as a table, its files. Reads result.json only.
-show_results() {  # folder of the run
-    "$PYTHON" - "$1/result.json" <<'PYTHON_END'
+# A table of runs, from their result.json only. Columns are "name", "name=field", or either with ":format" of its numbers.
+# A run is its folder and "field=value ..." for what its result.json does not say, or where there is none.
+show_table() {  # "columns" folder "fields" [folder "fields"]...
+    "$PYTHON" - "$@" <<'PYTHON_END'
 import json, sys
+from pathlib import Path
 from nanochat.common import format_table
-columns = "status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb peak_mem_mib".split()
-print(format_table([json.load(open(sys.argv[1]))], columns))
+
+def read(folder, fields):
+    path = Path(folder, "result.json")
+    found = json.loads(path.read_text()) if path.exists() else {}
+    known = dict(field.split("=", 1) for field in fields.split())
+    return {"status": "failed"} | known | {k: v for k, v in found.items() if v is not None}
+
+def cell(result, field, form):
+    value = result.get(field)
+    return format(value, form) if form and isinstance(value, (int, float)) else value
+
+arguments = iter(sys.argv[2:])
+results = [read(folder, fields) for folder, fields in zip(arguments, arguments)]
+columns = {}  # name -> (field, format)
+for column in sys.argv[1].split():
+    name, _, form = column.partition(":")
+    name, _, field = name.partition("=")
+    columns[name] = (field or name, form)
+print(format_table([{name: cell(r, *source) for name, source in columns.items()} for r in results]))
 PYTHON_END
-    local file
+}
+
+# What a run left: its numbers as a table, its files.
+show_results() {  # folder of the run
+    local file columns="status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb"
+    show_table "$columns peak_mem_mib" "$1" ''
     for file in "$1"/loss.png "$1"/result.json "$1"/metrics.jsonl; do [[ ! -f $file ]] || echo "$file"; done
+}
+
+# --- variants of a comparison, each a run of its own with the model tag <TAG>_<name> ---------------------------------
+
+ROWS=()   # of show_table: every variant that was tried
+FAILED=0  # the exit status of the last one that failed
+
+run_folder() { echo "$NANOCHAT_BASE_DIR/base_checkpoints/${TAG}_$1"; }
+train_variant() {  # name schedule steps [arguments of base_train]
+    MODEL_TAG="${TAG}_$1" BLOCK_UPDATE_SCHEDULE="$2" NUM_ITERATIONS="$3"
+    say "$1: train d$DEPTH, $2, for $3 steps on $DEVICE_TYPE"
+    rm -f "$(run_folder "$1")/result.json"  # of an earlier run: a variant refused before it starts leaves none
+    shift 3
+    base_train_flags
+    launch scripts.base_train "${ARGS[@]}" "$@"
+}
+try_variant() {  # the same; when it fails its row says so, and the next variant goes on, unless it was Ctrl-C
+    local status=0
+    (train_variant "$@") || status=$?
+    ROWS+=("$(run_folder "$1")" "variant=$1 schedule=$2 num_iterations=$3 exit_status=$status")
+    [[ $status == 0 ]] || FAILED=$status
+    [[ $status != 130 ]] || exit 130
+}
+show_variants() {  # "columns"
+    [[ ${#ROWS[@]} != 0 ]] || return 0
+    say "the runs: $(run_folder '*')"
+    show_table "$1" "${ROWS[@]}"
+    echo "elapsed_sec is time spent training: compilation and evaluation are not in it"
 }
 
 # --- set-up ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.config import Config, parse_config
+from nanochat.features import FEATURES
 from nanochat.flags import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,6 +286,134 @@ def test_every_flag_of_the_runner_is_in_the_help(sandbox, module):
     help = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert help.returncode == 0, help.stderr
     assert passed - set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help.stdout)) == set()
+
+
+# --- dynamic_suffix_compare.sh --------------------------------------------------------------------------------------
+
+# Records its arguments and leaves the result.json that a run of this tag would; the tables are made by real Python.
+# A run whose tag ends in $OOM says that it ran out of memory, and exits with $CODE or 4.
+TRAINER = RECORDER + f"""
+[ "$1" != - ] || PYTHONPATH='{ROOT}' exec '{sys.executable}' "$@"
+[ "$2" = scripts.base_train ] || exit 0
+schedule=full_update layers='' status=ok code=0
+for a in "$@"; do
+    case "$a" in
+        --model-tag=*) tag="${{a#*=}}" ;;
+        --num-iterations=*) steps="${{a#*=}}" ;;
+        --block-update-schedule=*) schedule="${{a#*=}}" ;;
+    esac
+done
+case "$tag" in *_full) rate=1000.0 ;; *_pilot) rate=1265.4 ;; *) rate=1300.256 ;; esac
+[ "$schedule" = full_update ] || layers=', "active_layers_mean": 2.444, "active_layers_range": "2-4"'
+case "$tag" in *"${{OOM:-no tag}}") status=oom code="${{CODE:-4}}" ;; esac
+run="$NANOCHAT_BASE_DIR/base_checkpoints/$tag"
+mkdir -p "$run"
+printf '{{"status": "%s", "exit_code": %s, "error": null, "num_iterations": %s, "train_time_sec": 198.4, "schedule": "%s",
+"tok_per_sec_max": 1400.7, "tok_per_sec_avg": %s, "final_loss": 4.9136831, "min_val_bpb": 1.5, "peak_mem_mib": 3778.144,
+"avg_step_peak_mem_mib": 3535.811%s}}' "$status" "$code" "$steps" "$schedule" "$rate" "$layers" > "$run/result.json"
+exit "$code"
+"""
+COMPARED = ("variant schedule num_iterations elapsed_sec max_tok_per_sec avg_tok_per_sec final_loss min_val_bpb "
+            "avg_step_peak_vram_mib peak_vram_mib active_layers_mean active_layers_range exit_code status").split()
+FULL_ROW = "full full_update 520 198 1401 1000.00 4.913683 1.500000 3535.81 3778.14 NA NA 0 ok".split()
+DYNAMIC_ROW = "dynamic dynamic_suffix 650 198 1401 1300.26 4.913683 1.500000 3535.81 3778.14 2.44 2-4 0 ok".split()
+
+
+def compare_schedules(sandbox, arguments="", **environment):
+    """-> (process, its table as lists of cells, base_train's arguments by variant, in the order of the runs)."""
+    write_program(sandbox.python, TRAINER)
+    environment = {"FULL_NUM_ITERATIONS": "520", "DYNAMIC_NUM_ITERATIONS": "650",
+                   "NANOCHAT_BASE_DIR": str(sandbox.root / "base"), **environment}
+    process, calls = sandbox.launch("dynamic_suffix_compare.sh", arguments, **environment)
+    lines = process.stdout.splitlines()
+    table = [line.split() for line in lines if line.split()[:1] in (["variant"], ["full"], ["dynamic"], ["pilot"])]
+    runs = [call[2:] for call in calls if "scripts.base_train" in call]
+    return process, table, {run[0].rpartition("_")[2]: run for run in runs}
+
+
+def test_the_schedules_are_compared_in_the_reference_table(sandbox):
+    process, table, runs = compare_schedules(sandbox)
+    assert process.returncode == 0, process.stderr
+    assert table == [COMPARED, FULL_ROW, DYNAMIC_ROW]
+    assert "compilation and evaluation are not in it" in process.stdout.splitlines()[-1]
+    assert list(runs) == ["full", "dynamic"]
+
+
+def test_the_schedules_differ_in_nothing_else(sandbox):
+    """Each is the run of speedrun_small.sh but for its tag, its steps and its schedule; the text is prepared once."""
+    environment = dict(DEPTH="6", SEED="3", MODEL_TAG="mine", DYN_PROBE_EVERY="20", BASE_TRAIN_EXTRA_ARGS="--explain")
+    plain = arguments_of(sandbox.launch(arguments="--run='two words'", **environment)[1], "scripts.base_train")
+    _, _, runs = compare_schedules(sandbox, "--run='two words'", **environment)
+    assert sandbox.calls_file.read_text().count("scripts.tok_train") == 1
+    assert runs["full"][0] == "--model-tag=mine_full" and runs["dynamic"][0] == "--model-tag=mine_dynamic"
+    for name, schedule, steps in (("full", "full_update", 520), ("dynamic", "dynamic_suffix", 650)):
+        own = {f"--model-tag=mine_{name}", f"--block-update-schedule={schedule}", f"--num-iterations={steps}"}
+        assert set(runs[name]) - set(plain) == own
+        assert [a.split("=")[0] for a in plain if a not in runs[name]] == ["--model-tag", "--num-iterations"]
+
+
+def test_the_comparison_takes_the_steps_of_the_profile(sandbox):
+    _, table, runs = compare_schedules(sandbox, FULL_NUM_ITERATIONS="", DYNAMIC_NUM_ITERATIONS="", PREPARE_DATA="0")
+    assert [row[2] for row in table[1:]] == ["320", "320"]
+    assert list(runs) == ["full", "dynamic"] and "scripts.tok_train" not in sandbox.calls_file.read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_the_compared_runs_are_valid(sandbox, device):
+    with_gpus(sandbox, 1)
+    for equal_time in "01":
+        process, _, runs = compare_schedules(sandbox, DEVICE_TYPE=device, EQUAL_TIME=equal_time)
+        assert process.returncode == 0 and len(runs) == 2 + int(equal_time)
+        for name, arguments in runs.items():
+            suffix = parse_config(FEATURES, argv=arguments).features["suffix"]
+            assert suffix.block_update_schedule == ("full_update" if name == "full" else "dynamic_suffix")
+
+
+def test_fp8_goes_to_both_schedules(sandbox):
+    _, _, runs = compare_schedules(sandbox, USE_FP8_COMPARE="1", FP8_BACKEND_COMPARE="custom", FP8_EMULATE="1")
+    for arguments in runs.values():
+        assert {"--fp8", "--fp8-backend=custom", "--fp8-emulate"} <= set(arguments)
+    _, _, runs = compare_schedules(sandbox)
+    assert not [a for arguments in runs.values() for a in arguments if "fp8" in a]
+
+
+@pytest.mark.parametrize("failing, kept", [("full", DYNAMIC_ROW), ("dynamic", FULL_ROW)])
+def test_a_schedule_that_fails_leaves_its_row_and_the_other(sandbox, failing, kept):
+    process, table, runs = compare_schedules(sandbox, OOM=failing)
+    assert process.returncode == 4 and list(runs) == ["full", "dynamic"]
+    assert kept in table
+    row = dict(zip(COMPARED, next(row for row in table if row[0] == failing)))
+    assert (row["status"], row["exit_code"], row["min_val_bpb"]) == ("oom", "4", "1.500000")
+
+
+def test_a_schedule_that_never_starts_is_not_given_earlier_results(sandbox):
+    compare_schedules(sandbox)
+    process, table, _ = compare_schedules(sandbox, FAIL_AT="--block-update-schedule=dynamic", DYNAMIC_NUM_ITERATIONS="7")
+    assert process.returncode == 3
+    assert table[1:] == [FULL_ROW, ["dynamic", "dynamic_suffix", "7", *["NA"] * 9, "3", "failed"]]
+
+
+def test_an_interrupt_ends_the_comparison(sandbox):
+    process, table, runs = compare_schedules(sandbox, OOM="full", CODE="130")
+    assert process.returncode == 130 and list(runs) == ["full"] and table[1][-2] == "130"
+
+
+def test_equal_time_takes_the_dynamic_steps_from_a_pilot(sandbox):
+    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", DYNAMIC_NUM_ITERATIONS="650")
+    assert process.returncode == 0, process.stderr
+    assert "520 steps * 1265.40 / 1000.00 tokens per second = 658 steps" in process.stdout
+    assert list(runs) == ["full", "pilot", "dynamic"] and "--num-iterations=658" in runs["dynamic"]
+    assert {"--num-iterations=60", "--dyn-warmup-steps=2"} <= set(runs["pilot"])  # 25 of 520 steps, 2.9 of 60
+    assert "--dyn-warmup-steps=2" not in runs["dynamic"]
+    assert [row[:3] for row in table[1:]] == [FULL_ROW[:3], ["dynamic", "dynamic_suffix", "658"]]
+
+
+def test_equal_time_ends_where_there_is_nothing_to_measure(sandbox):
+    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", OOM="full")
+    assert process.returncode != 0 and list(runs) == ["full"] and table[1][-1] == "oom"
+    assert "dynamic is not trained" in process.stderr
+    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", OOM="pilot")
+    assert process.returncode == 4 and list(runs) == ["full", "pilot"] and table == [COMPARED, FULL_ROW]
 
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
