@@ -7,6 +7,7 @@ command line is answered at once.
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from nanochat.flags import flag, parse
 from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
@@ -42,6 +43,8 @@ class RunFlags(DeviceFlags):
             problems.append(f"--resume-from-step must be a step, 'latest' or -1, got {self.resume_from_step!r}")
         if self.model_tag is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.model_tag):
             problems.append(f"--model-tag names a folder: letters, digits, '.', '_', '+' and '-' only, got {self.model_tag!r}")
+        if self.result_json and not Path(self.result_json).expanduser().parent.is_dir():
+            problems.append(f"--result-json {self.result_json}: there is no such folder. Make it first, or choose another")
         if "none" in self.tracker and len(self.tracker) > 1:
             problems.append("--tracker none excludes the others: name trackers or none")
         return problems

@@ -150,7 +150,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.highest = device, 0.0
+        self.device = device
 
     def step_peak(self) -> float:
         """The peak since the last call on CUDA, else the peak so far."""
@@ -162,7 +162,6 @@ class PeakMemory:
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             now = peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
-        self.highest = max(self.highest, now)
         return now
 
 

@@ -276,19 +276,6 @@ def make_attention(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
     return Attention(names, distinct, seq_len)
 
 
-def describe_backends(device, dtype: torch.dtype, head_dim: int, seq_len: int, windows, reasons: bool = False) -> str:
-    """What serves which window, in one line; with `reasons`, a further line for every backend that is not in use."""
-    attention = make_attention(device, dtype, head_dim, seq_len, windows)
-    lines = [str(attention)]
-    for name in BACKENDS if reasons else ():
-        for window in attention.windows:
-            if attention.backend_for(window) != name:
-                reason = why_not(name, window >= 0, torch.device(device).type, dtype, head_dim)
-                label = "full context" if window < 0 else f"window {window}"
-                lines.append(f"  {name} not used for {label}: {reason or 'works, but another is faster here'}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # FlashAttention-3's functions, as nanochat's model and engine call them
 

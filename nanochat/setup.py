@@ -164,9 +164,9 @@ class Run:
             "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
         } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
             "schedule": "full_update", "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compile else 0,
-            "eager_fallbacks": 0,
+            "eager_fallbacks": int(config.run.compile and not self.compile),
         } | self.features.summary()
-        extra = [Path(config.run.result_json)] if config.run.result_json else []
+        extra = [Path(config.run.result_json).expanduser()] if config.run.result_json else []
         write_result([self.run_dir / "result.json", *extra], fields)
         self.console.line(plot_run(self.run_dir))
 

@@ -50,6 +50,7 @@ def test_every_problem_is_in_one_message():
 @pytest.mark.parametrize("argv, advice", [
     (["--device-batch-size=3", "--max-seq-len=512", "--total-batch-size=16384"], "use 15,360 or 16,896"),
     (["--batch-multiplier=0.7", "--total-batch-size=65536"], "give one of them"),
+    (["--result-json=/no/such/folder/result.json"], "Make it first"),
     (["--resume-from-step=newest"], "'latest' or -1"),
     (["--dtype=bf16"], "did you mean bfloat16?"),
     (["--head-dim=63"], "use 64"),

@@ -186,8 +186,10 @@ def test_time_limit_ends_the_run_with_a_checkpoint(base):
     assert (run_dir / f"step_{done['steps_done']:06d}").exists() and rows[-1]["val_bpb"] is not None
 
 
-def test_time_to_target(base):
-    run_dir, rows = run_here(base, "target", "--no-compile", "--target-metric-name=smooth_loss", "--target-metric-threshold=5.9")
+def test_time_to_target(base, tmp_path):
+    run_dir, rows = run_here(base, "target", "--no-compile", "--target-metric-name=smooth_loss", "--target-metric-threshold=5.9",
+                             f"--result-json={tmp_path / 'copy.json'}")
+    assert (tmp_path / "copy.json").read_text() == (run_dir / "result.json").read_text()
     reached = result(run_dir)["time_to_target_sec_measured"]
     above = max(r["train_time_sec"] for r in rows if r["smooth_loss"] and r["smooth_loss"] > 5.9)
     below = min(r["train_time_sec"] for r in rows if r["smooth_loss"] and r["smooth_loss"] <= 5.9)
