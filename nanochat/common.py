@@ -11,6 +11,10 @@ class UserError(Exception):
     """A problem the user can mend. The message says what is wrong and what to do; `cli` turns it into exit status 2."""
 
 
+class Diverged(Exception):
+    """The loss or a gradient is not finite. The run ends with the status `diverged`."""
+
+
 def get_base_dir() -> Path:
     """Where tokenizers, tokens and runs live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Made if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()

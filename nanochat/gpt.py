@@ -12,8 +12,9 @@ Optimizations enter through four seams and nowhere else: `Linear` modules (swapp
 of `Kernels`: norm, attention, loss.
 
 `active_start=a` trains only the suffix of blocks [a, n): what is before runs without gradient, so its activations are
-not kept, and everything that crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the
-smear and the frozen blocks then get no gradient at all (`.grad` stays None), which the optimizer takes as "leave alone".
+not kept, and what crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the smear and the
+frozen blocks then get no gradient at all (`.grad` stays None), which the optimizer takes as "leave alone". With
+`detach_x0=False` the embedding and the smear are trained as well, by what reaches them from the suffix through x0.
 """
 
 from collections.abc import Callable
@@ -198,20 +199,22 @@ class GPT(nn.Module):
         """The linear modules by name, whatever class a feature has put in their place: 79 of them at d12."""
         return {name: m for name, m in self.named_modules() if hasattr(m, "in_features") and hasattr(m, "weight")}
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0, detach_x0=True):
         """Logits (B, T, vocab_size) fp32 of idx (B, T) int64; or, given `targets` (B, T) with -1 ignored, the loss in nats.
 
         loss_reduction: `mean`, `sum` or `none` -> (B, T).
         kv_cache: see `nanochat.engine.KVCache`; idx then continues the cached text.
-        active_start: blocks before it run without gradient and everything is detached at the boundary.
+        active_start: blocks before it run without gradient, and the stream is detached at the boundary.
+        detach_x0: whether x0, which enters every block, is detached for the suffix too. Without effect at active_start=0.
         """
         start = 0 if kv_cache is None else kv_cache.get_pos()
         T = idx.size(1)
         assert start + T <= self.max_seq_len, f"{start + T} positions, but rotary ones end at {self.max_seq_len}"
         assert 0 <= active_start < self.config.n_layer
         cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
-        with torch.no_grad() if active_start > 0 else nullcontext():
+        with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
             x0 = self._embed(idx, kv_cache)
+        with torch.no_grad() if active_start > 0 else nullcontext():
             x, mid = self._run_blocks(range(active_start), x0, x0, None, idx, cos, sin, kv_cache, start)
         x, mid = self._run_blocks(range(active_start, self.config.n_layer), x, x0, mid, idx, cos, sin, kv_cache, start)
         if kv_cache is not None:

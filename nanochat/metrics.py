@@ -1,12 +1,9 @@
-"""What a run leaves behind: clocks that count training only, metrics.jsonl, result.json, and outside trackers."""
+"""What a run leaves behind: metrics.jsonl, result.json, and outside trackers. No torch."""
 
 import json
 import math
 import statistics
 import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.common import is_main_rank, print0, write_atomic
@@ -23,48 +20,6 @@ RESULT_FIELDS = (
     "val_bpb", "min_val_bpb", "val_curve", "target_metric_name", "target_metric_threshold",
     "time_to_target_sec_measured", "peak_mem_mib", "avg_step_peak_mem_mib", "fp8_layers", "schedule",
     "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "eager_fallbacks")
-
-
-def compile_seconds() -> float:
-    """Seconds that torch.compile has spent in this process so far, forward and backward graphs alike."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.calculate_time_spent().get("total_wall_time", 0.0) if dynamo else 0.0
-
-
-class Clock:
-    """Seconds of training, evaluation and compilation, kept apart. All three survive a resume.
-
-    The device is synchronized at both ends of what is timed, and what torch.compile spends in between is taken out.
-    """
-
-    def __init__(self, synchronize):
-        self.synchronize = synchronize
-        self.train = self.eval = self.compile = 0.0
-
-    @contextmanager
-    def training(self):
-        """Times one step; `last` is its duration in seconds."""
-        self.synchronize()
-        started, compiled = time.perf_counter(), compile_seconds()
-        yield
-        self.synchronize()
-        compiled = compile_seconds() - compiled
-        self.last = max(time.perf_counter() - started - compiled, 1e-9)
-        self.train += self.last
-        self.compile += compiled
-
-    @contextmanager
-    def evaluating(self):
-        started = time.perf_counter()
-        yield
-        self.synchronize()
-        self.eval += time.perf_counter() - started
-
-    def state_dict(self) -> dict:
-        return {"train": self.train, "eval": self.eval, "compile": self.compile}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.train, self.eval, self.compile = state["train"], state["eval"], state["compile"]
 
 
 class MetricsFile:

@@ -14,19 +14,19 @@ import torch.distributed as dist
 from nanochat import schedules
 from nanochat.checkpoint_manager import (build_model, check_tokenizer, load_checkpoint, load_weights, resolve_step, runs_dir,
                                          save_checkpoint)
+from nanochat.clock import Clock
 from nanochat.common import UserError, get_base_dir, is_main_rank, print0, write_atomic
+from nanochat.compilation import CompiledModel, compiler_works, graphs_compiled
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
-from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype, synchronize)
+from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype)
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
-from nanochat.metrics import Clock, MetricsFile, Tally, Trackers, git_state, write_result
+from nanochat.metrics import MetricsFile, Tally, Trackers, git_state, write_result
 from nanochat.plot import plot_run
 from nanochat.shape import param_counts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
-
-RECOMPILE_LIMIT = 64  # graphs per function: torch's default of 8 falls back to eager with no more than a warning
 
 
 class Run:
@@ -68,8 +68,7 @@ class Run:
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
             optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        compile_model = compile_parts if self.features.varies_forward else compile_whole
-        self.forward = compile_model(self.model) if self.compile else self.model
+        self.forward = CompiledModel(self.model, whole=not self.features.varies_forward) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
         packing = rows.report(groups=1)
@@ -79,7 +78,7 @@ class Run:
         self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
                                   grad_accum_steps=self.horizon.grad_accum_steps, rank=self.ranks.rank,
                                   world_size=self.ranks.world_size, device=self.device)
-        self.clock = Clock(lambda: synchronize(self.device))
+        self.clock = Clock(self.device)
         self.memory = PeakMemory(self.device)
         self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
         if resume == "-1":
@@ -104,6 +103,15 @@ class Run:
         if Path(state["tokens"]).name != self.tokens.folder.name:
             print0(f"note: the run was trained on {state['tokens']}, and goes on with {self.tokens.folder}")
         print0(f"resumed {self.run_dir} at step {self.step}")
+
+    def rehearse(self, options: dict) -> None:
+        """Compile what forward(..., **options) needs, the first time it is asked for, on a batch of zeros."""
+        if not self.compile:
+            return
+        shape = self.config.horizon.device_batch_size, self.model.config.sequence_len
+        zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        with self.clock.compiling():
+            self.forward.rehearse(zeros, zeros, **options)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, on rank 0."""
@@ -163,12 +171,13 @@ class Run:
             "tokens_seen": self.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
             "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
         } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
-            "schedule": "full_update", "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compile else 0,
-            "eager_fallbacks": int(config.run.compile and not self.compile),
+            "schedule": "full_update", "compiled_graphs": graphs_compiled() if self.compile else 0,
+            "eager_fallbacks": self.forward.eager_fallbacks if self.compile else int(config.run.compile),
         } | self.features.summary()
         extra = [Path(config.run.result_json).expanduser()] if config.run.result_json else []
         write_result([self.run_dir / "result.json", *extra], fields)
-        self.console.line(plot_run(self.run_dir))
+        for line in [*self.features.reports(), plot_run(self.run_dir)]:
+            self.console.line(line)
 
 
 class Console:
@@ -235,33 +244,3 @@ def tracker_names(config: Config) -> list[str]:
     if config.run.tracker:
         return [name for name in config.run.tracker if name != "none"]
     return ["wandb"] if config.run.run != "dummy" else []
-
-
-def compiler_works(device: torch.device) -> str | None:
-    """None where torch.compile works on the device, else the reason. Tried, as it needs a C++ compiler or Triton."""
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as e:  # whatever a missing or broken tool chain raises
-        return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-
-
-def compile_whole(model):
-    """The model's forward as one graph per `active_start`; never a silent fall back to eager."""
-    _fail_loudly()
-    return torch.compile(model, dynamic=False)
-
-
-def compile_parts(model):
-    """The model with embedding, blocks and loss compiled one by one. Blocks of a kind share graphs, which serve every
-    `active_start`; evaluation bypasses them as it does a whole graph."""
-    _fail_loudly()
-    for block in model.transformer.h:
-        block.compile(dynamic=False)
-    model._embed = torch.compile(model._embed, dynamic=False)
-    model.kernels.loss = torch.compile(model.kernels.loss, dynamic=False)
-    return model
-
-
-def _fail_loudly() -> None:
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, format_duration, is_main_rank, print0
+from nanochat.common import Diverged, UserError, format_duration, is_main_rank, print0
 from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
 from nanochat.device import evaluation
@@ -16,10 +16,6 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.setup import Run
 
 LOG_EVERY_SECONDS = 5.0
-
-
-class Diverged(Exception):
-    """The loss is not a finite number."""
 
 
 def train(run: Run) -> None:
@@ -54,21 +50,26 @@ def due(step: int, n: int, last: bool) -> bool:
 def train_step(run: Run) -> None:
     """One optimizer step: all micro-batches forward and backward, one update."""
     options = run.features.before_step(run.step)
+    run.rehearse(options)
     loss = torch.zeros((), device=run.device)
     accumulation = run.horizon.grad_accum_steps
-    with run.clock.training():
+    with run.clock.training() as lap:
         for _ in range(accumulation):
             x, y = run.loader.next()
             micro_loss = run.forward(x, y, **options) / accumulation
+            lap("forward")
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
+            lap("backward")
         average_over_ranks(run.model, loss)
         run.scaler.unscale_(run.optimizer)
         run.features.after_backward(run.model, run.step)
         run.set_schedule()
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        run.features.after_update()
         run.model.zero_grad(set_to_none=True)
+        lap("update")
         loss = loss.item()
     if not math.isfinite(loss):
         raise Diverged(f"the loss of step {run.step} is {loss}")
@@ -88,7 +89,7 @@ def average_over_ranks(model, loss: torch.Tensor) -> None:
 
 def record_step(run: Run, loss: float) -> None:
     """The step's row in metrics.jsonl, and now and then a line for whoever watches."""
-    dt, n_layer = run.clock.last, run.model.config.n_layer
+    dt, n_layer = run.clock.last.total, run.model.config.n_layer
     peak = run.memory.step_peak()
     run.tally.add_step(run.step, loss, dt, peak, run.clock.train)
     row = {

@@ -113,6 +113,22 @@ def test_suffix_gradients_are_those_of_the_full_backward(start, accumulate):
             assert p.grad is None, name
 
 
+@pytest.mark.parametrize("start", range(1, TINY.n_layer))
+def test_the_embedding_learns_through_x0(start):
+    """Without detach_x0 every gradient is to the bit that of a full forward whose prefix blocks give constants."""
+    reference, suffix = tiny_model(), tiny_model()
+    for block in reference.transformer.h[:start]:
+        block.register_forward_hook(lambda module, args, output: output.detach())
+    x, y = batch()
+    losses = reference(x, y), suffix(x, y, active_start=start, detach_x0=False)
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    assert suffix.transformer.wte.weight.grad.any() and suffix.smear_gate.grad.any()
+    for (name, p), q in zip(suffix.named_parameters(), reference.parameters()):
+        assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
+
+
 def test_bf16_model_follows_the_fp32_one():
     exact, coarse = tiny_model(), tiny_model(dtype=torch.bfloat16)
     x, y = batch()

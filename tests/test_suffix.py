@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.compilation import compile_parts
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
-from nanochat.features.suffix import cost_model, relevance_of_blocks
+from nanochat.features.suffix import cost_in_flops, cost_in_seconds, relevance_of_blocks
 from nanochat.metrics import read_metrics
-from nanochat.setup import Run, compile_parts
+from nanochat.setup import Run
 from nanochat.shape import GPTConfig, flops_per_token
 from nanochat.suffix_policy import predicted_speedup
 from nanochat.train import run_to_the_end
@@ -55,7 +57,7 @@ def weights(run_dir):
     return (run_dir / f"step_{STEPS:06d}" / "model.safetensors").read_bytes()
 
 
-def test_decisions_reach_the_records(base):
+def test_decisions_reach_the_records(base, capsys):
     run_dir, steps, result = train(base, "dynamic", "--no-compile", *DYNAMIC)
     kinds = [r["step_kind"] for r in steps]
     assert kinds == ["warmup"] * 2 + ["probe", "suffix"] + ["probe", "suffix", "suffix", "suffix"] + ["refresh", "suffix"] + ["recovery"] * 2
@@ -64,10 +66,16 @@ def test_decisions_reach_the_records(base):
                for layers, kind, r in zip(active, kinds, steps))
     assert result["schedule"] == "dynamic_suffix" and result["active_layers_mean"] == pytest.approx(sum(active) / STEPS)
     assert result["active_layers_range"] == f"{min(active)}-4"
-    config = GPTConfig(**json.loads((run_dir / f"step_{STEPS:06d}" / "state.json").read_text())["model_config"])
-    assert result["speedup_predicted"] == pytest.approx(predicted_speedup(active, 4, cost_model(config)))
-    assert result["speedup_predicted"] > 1
-    assert result["speedup_measured"] > 0
+    full = [r["dt_ms"] for r, kind in zip(steps, kinds) if kind in ("warmup", "recovery")]
+    assert result["speedup_measured"] == pytest.approx((sum(full) / 4) / (sum(r["dt_ms"] for r in steps) / STEPS))
+    state = json.loads((run_dir / f"step_{STEPS:06d}" / "state.json").read_text())
+    parts = state["features"]["suffix"]["parts"]
+    assert len(parts) == 4 and all(0 < sum(p) * 1000 <= dt for p, dt in zip(parts, full))
+    cost = cost_in_seconds(GPTConfig(**state["model_config"]), *(statistics.median(p) for p in zip(*parts)))
+    assert result["speedup_predicted"] == pytest.approx(predicted_speedup(active, 4, cost))
+    assert steps[-1]["cost_share"] == 1 and steps[3]["cost_share"] == pytest.approx(cost.step(active[3], 4) / cost.step(4, 4), rel=0.5)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dynamic_suffix: "))
+    assert f"measured {result['speedup_measured']:.2f}" in line and f"k {result['backward_over_forward']:.2f}," in line
 
 
 def test_all_blocks_is_full_training_to_the_bit(base):
@@ -94,10 +102,14 @@ def test_relevance_is_what_it_says(metric):
     assert relevance_of_blocks(model, metric) == pytest.approx(expected, rel=1e-4)
 
 
-def test_costs_add_up_to_the_models_flops():
+def test_costs_add_up():
     config = GPTConfig()
-    cost = cost_model(config)
-    assert cost.step(config.n_layer, config.n_layer) == pytest.approx(flops_per_token(config))
+    flops, seconds = cost_in_flops(config), cost_in_seconds(config, forward=0.1, backward=0.25, update=0.05)
+    assert flops.step(config.n_layer, config.n_layer) == pytest.approx(flops_per_token(config))
+    assert flops.backward_block == pytest.approx(2 * flops.forward_block)
+    assert seconds.step(config.n_layer, config.n_layer) == pytest.approx(0.4)
+    head = 6 * 50304 * 768 / flops_per_token(config) if config.vocab_size > 50000 else 6 * 32768 * 768 / flops_per_token(config)
+    assert seconds.step(0, config.n_layer) == pytest.approx(0.1 + head * 0.25)  # nothing but the forward, and the head's backward
 
 
 def test_compiled_in_parts_it_follows_eager_and_compiles_nothing_twice():

@@ -41,7 +41,7 @@ def main() -> None:
     from nanochat.checkpoint_manager import build_model
     from nanochat.device import PeakMemory, init_device, pick_compute_dtype
     from nanochat.flash_attention import make_attention
-    from nanochat.setup import compile_parts, compile_whole
+    from nanochat.compilation import compile_parts, compile_whole
     bench.check_writable(flags.json_out)
     started = time.monotonic()
     device, _ = init_device(flags.device_type)

@@ -44,8 +44,11 @@ class Feature:
     def after_backward(self, model, step: int) -> None:
         """Look at the gradients of the whole step before the optimizer does."""
 
-    def after_step(self, step: int, loss: float, seconds: float) -> None:
-        """Take note of the step's mean loss in nats, and of the seconds it took, compilation left out."""
+    def after_update(self) -> None:
+        """The optimizer has changed the weights; what is done here counts as training time."""
+
+    def after_step(self, step: int, loss: float, time) -> None:
+        """Take note of the step's mean loss in nats, and of the time it took (nanochat/clock.py, StepTime)."""
 
     @contextmanager
     def eval_context(self, model):
@@ -59,6 +62,9 @@ class Feature:
     def summary(self) -> dict:
         """Fields for result.json."""
         return {}
+
+    def report(self) -> str | None:
+        """A line for the user when the run ends."""
 
     def state_dict(self) -> dict:
         """What an exact resume needs, as JSON."""
@@ -89,9 +95,13 @@ class Features:
         for room in self.rooms:
             room.after_backward(model, step)
 
-    def after_step(self, step: int, loss: float, seconds: float) -> None:
+    def after_update(self) -> None:
         for room in self.rooms:
-            room.after_step(step, loss, seconds)
+            room.after_update()
+
+    def after_step(self, step: int, loss: float, time) -> None:
+        for room in self.rooms:
+            room.after_step(step, loss, time)
 
     @contextmanager
     def eval_context(self, model):
@@ -105,6 +115,9 @@ class Features:
 
     def summary(self) -> dict:
         return {key: value for room in self.rooms for key, value in room.summary().items()}
+
+    def reports(self) -> list[str]:
+        return [line for room in self.rooms if (line := room.report())]
 
     def state_dict(self) -> dict:
         return {room.name: room.state_dict() for room in self.rooms}

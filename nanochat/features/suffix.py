@@ -6,18 +6,30 @@ train everything anyway, and leaves the device in one transfer. Under torchrun e
 gradients and loss and so decides the same.
 """
 
+import statistics
+from dataclasses import dataclass
+
 from nanochat.common import UserError
 from nanochat.features import Feature
+from nanochat.flags import flag
 from nanochat.shape import flops_per_token, padded_vocab_size
 from nanochat.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
 
 EPSILON = 1e-12  # keeps the relevance of a block of zeros finite
+PARTS_KEPT = 32  # full steps whose parts are remembered
+
+
+@dataclass
+class Flags(SuffixFlags):
+    """Dynamic suffix training"""
+    suffix_detach_x0: bool = flag(False, "leave the embedding alone on suffix steps, instead of training it through x0")
 
 
 class Suffix(Feature):
     name = "suffix"
-    Config = SuffixFlags
+    Config = Flags
     varies_forward = True
+    STATE = ("active", "steps", "full", "parts")
 
     @classmethod
     def enabled(cls, config) -> bool:
@@ -33,55 +45,91 @@ class Suffix(Feature):
             self.policy = SuffixPolicy(self.config, model.config.n_layer, horizon.num_iterations)
         except ValueError as e:
             raise UserError(str(e)) from None
-        self.cost = cost_model(model.config)
-        self.active, self.seconds = [], {}  # blocks trained per step; [steps, seconds] by number of blocks
+        self.shape = model.config
+        self.active = []              # blocks trained, a value per step
+        self.steps, self.full = [0, 0.0], [0, 0.0]  # number and seconds of all steps, and of plain full ones
+        self.parts = []               # (forward, backward, update) seconds of plain full steps
 
     def before_step(self, step: int) -> dict:
         self.decision, self.relevance = self.policy.decide(step), None
-        return {"active_start": self.decision.active_start}
+        return {"active_start": self.decision.active_start, "detach_x0": self.config.suffix_detach_x0}
 
     def after_backward(self, model, step: int) -> None:
         if self.decision.needs_relevance:
             self.relevance = relevance_of_blocks(model, self.config.dyn_relevance_metric)
 
-    def after_step(self, step: int, loss: float, seconds: float) -> None:
+    def after_step(self, step: int, loss: float, time) -> None:
         self.policy.observe(step, loss, self.relevance)
-        layers = self.policy.n_layer - self.decision.active_start
-        self.active.append(layers)
-        total = self.seconds.setdefault(str(layers), [0, 0.0])
-        total[0], total[1] = total[0] + 1, total[1] + seconds
+        plain = self.decision.active_start == 0 and not self.decision.needs_relevance
+        for count in (self.steps, self.full) if plain else (self.steps,):
+            count[0], count[1] = count[0] + 1, count[1] + time.total
+        if plain and time.forward is not None:
+            self.parts = [*self.parts, time[1:]][-PARTS_KEPT:]
+        self.active.append(self.policy.n_layer - self.decision.active_start)
 
     def metrics(self) -> dict:
-        start = self.decision.active_start
-        return {"step_kind": self.decision.kind, "active_start": start, "active_layers": self.policy.n_layer - start}
+        """`cost_share`: of a full step's cost, by the model of costs."""
+        start, layers = self.decision.active_start, self.active[-1]
+        return {"step_kind": self.decision.kind, "active_start": start, "active_layers": layers,
+                "cost_share": 1 / predicted_speedup([layers], self.policy.n_layer, self.cost())}
 
     def summary(self) -> dict:
         """`speedup_measured` compares the mean step with the mean of this run's own full steps, where it had any."""
         if not self.active:
             return {"schedule": self.config.block_update_schedule}
-        steps, spent = (sum(column) for column in zip(*self.seconds.values()))
-        full_steps, full_seconds = self.seconds.get(str(self.policy.n_layer), (0, 0.0))
+        (steps, seconds), (full_steps, full_seconds), cost = self.steps, self.full, self.cost()
         return {
             "schedule": self.config.block_update_schedule,
             "active_layers_mean": sum(self.active) / len(self.active),
             "active_layers_range": f"{min(self.active)}-{max(self.active)}",
-            "speedup_predicted": predicted_speedup(self.active, self.policy.n_layer, self.cost),
-            "speedup_measured": full_seconds / full_steps / (spent / steps) if full_steps else None,
+            "speedup_predicted": predicted_speedup(self.active, self.policy.n_layer, cost),
+            "speedup_measured": full_seconds / full_steps / (seconds / steps) if full_steps else None,
+            "backward_over_forward": cost.backward_block / cost.forward_block,
         }
 
+    def report(self) -> str | None:
+        result = self.summary()
+        if not self.active:
+            return None
+        measured = result["speedup_measured"]
+        return (f"{result['schedule']}: {result['active_layers_mean']:.2f} of {self.policy.n_layer} blocks trained on average "
+                f"({result['active_layers_range']}) | speed-up over full steps: predicted {result['speedup_predicted']:.2f} with k "
+                f"{result['backward_over_forward']:.2f}{'' if self.parts else ' (assumed)'}, "
+                + (f"measured {measured:.2f}" if measured else "not measured, as no step was full"))
+
+    def cost(self) -> CostModel:
+        """A step's cost in seconds, as this run's plain full steps took; in FLOPs until there are such steps."""
+        if not self.parts:
+            return cost_in_flops(self.shape)
+        return cost_in_seconds(self.shape, *map(statistics.median, zip(*self.parts)))
+
     def state_dict(self) -> dict:
-        return {"policy": self.policy.state_dict(), "active": self.active, "seconds": self.seconds}
+        return {"policy": self.policy.state_dict()} | {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.active, self.seconds = state["active"], state["seconds"]
+        for name in self.STATE:
+            setattr(self, name, state[name])
 
 
-def cost_model(config) -> CostModel:
-    """FLOPs per token of a block's forward and backward, and of what every step pays: head, embedding aside."""
-    head = 6 * padded_vocab_size(config.vocab_size) * config.n_embd
-    blocks = (flops_per_token(config) - head) / config.n_layer
-    return CostModel(forward_block=blocks / 3, backward_block=2 * blocks / 3, always=head)
+def head_share(config) -> float:
+    """Share of the model's FLOPs that the head takes, which every step pays in full."""
+    return 6 * padded_vocab_size(config.vocab_size) * config.n_embd / flops_per_token(config)
+
+
+def cost_in_flops(config) -> CostModel:
+    """FLOPs per token; the backward counts as two forwards, and the optimizer as nothing."""
+    total, share = flops_per_token(config), head_share(config)
+    blocks = (1 - share) * total / config.n_layer
+    return CostModel(forward_block=blocks / 3, backward_block=2 * blocks / 3, always=share * total)
+
+
+def cost_in_seconds(config, forward: float, backward: float, update: float) -> CostModel:
+    """Seconds, from those of a full step's parts. Forward and backward are split between head and blocks as their FLOPs
+    are; the update is the blocks' alone: Muon's products outweigh the rest of the optimizer."""
+    blocks = (1 - head_share(config)) / config.n_layer
+    return CostModel(forward_block=blocks * forward, backward_block=blocks * backward + update / config.n_layer,
+                     always=head_share(config) * (forward + backward))
 
 
 def relevance_of_blocks(model, metric: str) -> list[float]:
