@@ -56,7 +56,7 @@ class Suffix(Feature):
 
     def after_backward(self, model, step: int) -> None:
         if self.decision.needs_relevance:
-            self.relevance = relevance_of_blocks(model, self.config.dyn_relevance_metric)
+            self.relevance = relevance_of_blocks(model.transformer.h, self.config.dyn_relevance_metric)
 
     def after_step(self, step: int, loss: float, time) -> None:
         self.policy.observe(step, loss, self.relevance)
@@ -132,11 +132,11 @@ def cost_in_seconds(config, forward: float, backward: float, update: float) -> C
                      always=head_share(config) * (forward + backward))
 
 
-def relevance_of_blocks(model, metric: str) -> list[float]:
-    """Relevance of each block to the step, from its gradients: ||g|| / (||W|| + eps), or the sum of |g p|."""
+def relevance_of_blocks(blocks, metric: str) -> list[float]:
+    """Relevance of each of these modules to the step, from its gradients: ||g|| / (||W|| + eps), or the sum of |g p|."""
     import torch
     values = []
-    for block in model.transformer.h:
+    for block in blocks:
         weights = [p for p in block.parameters() if p.grad is not None]
         gradients = [p.grad for p in weights]
         if metric == "grad_ratio":
