@@ -14,7 +14,8 @@ of `Kernels`: norm, attention, loss.
 `active_start=a` trains only the suffix of blocks [a, n): what is before runs without gradient, so its activations are
 not kept, and what crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the smear and the
 frozen blocks then get no gradient at all (`.grad` stays None), which the optimizer takes as "leave alone". With
-`detach_x0=False` the embedding and the smear are trained as well, by what reaches them from the suffix through x0.
+`detach_x0=False` the embedding is trained as well, by what reaches it from the suffix through x0. The smear is not: two
+numbers for all tokens, pushed on by a gradient that does not know what the prefix makes of them, ran away (dev/LOG.md).
 """
 
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from nanochat.shape import (SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig, ha
 
 QK_SCALE = 1.2
 ROTARY_BASE = 100_000
+# Before the blocks write anything the stream is a multiple of x0, whose size the norms cancel: the scalars that scale it
+# have no gradient but rounding, which Adam with its usual eps follows at full speed until the stream cancels (dev/LOG.md).
+SCALAR_EPS = 1e-3
 ROTARY_REACH = 10        # positions are precomputed for this many times the training context
 
 
@@ -213,7 +217,7 @@ class GPT(nn.Module):
         assert 0 <= active_start < self.config.n_layer
         cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
         with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
-            x0 = self._embed(idx, kv_cache)
+            x0 = self._embed(idx, kv_cache, train_smear=active_start == 0)
         with torch.no_grad() if active_start > 0 else nullcontext():
             x, mid = self._run_blocks(range(active_start), x0, x0, None, idx, cos, sin, kv_cache, start)
         x, mid = self._run_blocks(range(active_start, self.config.n_layer), x, x0, mid, idx, cos, sin, kv_cache, start)
@@ -224,15 +228,16 @@ class GPT(nn.Module):
             return softcapped_logits(x, self.lm_head, self.config.vocab_size)
         return self.kernels.loss(x, self.lm_head, targets, self.config.vocab_size, loss_reduction)
 
-    def _embed(self, idx, kv_cache):
+    def _embed(self, idx, kv_cache, train_smear=True):
         """Normed and smeared embedding (B, T, C) of idx (B, T): the x0 that every block sees."""
+        smear_gate, smear_lambda = (p if train_smear else p.detach() for p in (self.smear_gate, self.smear_lambda))
         x = self.kernels.norm(self.transformer.wte(idx).to(self.compute_dtype))
         before = None if kv_cache is None else kv_cache.prev_embedding  # (B, 1, C) of the token before this chunk
         if kv_cache is not None:
             kv_cache.prev_embedding = x[:, -1:]
         previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if before is None else torch.cat([before, x[:, :-1]], dim=1)
-        gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], self.smear_gate.to(x.dtype)))  # (B, T, 1)
-        return x + self.smear_lambda.to(x.dtype) * gate * previous
+        gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], smear_gate.to(x.dtype)))  # (B, T, 1)
+        return x + smear_lambda.to(x.dtype) * gate * previous
 
     def _run_blocks(self, layers, x, x0, mid, idx, cos, sin, kv_cache, start):
         """Run the given layers; returns the stream and what it was after layer n // 2 (None before that)."""
@@ -256,17 +261,17 @@ class GPT(nn.Module):
         tables = list(self.value_embeds.parameters())
         smear_and_backout = [self.smear_gate, self.smear_lambda, self.backout_lambda]
 
-        def adamw(params, lr, betas, weight_decay=0.0, per_layer=False):
-            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=1e-10, weight_decay=weight_decay,
+        def adamw(params, lr, betas, weight_decay=0.0, per_layer=False, eps=1e-10):
+            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                         skip_zero_gradients=per_layer)
 
         groups = [
             adamw([self.lm_head.weight], unembedding_lr * scale, (0.8, 0.96), 0.01),
             adamw([self.transformer.wte.weight], embedding_lr * scale, (0.8, 0.995), 0.001),
             adamw(tables, 0.5 * embedding_lr * scale, (0.8, 0.995), 0.01),
-            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05, per_layer=True),
-            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), per_layer=True),
-            adamw(smear_and_backout, 0.2, (0.8, 0.95)),
+            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05, per_layer=True, eps=SCALAR_EPS),
+            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), per_layer=True, eps=SCALAR_EPS),
+            adamw(smear_and_backout, 0.2, (0.8, 0.95), eps=SCALAR_EPS),
         ]
         matrices = list(self.transformer.h.parameters())
         for shape in sorted({tuple(p.shape) for p in matrices}):

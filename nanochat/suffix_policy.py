@@ -14,7 +14,11 @@ A `dynamic_suffix` run, in order:
                 and on request a stable loss; once open it stays open
     suffix      with a full step at every probe and refresh. On request these also move the budget, the most layers a
                 suffix may have: up where their loss exceeds the EMA of the earlier ones, down where it falls below it
-    recovery    everything again, at once (`full`) or in three stages that never train less than the suffix would
+    recovery    on request: everything again, at once (`full`) or in three stages that never train less than the suffix
+
+The defaults are those that won at equal time (dev/LOG.md): a fifth of the steps for all blocks, from then on every fourth
+step, the others for the top third or a little more. So no block is ever left for long, and all settle as the learning
+rate falls; a recovery at the end cost more than it gave.
 
 The policy is asked before a step, `decide(step)`, which changes nothing, and told after it, `observe(step, loss,
 relevance)`. Its whole state is plain JSON, so a resumed run decides as the one that was never killed.
@@ -37,13 +41,13 @@ class SuffixFlags:
                                       "--static-active-layers, or a suffix chosen by relevance", choices=SCHEDULES)
     static_active_layers: int = flag(-1, "blocks that static_suffix trains")
     dyn_warmup_steps: int = flag(25, "full steps at the start")
-    dyn_probe_every: int = flag(40, "steps between probes: full steps that measure relevance")
+    dyn_probe_every: int = flag(4, "steps between probes: full steps that measure relevance")
     dyn_refresh_every: int = flag(120, "steps between refreshes, which go before probes; 0 makes none")
     dyn_relevance_metric: str = flag("grad_ratio", "relevance of a block: ||g|| / ||W||, or the sum of |g p|",
                                      choices=("grad_ratio", "saliency_abs_gp"))
     dyn_relevance_ema_decay: float = flag(0.9, "beta of the EMA of relevance over its measurements")
-    dyn_relevance_threshold: float = flag(0.92, "share of the summed relevance that the suffix must hold")
-    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is half of them")
+    dyn_relevance_threshold: float = flag(0.25, "share of the summed relevance that the suffix must hold")
+    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a third of them")
     dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them")
     dyn_adapt_budget: bool = flag(False, "let the loss of probes and refreshes move the most blocks to train")
     dyn_loss_upper: float = flag(1.01, "more blocks where a probe's loss exceeds this multiple of its EMA")
@@ -51,13 +55,14 @@ class SuffixFlags:
     dyn_budget_step_up: int = flag(2, "by how many more")
     dyn_budget_step_down: int = flag(1, "by how many fewer")
     dyn_loss_ema_decay: float = flag(0.9, "decay of the EMA of the probes' loss")
-    dyn_freeze_start_frac: float = flag(0.1, "share of the steps before which nothing is frozen")
+    dyn_freeze_start_frac: float = flag(0.2, "share of the steps before which nothing is frozen")
     dyn_freeze_start_step: int = flag(-1, "step before which nothing is frozen; -1 uses the share")
     dyn_require_stable: bool = flag(False, "freeze nothing before the loss is stable")
     dyn_stability_window: int = flag(12, "losses that are looked at for that")
     dyn_stability_rel_change: float = flag(0.02, "stable: the means of its halves differ by at most this share")
     dyn_stability_cv: float = flag(0.03, "stable: standard deviation over mean in the window is at most this")
-    dyn_final_full_frac: float = flag(0.1, "share of the steps, at the end, that recover the frozen blocks")
+    dyn_final_full_frac: float = flag(-1.0, "share of the steps, at the end, that recover the frozen blocks; -1 is none, or a "
+                                     "tenth if in stages")
     dyn_final_recovery_mode: str = flag("full", "how: all blocks at once, or in stages", choices=("full", "staged"))
     dyn_final_recovery_stage1_progress: float = flag(0.34, "share of the recovery at which stage 1 ends")
     dyn_final_recovery_stage1_layers: int = flag(-1, "blocks trained in stage 1; -1 is a third from min to all")
@@ -75,12 +80,12 @@ class LayerCounts:
 
 
 def layer_counts(flags: SuffixFlags, n_layer: int) -> LayerCounts:
-    """The flags' counts, with every -1 derived from `n_layer`: 6, 12, 8 and 10 of 12 blocks."""
+    """The flags' counts, with every -1 derived from `n_layer`: 4, 12, 7 and 9 of 12 blocks."""
     def given(count: int, derived: int) -> int:
         return derived if count == -1 else count
 
     high = given(flags.dyn_max_active_layers, n_layer)
-    low = given(flags.dyn_min_active_layers, min((n_layer + 1) // 2, high))
+    low = given(flags.dyn_min_active_layers, min((n_layer + 2) // 3, high))
     return LayerCounts(
         low=low, high=high,
         stage1=given(flags.dyn_final_recovery_stage1_layers, low + round((n_layer - low) / 3)),
@@ -95,7 +100,10 @@ def freeze_start(flags: SuffixFlags, num_steps: int) -> int:
 
 def recovery_start(flags: SuffixFlags, num_steps: int) -> int:
     """The first step of the final recovery; `num_steps` where there is none."""
-    return num_steps - round(flags.dyn_final_full_frac * num_steps)
+    share = flags.dyn_final_full_frac
+    if share == -1:
+        share = 0.1 if flags.dyn_final_recovery_mode == "staged" else 0.0
+    return num_steps - round(share * num_steps)
 
 
 def problems(flags: SuffixFlags, n_layer: int, num_steps: int) -> list[str]:
@@ -124,8 +132,9 @@ def problems(flags: SuffixFlags, n_layer: int, num_steps: int) -> list[str]:
         require(0 <= getattr(flags, name) < 1, name, "must be at least 0 and below 1: at 1 the first value would stay")
     require(flags.dyn_freeze_start_step >= -1, "dyn_freeze_start_step",
             "must be a step, or -1 to use --dyn-freeze-start-frac")
-    for name in ("dyn_freeze_start_frac", "dyn_final_full_frac"):
-        require(0 <= getattr(flags, name) < 1, name, "must be at least 0 and below 1")
+    require(0 <= flags.dyn_freeze_start_frac < 1, "dyn_freeze_start_frac", "must be at least 0 and below 1")
+    require(flags.dyn_final_full_frac == -1 or 0 <= flags.dyn_final_full_frac < 1, "dyn_final_full_frac",
+            "must be at least 0 and below 1, or -1 to derive it")
 
     staged, counts = flags.dyn_final_recovery_mode == "staged", layer_counts(flags, n_layer)
     names = ["dyn_min_active_layers", "dyn_max_active_layers"]

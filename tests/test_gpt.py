@@ -115,7 +115,8 @@ def test_suffix_gradients_are_those_of_the_full_backward(start, accumulate):
 
 @pytest.mark.parametrize("start", range(1, TINY.n_layer))
 def test_the_embedding_learns_through_x0(start):
-    """Without detach_x0 every gradient is to the bit that of a full forward whose prefix blocks give constants."""
+    """Without detach_x0 every gradient is to the bit that of a full forward whose prefix blocks give constants; the smear
+    is left alone."""
     reference, suffix = tiny_model(), tiny_model()
     for block in reference.transformer.h[:start]:
         block.register_forward_hook(lambda module, args, output: output.detach())
@@ -124,7 +125,8 @@ def test_the_embedding_learns_through_x0(start):
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    assert suffix.transformer.wte.weight.grad.any() and suffix.smear_gate.grad.any()
+    assert suffix.transformer.wte.weight.grad.any() and suffix.smear_gate.grad is suffix.smear_lambda.grad is None
+    reference.smear_gate.grad = reference.smear_lambda.grad = None
     for (name, p), q in zip(suffix.named_parameters(), reference.parameters()):
         assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
 

@@ -311,7 +311,7 @@ def test_values_that_are_not_finite_are_left_out():
 def test_staged_recovery_ramps_up():
     """The reference's example: 12 to 15 of 18 blocks, then 14, 16 and all, by thirds of the window."""
     flags = eager(dyn_min_active_layers=12, dyn_max_active_layers=15, dyn_final_full_frac=0.12, dyn_probe_every=24,
-                  dyn_final_recovery_mode="staged")
+                  dyn_relevance_threshold=0.92, dyn_final_recovery_mode="staged")
     counts = layer_counts(flags, 18)
     assert (counts.stage1, counts.stage2) == (14, 16)
     policy = SuffixPolicy(flags, 18, 1000)
@@ -388,14 +388,14 @@ STAGED = dict(dyn_final_recovery_mode="staged")
     (dict(dyn_adapt_budget=True, dyn_loss_upper=0.99), "0 < --dyn-loss-lower < --dyn-loss-upper"),
     (dict(dyn_adapt_budget=True, dyn_budget_step_up=0), "--dyn-budget-step-up"),
     (dict(dyn_require_stable=True, dyn_stability_window=1), "--dyn-stability-window must be at least 2"),
-    (dict(dyn_require_stable=True, dyn_stability_window=900), "never filled"),
+    (dict(dyn_require_stable=True, dyn_stability_window=1000), "never filled"),
     (dict(dyn_require_stable=True, dyn_stability_cv=0.0), "--dyn-stability-cv"),
     (STAGED | dict(dyn_final_recovery_stage1_layers=11, dyn_final_recovery_stage2_layers=9), "stages that grow"),
-    (STAGED | dict(dyn_final_recovery_stage1_layers=4), "stages that grow"),
+    (STAGED | dict(dyn_final_recovery_stage1_layers=3), "stages that grow"),
     (STAGED | dict(dyn_final_recovery_stage2_layers=13), "--dyn-final-recovery-stage2-layers must be from 1 to 12"),
     (STAGED | dict(dyn_final_recovery_stage1_progress=0.8), "--dyn-final-recovery-stage1-progress <"),
     (STAGED | dict(dyn_final_full_frac=0.0), "that is the part of the run it stages"),
-    (dict(dyn_freeze_start_frac=0.95), "freezing starts at step 950 and recovery at 900 of 1000"),
+    (dict(dyn_freeze_start_frac=0.95, dyn_final_full_frac=0.1), "freezing starts at step 950 and recovery at 900 of 1000"),
     (dict(dyn_warmup_steps=2000), "no step is left to train a suffix in"),
 ])
 def test_refusals_name_the_flag_and_advise(wrong, words):
@@ -404,6 +404,12 @@ def test_refusals_name_the_flag_and_advise(wrong, words):
     assert len(found) == 1 and words in found[0]
     with pytest.raises(ValueError):
         SuffixPolicy(flags, 12, 1000)
+
+
+def test_recovery_is_asked_for_or_comes_with_its_stages():
+    starts = [recovery_start(dynamic(**flags), 100) for flags in ({}, STAGED, dict(dyn_final_full_frac=0.25), STAGED | dict(
+        dyn_final_full_frac=0.25))]
+    assert starts == [100, 90, 75, 75]
 
 
 def test_all_problems_are_told_at_once_and_only_those_of_the_schedule():
