@@ -48,19 +48,19 @@ class Clock:
         self.train += total
         self.compile += compiled
 
-    @contextmanager
     def evaluating(self):
-        started = time.perf_counter()
-        yield
-        synchronize(self.device)
-        self.eval += time.perf_counter() - started
+        return self._aside("eval")
+
+    def compiling(self):
+        return self._aside("compile")
 
     @contextmanager
-    def compiling(self):
+    def _aside(self, name: str):
+        """Adds what is inside to the clock of that name."""
         started = time.perf_counter()
         yield
         synchronize(self.device)
-        self.compile += time.perf_counter() - started
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
     def state_dict(self) -> dict:
         return {"train": self.train, "eval": self.eval, "compile": self.compile}

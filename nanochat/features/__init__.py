@@ -129,6 +129,7 @@ class Features:
 
 
 from nanochat.features.compile_cache import CompileCache  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.fp8 import Fp8  # noqa: E402
 from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (Suffix, CompileCache)
+FEATURES: tuple[type[Feature], ...] = (Fp8, Suffix, CompileCache)

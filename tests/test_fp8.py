@@ -1,0 +1,658 @@
+"""FP8: the arithmetic against an independent reference, layouts, compilation, and the room in real runs, all on a CPU."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanochat.common import UserError
+from nanochat.compilation import CompiledModel
+from nanochat.config import parse_config
+from nanochat.features import FEATURES
+from nanochat.features.fp8 import Fp8Flags, convert, measure_shapes, reason_to_leave_out
+from nanochat.fp8 import (E4M3, E5M2, Float8Linear, Float8LinearConfig, convert_to_float8_training, fp8_cast,
+                          fp8_trouble, largest_magnitude, refresh_weights, scaled_mm)
+from nanochat.gpt import GPT, Linear
+from nanochat.metrics import read_metrics
+from nanochat.setup import Run
+from nanochat.shape import GPTConfig, shape_of_depth
+from nanochat.train import evaluate, run_to_the_end, train_step
+from test_gpt import TINY, batch, tiny_model
+
+ROOT = Path(__file__).parent.parent
+CACHED = Float8LinearConfig(cache_weights=True)
+
+
+# --- the arithmetic, written again in numpy -------------------------------------------------------------------------
+
+def grid(exponent_bits: int, mantissa_bits: int, largest: float) -> np.ndarray:
+    """The non-negative numbers of a format in order, by the definition of floating point; even places, even mantissas."""
+    bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
+    subnormal = [m / steps * 2.0 ** (1 - bias) for m in range(steps)]
+    normal = [(1 + m / steps) * 2.0 ** (e - bias) for e in range(1, 2**exponent_bits) for m in range(steps)]
+    return np.array([v for v in subnormal + normal if v <= largest])
+
+
+GRIDS = {E4M3: grid(4, 3, 448.0), E5M2: grid(5, 2, 57344.0)}
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """x (float64) to the nearest number of the format, ties to even."""
+    values, size = GRIDS[dtype], np.abs(x)
+    above = np.clip(np.searchsorted(values, size), 1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    up = (size - low > high - size) | ((size - low == high - size) & (above % 2 == 0))
+    return np.sign(x) * np.where(up, high, low)
+
+
+def quantized(x: torch.Tensor, dtype: torch.dtype) -> tuple[np.ndarray, float]:
+    """x scaled in fp32 and rounded, and 1/scale, as float64."""
+    x = x.detach().float().numpy()
+    scale = np.float32(GRIDS[dtype][-1]) / np.float32(max(np.abs(x).max(), 1e-20))
+    return rounded((x * scale).astype(np.float64), dtype), float(np.float32(1) / scale)
+
+
+def reference(x, w, g):
+    """y, dx, dW in float64 from quantized operands, each with the sum of magnitudes that its rounding errors scale with."""
+    (xq, xi), (wq, wi), (gq, gi) = quantized(x, E4M3), quantized(w, E4M3), quantized(g, E5M2)
+    pairs = (xq, wq.T, xi * wi), (gq, wq, gi * wi), (gq.T, xq, gi * xi)
+    return [(a @ b * s, np.abs(a) @ np.abs(b) * s) for a, b, s in pairs]
+
+
+def fp8_linear(inputs, outputs, config=Float8LinearConfig()):
+    layer = Float8Linear.from_float(Linear(inputs, outputs), config)
+    if config.cache_weights:
+        refresh_weights([layer])
+    return layer
+
+
+def products(layer, x, g):
+    """y, dx, dW of a layer."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y, (x, layer.weight), g)
+
+
+def assert_close_to_reference(layer, x, g):
+    out = products(layer, x, g)
+    wanted = reference(x.reshape(-1, x.size(-1)), layer.weight, g.reshape(-1, g.size(-1)))
+    for got, (exact, magnitude) in zip(out, wanted):
+        unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-24
+        error = np.abs(got.double().numpy().reshape(exact.shape) - exact)
+        assert (error <= unit * np.abs(exact) + 1e-5 * magnitude + 1e-37).all()
+
+
+def of_numbers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return fp8_cast(x, largest_magnitude(x), dtype, True)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_a_cast_rounds_to_the_nearest_number_and_transposes(dtype):
+    values = torch.tensor(GRIDS[dtype])
+    between = (values[1:] + values[:-1]) / 2  # ties
+    x = torch.cat([values, between, between * 1.001, between * 0.999, torch.randn(4000).double() * 30])
+    x = torch.cat([x, -x]).float()
+    x = torch.nn.functional.pad(x, (0, -len(x) % 16)).view(16, -1)
+    q, q_t, inverse = of_numbers(x, dtype)
+    expected, inverse_expected = quantized(x, dtype)
+    assert np.array_equal(q.double().numpy(), expected) and inverse.item() == inverse_expected
+    assert torch.equal(q_t.view(torch.uint8), q.view(torch.uint8).t()) and q_t.is_contiguous()
+
+
+sixteens = st.integers(1, 5).map(lambda n: 16 * n)
+
+
+@settings(max_examples=40)
+@given(m=sixteens, k=sixteens, n=sixteens, seed=st.integers(0, 2**20), wide=st.booleans(), spread=st.floats(-12, 12))
+def test_products_match_the_reference(m, k, n, seed, wide, spread):
+    torch.manual_seed(seed)
+    layer = fp8_linear(k, n)
+    dtype = torch.float32 if wide else torch.bfloat16
+    assert_close_to_reference(layer, (torch.randn(m, k) * 10**spread).to(dtype), (torch.randn(m, n) * 10**-spread).to(dtype))
+
+
+def odd_tensors():
+    torch.manual_seed(1)
+    x = torch.randn(32, 48)
+    outlier, subnormal, mixed = x.clone(), torch.full((32, 48), 1e-40), x * 10 ** (8 * torch.randn(32, 48))
+    outlier[3, 5], subnormal[0, 0] = 1e6, 1e-30
+    return {"outlier": outlier, "subnormal": subnormal, "many magnitudes": mixed, "zeros": torch.zeros(32, 48),
+            "not contiguous": torch.randn(48, 32).t(), "strided": torch.randn(32, 96)[:, ::2], "3-D": torch.randn(2, 16, 48),
+            "expanded": torch.randn(1, 48).expand(32, 48), "huge": x * 1e35}
+
+
+@pytest.mark.parametrize("name", odd_tensors())
+def test_odd_inputs_and_gradients(name):
+    odd = odd_tensors()[name]
+    layer = fp8_linear(48, 48)
+    normal = torch.randn(odd.shape)
+    assert_close_to_reference(layer, odd, normal)
+    assert_close_to_reference(layer, normal, odd)
+
+
+def test_errors_are_those_that_rounding_predicts():
+    """Relative to exact products. A value m 2^e, m in [1, 2), is rounded by up to half of a step 2^e/8 (e4m3): in the root
+    mean square 2^-4/sqrt(3) of 2^e. With mantissas log-uniform, the mean of m^2 is 1.5/ln 2: 0.0245 of the value; e5m2 has
+    twice the step. Errors of the two operands add up as squares. Subnormals add a little."""
+    torch.manual_seed(0)
+    layer, x, g = fp8_linear(256, 256), torch.randn(256, 256), torch.randn(256, 256) * 1e-5
+    torch.nn.init.normal_(layer.weight)
+    e4m3 = 2**-4 / math.sqrt(3) / math.sqrt(1.5 / math.log(2))
+    exact = x.double() @ layer.weight.double().T, g.double() @ layer.weight.double(), g.double().T @ x.double()
+    predicted = math.hypot(e4m3, e4m3), math.hypot(2 * e4m3, e4m3), math.hypot(2 * e4m3, e4m3)
+    for got, true, error in zip(products(layer, x, g), exact, predicted):
+        assert 0.9 < ((got - true).norm() / true.norm()).item() / error < 1.15
+
+
+def test_nothing_overflows_and_nothing_is_hidden():
+    layer = fp8_linear(32, 32)
+    for scale in (0.0, 1e-30, 1e-12, 1e30):  # of a gradient
+        assert all(t.isfinite().all() for t in products(layer, torch.randn(16, 32), scale * torch.randn(16, 32)))
+    for bad in (math.nan, math.inf):
+        g = torch.randn(16, 32)
+        g[2, 3] = bad
+        _, dx, dw = products(layer, torch.randn(16, 32), g)
+        assert not dx.isfinite().all() and not dw.isfinite().all()
+
+
+def test_bias_and_formats_of_the_gradient():
+    plain = torch.nn.Linear(32, 48)
+    layer = Float8Linear.from_float(plain)
+    assert layer.weight is plain.weight and layer.bias is plain.bias and list(layer.state_dict()) == ["weight", "bias"]
+    x = torch.randn(16, 32)
+    without = Float8Linear.from_float(plain)
+    without.bias = None
+    assert torch.equal(layer(x), without(x) + plain.bias)
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((48,), 16.0))
+    full, short = (products(fp8_copy(plain, weight_grad_bf16=short), x, torch.randn(16, 48)) for short in (False, True))
+    assert full[2].dtype == short[2].dtype == torch.float32 and not torch.equal(full[2].bfloat16().float(), full[2])
+    assert torch.equal(short[2].bfloat16().float(), short[2])
+
+
+def fp8_copy(plain, **config):
+    layer = Float8Linear.from_float(plain, Float8LinearConfig(**config))
+    if layer.config.cache_weights:
+        refresh_weights([layer])
+    return layer
+
+
+@pytest.mark.parametrize("config", [dict(fast_accum=True), dict(cache_weights=True), dict(allow_in_graph=False)], ids=str)
+def test_what_changes_speed_changes_no_bit_on_a_cpu(config):
+    plain, x, g = Linear(32, 48), torch.randn(16, 32).bfloat16(), torch.randn(16, 48).bfloat16()
+    for a, b in zip(products(fp8_copy(plain), x, g), products(fp8_copy(plain, **config), x, g)):
+        assert torch.equal(a, b)
+
+
+def test_emulated_products_differ_in_the_order_of_summation_alone():
+    plain, x, g = Linear(64, 48), torch.randn(32, 64), torch.randn(32, 48)
+    for a, b in zip(products(fp8_copy(plain), x, g), products(fp8_copy(plain, emulate=True), x, g)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_same_bits_as_torchao(dtype):
+    """Tensorwise, with torchao's weight gradient, which is rounded to the dtype of x."""
+    torchao = pytest.importorskip("torchao.float8")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ours, theirs = (torch.nn.Sequential(Linear(64, 96)) for _ in range(2))
+        theirs.load_state_dict(ours.state_dict())
+        convert_to_float8_training(ours, config=Float8LinearConfig(weight_grad_bf16=dtype == torch.bfloat16))
+        torchao.convert_to_float8_training(theirs, config=torchao.Float8LinearConfig.from_recipe_name("tensorwise"))
+        x, g = 10.0**seed * torch.randn(2, 16, 64).to(dtype), 1e-4 * torch.randn(2, 16, 96).to(dtype)
+        grads = []
+        for model in (ours, theirs):
+            x = x.detach().requires_grad_()
+            y = model(x)
+            grads.append((y, *torch.autograd.grad(y, (x, model[0].weight), g)))
+        assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+# --- what the hardware wants ----------------------------------------------------------------------------------------
+
+class Products(TorchDispatchMode):
+    """Notes sizes, strides and dtypes of the operands of every scaled product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._scaled_mm.default:
+            self.seen.append(([(t.shape, t.stride(), t.dtype) for t in args[:4]], kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+def test_operands_have_the_layout_that_a_gpu_wants():
+    """Fake CUDA tensors of the same layout pass torch's own checks of the CUDA product; others do not."""
+    for config in (CACHED, Float8LinearConfig(weight_grad_bf16=True)):
+        layer = fp8_linear(64, 96, config)
+        with Products() as noted:
+            products(layer, torch.randn(2, 16, 64).bfloat16(), torch.randn(2, 16, 96).bfloat16())
+        with torch.no_grad(), noted:
+            layer(torch.randn(3, 64).bfloat16())
+        assert len(noted.seen) == 4
+        with FakeTensorMode():
+            for operands, options in noted.seen:
+                fake = [torch.empty_strided(size, stride, dtype=dtype, device="cuda") for size, stride, dtype in operands]
+                torch._scaled_mm(*fake, **options)
+    with FakeTensorMode():
+        one = torch.ones((), device="cuda")
+        for size, stride, size_b, stride_b, complaint in (
+                ((32, 32), (32, 1), (32, 32), (32, 1), "col_major"), ((32, 32), (1, 32), (32, 32), (1, 32), "row_major"),
+                ((32, 24), (24, 1), (24, 32), (1, 24), "divisible by 16"),
+                ((32, 32), (32, 1), (32, 24), (1, 32), "divisible by 16")):
+            with pytest.raises(RuntimeError, match=complaint):
+                scaled_mm(torch.empty_strided(size, stride, dtype=E4M3, device="cuda"),
+                          torch.empty_strided(size_b, stride_b, dtype=E4M3, device="cuda"), one, one, torch.bfloat16)
+
+
+def test_layers_whose_sizes_do_not_fit_are_left_alone():
+    model = torch.nn.ModuleDict({"fits": Linear(32, 48), "inputs": Linear(24, 32), "outputs": Linear(32, 40)})
+    convert_to_float8_training(model)
+    assert [isinstance(m, Float8Linear) for m in model.values()] == [True, False, False]
+
+
+def test_tokens_come_in_sixteens_only_where_gradients_are_wanted():
+    layer = fp8_linear(32, 32)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        layer(torch.randn(1, 32))
+    with torch.no_grad():
+        assert layer(torch.randn(1, 32)).shape == (1, 32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_cpu_has_no_fp8_units():
+    assert "no FP8 units" in fp8_trouble(torch.device("cpu"))
+
+
+TRITON = """
+import torch
+from nanochat.fp8 import E4M3, E5M2, cast_plainly, cast_with_triton
+torch.manual_seed(0)
+for dtype in (E4M3, E5M2):
+    for rows, columns in ((16, 16), (144, 272), (128, 256)):
+        codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).view(dtype).float()
+        codes[~codes.isfinite()] = 1.0
+        codes[codes.abs() < 2**-6] = 0.0  # the interpreter's own rounding is wrong for subnormals
+        codes[0, 0] = torch.finfo(dtype).max
+        for transpose in (True, False):
+            for x in (codes * 2.0**-20, (codes * 2.0**7).bfloat16()):
+                results = []
+                for cast in (cast_plainly, cast_with_triton):
+                    q, q_t = (torch.zeros(s, dtype=dtype) for s in ((rows, columns), (columns, rows) if transpose else 0))
+                    inverse = torch.zeros(())
+                    cast(x, x.abs().amax().float(), q, q_t, inverse)
+                    results.append([q.view(torch.uint8), q_t.view(torch.uint8), inverse])
+                assert all(torch.equal(a, b) for a, b in zip(*results)), (dtype, rows, columns, transpose)
+    x, q, q_t, inverse = torch.zeros(16, 16), torch.ones(16, 16).to(dtype), torch.ones(16, 16).to(dtype), torch.zeros(())
+    cast_with_triton(x, x.amax(), q, q_t, inverse)
+    assert not q.float().any() and not q_t.float().any() and inverse.isfinite()
+print("equal")
+"""
+
+
+def test_the_triton_kernel_in_the_interpreter():
+    """Bit for bit, on numbers that are exact in FP8: the interpreter's own rounding is not the hardware's."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernel is not run here")
+    done = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
+
+
+PTX = """
+from nanochat.fp8 import _cast_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+types = dict(x="*bf16", largest="*fp32", q="*fp8e5", q_t="*fp8e5", inverse="*fp32", M="i32", N="i32", format_max="fp32",
+             floor="fp32")
+source = ASTSource(_cast_kernel, {**types, "TRANSPOSE": "constexpr", "TILE": "constexpr"}, {"TRANSPOSE": True, "TILE": 128},
+                   {(place,): [["tt.divisibility", 16]] for place in (0, 2, 3, 5, 6)})
+print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm["ptx"])
+"""
+
+
+def test_the_triton_kernel_compiles_for_hopper():
+    """It rounds to nearest, divides exactly, and reads and writes 16 bytes at a time, the transposed copy too."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run([sys.executable, "-c", PTX], cwd=ROOT, capture_output=True, text=True)
+    assert "cvt.rn.satfinite.e5m2x2.f32" in done.stdout and "div.rn.f32" in done.stdout, done.stderr
+    assert done.stdout.count("ld.global.v4.b32") == done.stdout.count("st.global.v4.b32") == 128 * 128 * 2 // (256 * 16)
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+class Two(torch.nn.Module):
+    """Two converted layers with a norm before and a non-linearity between; two more share the input of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Linear(64, 128), Linear(128, 64)
+
+    def forward(self, x):
+        n = torch.nn.functional.rms_norm(x, (64,))
+        return x + self.second(torch.nn.functional.relu(self.first(n)).square())
+
+
+def two_compiled(backend, **config):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = convert_to_float8_training(Two(), config=Float8LinearConfig(cache_weights=True, **config))
+    return model, [model.first, model.second], torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+
+
+def gradients(forward, model, x, g):
+    x = x.detach().requires_grad_()
+    y = forward(x)
+    return y, torch.autograd.grad(y, (x, *model.parameters()), g)
+
+
+def steps_agree(backend, steps, agree, **config):
+    """The weights change from step to step, and the graph is not made anew."""
+    model, layers, compiled = two_compiled(backend, **config)
+    x, g = (torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    for _ in range(steps):
+        refresh_weights(layers)
+        (y, grads), (y_eager, grads_eager) = gradients(compiled, model, x, g), gradients(model, model, x, g)
+        for a, b in zip((y, *grads), (y_eager, *grads_eager)):
+            agree(a.detach(), b.detach())
+        for layer in layers:
+            layer.weight.data.add_(grads[0].mean() + 0.01)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    return model, compiled, x
+
+
+def same_bits(a, b):
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("allow_in_graph", [True, False])
+def test_compiled_it_keeps_fp8_for_the_backward(allow_in_graph):
+    """One graph, the same bits, and of the layers' inputs only FP8 copies are saved."""
+    model, compiled, x = steps_agree("aot_eager_decomp_partition", 3, same_bits, allow_in_graph=allow_in_graph)
+    y = compiled(x.detach().requires_grad_())
+    saved = y.grad_fn.saved_tensors
+    assert sorted(t.numel() for t in saved if t.dtype == E4M3) == [32 * 64, 32 * 128, 64 * 128, 64 * 128], "inputs and weights"
+    assert sorted(t.numel() for t in saved if t.dtype == torch.bfloat16) == [32 * 64, 32 * 128], "for norm and non-linearity"
+    assert max(t.numel() for t in saved if t.dtype == torch.float32) <= 32, "scales, and the norm's"
+
+
+def test_compiled_by_inductor_it_follows_eager():
+    """Asked to round where eager does, it differs in not a bit. (By itself it rounds less often: see the runs below.)"""
+    def close(a, b):  # torch 2.11 still differs in the norm
+        assert (a - b).norm() <= 0.02 * b.norm()
+    exact = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        steps_agree("inductor", 2, same_bits if exact else close)
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+
+def fp8_tiny(config=TINY, dtype=torch.float32):
+    """The tiny model with every layer that fits in FP8 -> (model, its FP8 layers)."""
+    model = tiny_model(config, dtype=dtype)
+    names = chosen(model, Fp8Flags(fp8_min_dim=16))
+    convert(model, names, Fp8Flags(), torch.device("cpu"))
+    layers = [model.get_submodule(n) for n in names]
+    refresh_weights(layers)
+    return model, layers
+
+
+def chosen(model, flags):
+    """Names of the layers that the flags convert."""
+    return [name for name, layer in model.linears().items()
+            if not reason_to_leave_out(name, layer.in_features, layer.out_features, flags)]
+
+
+STABLE = Fp8Flags(fp8_skip_lm_head=True, fp8_skip_attn_qk=True, fp8_min_dim=256, fp8_no_allow_in_graph=True)
+
+
+@pytest.mark.parametrize("flags, converted", [
+    (STABLE, 48), (Fp8Flags(), 73), (Fp8Flags(fp8_min_dim=1), 73), (Fp8Flags(fp8_min_dim=1024), 0),
+    (Fp8Flags(fp8_skip_lm_head=True), 72), (Fp8Flags(fp8_skip_attn_qk=True), 49), (Fp8Flags(fp8_include_regex=r"mlp\."), 24),
+    (Fp8Flags(fp8_include_regex=r"mlp\.", fp8_exclude_regex=r"h\.(0|11)\."), 20),
+], ids="stable all tiny wide no-head no-qk mlp some-mlp".split())
+def test_which_layers_at_d12(flags, converted):
+    with torch.device("meta"):
+        model = GPT(shape_of_depth(12, vocab_size=32768), torch.bfloat16)
+    layers, names = model.linears(), chosen(model, flags)
+    convert(model, names, flags, torch.device("cpu"))
+    assert len(layers) == 79 and len(names) == converted
+    assert [n for n, m in model.linears().items() if isinstance(m, Float8Linear)] == names
+    assert list(model.linears()) == list(layers) and all("ve_gate" not in n for n in names)
+
+
+def test_a_suffix_gets_the_gradients_of_the_full_backward():
+    model, _ = fp8_tiny()
+    x, y = batch()
+    model(x, y).backward()
+    full = {name: p.grad for name, p in model.transformer.h.named_parameters()}
+    for start in range(1, TINY.n_layer):
+        model.zero_grad(set_to_none=True)
+        model(x, y, active_start=start).backward()
+        for name, p in model.transformer.h.named_parameters():
+            if int(name.split(".")[0]) < start:
+                assert p.grad is None, name
+            else:
+                assert torch.equal(p.grad, full[name]), name
+
+
+def test_micro_batches_use_one_cast_of_the_weights():
+    """Gradients over micro-batches are those of layers that cast at every call; a new weight counts from the next refresh."""
+    model, layers = fp8_tiny()
+    fresh = copy.deepcopy(model)
+    for name, layer in fresh.linears().items():
+        if isinstance(layer, Float8Linear):
+            fresh.set_submodule(name, Float8Linear.from_float(layer))
+    for m in (model, fresh):
+        for seed in range(3):
+            m(*batch(seed=seed)).backward()
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+    before = model(*batch()).item()
+    layers[0].weight.data.mul_(-3)
+    assert model(*batch()).item() == before
+    refresh_weights(layers)
+    assert model(*batch()).item() != before
+
+
+def test_two_hundred_steps_end_within_a_percent():
+    """On a language in which the next token follows from the last one three times in four."""
+    config = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(64, (200, 8, 33), generator=generator)
+    for t in range(1, 33):
+        x[..., t] = torch.where(torch.rand(200, 8, generator=generator) < 0.75, (x[..., t - 1] * 5 + 3) % 64, x[..., t])
+    ends = []
+    for fp8 in (False, True):
+        model, layers = fp8_tiny(config, torch.bfloat16) if fp8 else (tiny_model(config, dtype=torch.bfloat16), [])
+        optimizer, losses = model.setup_optimizer(), []
+        for rows in x:
+            refresh_weights(layers)
+            loss = model(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        ends.append(sum(losses[-20:]) / 20)
+    assert ends[0] < 0.8 * losses[0] and ends[1] == pytest.approx(ends[0], rel=0.01)
+
+
+# --- the room, in real runs -----------------------------------------------------------------------------------------
+
+STEPS = 6
+EMULATED = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    base = tmp_path_factory.mktemp("fp8")
+    (base / "text").mkdir()
+    for name in ("gpt", "optim", "dataset", "tokenizer"):
+        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
+    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
+    yield base
+    os.environ["NANOCHAT_BASE_DIR"] = before
+
+
+def argv(base, tag, *extra):
+    return [*(f"--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+              f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=3 --eval-tokens=256 --save-every=3 "
+              f"--core-metric-every=-1 --sample-every=-1 --vocab-size=300 --device-type=cpu --data={base / 'text'} "
+              f"--model-tag={tag}").split(), *extra]
+
+
+def train(base, tag, *extra):
+    run = Run(parse_config(FEATURES, argv(base, tag, *extra)))
+    code = run_to_the_end(run)
+    rows = read_metrics(run.run_dir / "metrics.jsonl")
+    result = json.loads((run.run_dir / "result.json").read_text())
+    assert code == result["exit_code"]
+    return run, [r["loss"] for r in rows if r["loss"] is not None], result
+
+
+def weights(run, step=STEPS):
+    return (run.run_dir / f"step_{step:06d}" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def eager(base):
+    """The FP8 run that others are compared with."""
+    return train(base, "eager", "--no-compile", *EMULATED)
+
+
+def test_a_run_in_fp8(base, eager, capsys):
+    bf16, bf16_losses, bf16_result = train(base, "bf16", "--no-compile")
+    run, losses, result = eager
+    assert result["status"] == "ok" and result["fp8_layers"] == "13/14" and bf16_result["fp8_layers"] is None
+    assert losses != bf16_losses and losses == pytest.approx(bf16_losses, rel=0.02)
+    same = ("flops_per_token", "num_params", "num_iterations", "tokens_seen")
+    assert [result[name] for name in same] == [bf16_result[name] for name in same]
+    untrained = [r["val_curve"][0][2] for r in (result, bf16_result)]
+    assert untrained[0] == untrained[1], "evaluation is not in FP8"
+    assert {p.name for p in run.run_dir.iterdir()} == {p.name for p in bf16.run_dir.iterdir()}
+    train(base, "listed", "--no-compile", *EMULATED, "--fp8-log-modules", "--fp8-skip-attn-qk", "--num-iterations=1")
+    printed = capsys.readouterr().out
+    assert "Converted FP8 layers: 9/14 (64.29%)" in printed
+    assert any(line.split() == "transformer.h.0.attn.c_q 32 32 no: --fp8-skip-attn-qk".split() for line in printed.splitlines())
+    assert any(line.split() == "transformer.h.0.mlp.c_fc 32 128 yes".split() for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("first, second", [([], EMULATED), (EMULATED, [])], ids=["bf16 to fp8", "fp8 to bf16"])
+def test_checkpoints_move_between_fp8_and_bf16(base, eager, first, second):
+    tag = f"moved-{len(first)}"
+    train(base, tag, "--no-compile", *first, "--num-iterations=3")
+    run, losses, result = train(base, tag, "--no-compile", *second, "--resume-from-step=3")
+    assert result["status"] == "ok" and losses == pytest.approx(eager[1], rel=0.03)
+
+
+@pytest.mark.parametrize("whole, backend", [(True, "inductor"), (False, "aot_eager")], ids=["whole", "parts"])
+def test_compiled_training_follows_eager_and_evaluation_leaves_the_graphs_alone(base, whole, backend):
+    """In parts as beside suffix training. Evaluating and saving between the steps adds no graph to those of the first.
+    (The head in FP8 would hide the comparison: the scalars' first gradients are zero but for rounding, which Adam blows up.)"""
+    flags = [*EMULATED, "--fp8-skip-lm-head"]
+    flags += ["--depth=1", "--head-dim=32"] if whole else ["--block-update-schedule=static_suffix", "--static-active-layers=1"]
+    _, expected, _ = train(base, "uncompiled", "--no-compile", *flags)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = Run(parse_config(FEATURES, argv(base, "compiled", "--no-compile", *flags)))
+    run.compile, run.forward = True, CompiledModel(run.model, whole, backend)
+    losses, graphs = [], []
+    for run.step in range(3):
+        train_step(run)
+        losses.append(run.tally.loss)
+        evaluate(run)
+        run.save()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    run.finish("ok", None, 0)
+    assert run.forward.eager_fallbacks == 0 and graphs[0] > 0 and len(set(graphs)) == 1
+    assert losses == pytest.approx(expected[:3], rel=1e-3 if whole else 1e-5)
+
+
+def test_a_nan_is_caught_before_the_optimizer(base):
+    run = Run(parse_config(FEATURES, argv(base, "nan", "--no-compile", *EMULATED)))
+    with torch.no_grad():
+        run.model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
+    before = copy.deepcopy(run.model.state_dict())
+    assert run_to_the_end(run) == 1
+    assert json.loads((run.run_dir / "result.json").read_text())["status"] == "diverged"
+    assert all(torch.equal(before[n], t) or n == "transformer.h.1.mlp.c_fc.weight" for n, t in run.model.state_dict().items())
+    assert not run.optimizer.state
+
+
+def test_debugging_checks_everything_and_names_the_module(base, capsys):
+    flags = ["--no-compile", *EMULATED, "--fp8-debug", "--eval-every=-1"]
+    train(base, "debug", "--no-compile", *EMULATED, "--fp8-debug", "--num-iterations=2")
+    assert "activations, gradients and scales checked" in capsys.readouterr().out
+    for where, found in (("transformer.h.1.mlp.c_fc", "the weight of transformer.h.1.mlp.c_fc"),
+                         ("transformer.h.0.attn.ve_gate", "the output of transformer.h.0.attn.ve_gate")):
+        run = Run(parse_config(FEATURES, argv(base, "debug", *flags, "--depth=3")))
+        with torch.no_grad():
+            run.model.get_submodule(where).weight[0, 0] = math.inf
+        assert run_to_the_end(run) == 1
+        assert found in capsys.readouterr().err
+    run = Run(parse_config(FEATURES, argv(base, "debug", *flags)))
+    run.model.transformer.h[0].mlp.c_proj.register_full_backward_pre_hook(lambda module, g: (g[0] * math.nan,))
+    assert run_to_the_end(run) == 1
+    assert "the gradient at the output of transformer.h.0.mlp.c_proj" in capsys.readouterr().err
+
+
+def test_the_policy_measures_and_a_resume_keeps_what_it_found(base):
+    gains = measure_shapes([(32, 48)], 16, torch.float32, torch.device("cpu"), Fp8Flags(), compile=False)
+    assert gains[32, 48] > 0
+    flags = ["--no-compile", *EMULATED, "--fp8-policy=auto", "--num-iterations=3"]
+    run, _, result = train(base, "auto", *flags)
+    assert result["fp8_layers"].endswith("/14")
+    state_file = run.run_dir / "step_000003" / "state.json"
+    names = json.loads(state_file.read_text())["features"]["fp8"]["layers"]
+    assert len(names) == int(result["fp8_layers"].split("/")[0])
+    again = Run(parse_config(FEATURES, argv(base, "auto", *flags)))
+    again.features.load_state_dict({"fp8": {"layers": ["lm_head"]}})
+    assert again.features.summary()["fp8_layers"] == "1/14"
+    assert [n for n, m in again.model.linears().items() if isinstance(m, Float8Linear)] == ["lm_head"]
+    again.loader.close()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_torchao_trains_too(base, eager, recipe):
+    pytest.importorskip("torchao.float8")
+    _, losses, result = train(base, f"torchao-{recipe}", "--no-compile", *EMULATED, "--fp8-backend=torchao",
+                              f"--fp8-recipe={recipe}")
+    assert result["fp8_layers"] == "13/14" and losses == pytest.approx(eager[1], rel=0.02)
+
+
+@pytest.mark.parametrize("extra, advice", [
+    (["--fp8-skip-lm-head", "--fp8-min-dim=64"], "--fp8-min-dim, --fp8-skip-lm-head without --fp8"),
+    (["--fp8"], "--fp8-emulate"),
+    (["--fp8", "--device-type=mps", "--fp8-emulate"], "Apple"),
+    (["--fp8", "--fp8-emulate", "--fp8-recipe=rowwise"], "--fp8-backend torchao"),
+    (["--fp8", "--fp8-emulate", "--fp8-include-regex=("], "no regular expression"),
+    (["--fp8", "--fp8-emulate", "--fp8-backend=torchao", "--fp8-weight-grad-bf16"], "custom backend's"),
+    (["--fp8", "--fp8-emulate", "--fp8-backend=torchao", "--fp8-no-allow-in-graph"], "custom backend's"),
+    (["--fp8", "--fp8-emulate", "--fp8-debug"], "--no-compile"),
+    (["--fp8", "--fp8-emulate", "--max-seq-len=20", "--total-batch-size=40"], "multiples of 16"),
+])
+def test_flags_that_cannot_be_are_refused(base, extra, advice):
+    with pytest.raises(UserError) as refused:
+        parse_config(FEATURES, argv(base, "refused", *extra))
+    assert advice in str(refused.value)
+
+
+def test_a_device_without_fp8_is_refused_before_anything_is_read(base):
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", "--fp8", "--device-type=cpu", "--data=/no/such/folder"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no FP8 units" in done.stderr and "--fp8-emulate" in done.stderr
+    assert "Traceback" not in done.stderr and "/no/such" not in done.stderr
