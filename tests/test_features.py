@@ -2,7 +2,6 @@
 the protocol are called where they say, shown by a room of the test's own that trains suffixes."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -80,17 +79,6 @@ class Alternate(Feature):
 
 ROOMS = (*FEATURES, Alternate)
 SWITCHED_ON["alternate"] = ["--no-compile", "--alternate-from=3"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("rooms")
-    (base / "text").mkdir()
-    for name in ("gpt", "optim", "dataset", "tokenizer", "train"):
-        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
-    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
-    yield base
-    os.environ["NANOCHAT_BASE_DIR"] = before
 
 
 def train(base, tag, *extra, rooms=ROOMS):

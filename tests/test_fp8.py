@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -495,17 +494,6 @@ def test_two_hundred_steps_end_within_a_percent():
 
 STEPS = 6
 EMULATED = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("fp8")
-    (base / "text").mkdir()
-    for name in ("gpt", "optim", "dataset", "tokenizer"):
-        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
-    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
-    yield base
-    os.environ["NANOCHAT_BASE_DIR"] = before
 
 
 def argv(base, tag, *extra):

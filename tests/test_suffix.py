@@ -1,8 +1,6 @@
 """The suffix room in real runs: what it decides reaches the model and the records, and `all blocks` is full training."""
 
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,17 +24,6 @@ ROOT = Path(__file__).parent.parent
 STEPS = 12
 DYNAMIC = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2", "--dyn-probe-every=4", "--dyn-refresh-every=8",
            "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0.1", "--dyn-final-full-frac=0.17", "--dyn-min-active-layers=1"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    base = tmp_path_factory.mktemp("suffix")
-    (base / "text").mkdir()
-    for name in ("gpt", "optim", "dataset", "tokenizer"):
-        shutil.copy(ROOT / "nanochat" / f"{name}.py", base / "text")
-    before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
-    yield base
-    os.environ["NANOCHAT_BASE_DIR"] = before
 
 
 def argv(base, tag, *extra):
@@ -73,7 +60,8 @@ def test_decisions_reach_the_records(base, capsys):
     assert len(parts) == 4 and all(0 < sum(p) * 1000 <= dt for p, dt in zip(parts, full))
     cost = cost_in_seconds(GPTConfig(**state["model_config"]), *(statistics.median(p) for p in zip(*parts)))
     assert result["speedup_predicted"] == pytest.approx(predicted_speedup(active, 4, cost))
-    assert steps[-1]["cost_share"] == 1 and steps[3]["cost_share"] == pytest.approx(cost.step(active[3], 4) / cost.step(4, 4), rel=0.5)
+    early = cost_in_seconds(GPTConfig(**state["model_config"]), *(statistics.median(p) for p in zip(*parts[:2])))  # of the warm-up
+    assert steps[-1]["cost_share"] == 1 and steps[3]["cost_share"] == pytest.approx(early.step(active[3], 4) / early.step(4, 4))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dynamic_suffix: "))
     assert f"measured {result['speedup_measured']:.2f}" in line and f"k {result['backward_over_forward']:.2f}," in line
 
@@ -108,7 +96,7 @@ def test_costs_add_up():
     assert flops.step(config.n_layer, config.n_layer) == pytest.approx(flops_per_token(config))
     assert flops.backward_block == pytest.approx(2 * flops.forward_block)
     assert seconds.step(config.n_layer, config.n_layer) == pytest.approx(0.4)
-    head = 6 * 50304 * 768 / flops_per_token(config) if config.vocab_size > 50000 else 6 * 32768 * 768 / flops_per_token(config)
+    head = 6 * 32768 * 768 / flops_per_token(config)
     assert seconds.step(0, config.n_layer) == pytest.approx(0.1 + head * 0.25)  # nothing but the forward, and the head's backward
 
 
