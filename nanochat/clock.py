@@ -27,7 +27,8 @@ class StepTime(NamedTuple):
 class Clock:
     """Seconds of training, evaluation and compilation, kept apart. All three survive a resume.
 
-    The device is synchronized at both ends of what is timed, and what torch.compile spends in between is taken out.
+    On CUDA a step is timed by events, which wait for nothing; elsewhere the device is synchronized at both ends. What
+    torch.compile spends in between is taken out.
     """
 
     def __init__(self, device: torch.device):
@@ -36,17 +37,33 @@ class Clock:
 
     @contextmanager
     def training(self):
-        """Times one step; `last` is its StepTime. Yields `lap(name)`, to call at the end of each part of a step."""
-        synchronize(self.device)
-        started, compiled = time.perf_counter(), compile_seconds()
-        marks = [("start", stamp(self.device))]
-        yield lambda name: marks.append((name, stamp(self.device)))
-        synchronize(self.device)
+        """Times one step. Yields `lap(name)`, to call at the end of each part of a step. Afterwards `last()`, to be called
+        once, waits for the step's end, adds it to the clock and gives its StepTime."""
+        self._wait()
+        marks, compiled = [("start", self._stamp())], compile_seconds()
+        yield lambda name: marks.append((name, self._stamp()))
+        self._wait()
+        marks.append(("end", self._stamp()))
         compiled = compile_seconds() - compiled
-        total = max(time.perf_counter() - started - compiled, 1e-9)
-        self.last = StepTime(total, **(laps(marks) if not compiled else {}))
-        self.train += total
         self.compile += compiled
+
+        def settled() -> StepTime:
+            total = max(seconds_between(marks[0][1], marks[-1][1]) - compiled, 1e-9)
+            self.train += total
+            return StepTime(total, **(laps(marks[:-1]) if not compiled and self.device.type != "mps" else {}))
+        self.last = settled
+
+    def _wait(self) -> None:
+        if self.device.type != "cuda":
+            synchronize(self.device)
+
+    def _stamp(self):
+        """A moment of the device's own time: an event on CUDA, elsewhere the host's clock."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def evaluating(self):
         return self._aside("eval")
@@ -69,20 +86,17 @@ class Clock:
         self.train, self.eval, self.compile = state["train"], state["eval"], state["compile"]
 
 
-def stamp(device: torch.device):
-    """A moment of the device's own time: an event on CUDA, which waits for nothing; the host's clock on a CPU."""
-    if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-    return time.perf_counter() if device.type == "cpu" else None
+def seconds_between(start, end) -> float:
+    """Seconds from one stamp to a later one, waiting until it is reached."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def laps(marks: list[tuple]) -> dict[str, float]:
     """Seconds by name of what lies between each (name, stamp) and the one before it."""
     spent = {}
     for (_, before), (name, now) in zip(marks, marks[1:]):
-        if now is not None:
-            seconds = now - before if isinstance(now, float) else before.elapsed_time(now) / 1000
-            spent[name] = spent.get(name, 0.0) + seconds
+        spent[name] = spent.get(name, 0.0) + seconds_between(before, now)
     return spent

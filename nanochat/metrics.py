@@ -11,7 +11,7 @@ from nanochat.common import is_main_rank, print0, write_atomic
 SCHEMA_VERSION = 1
 SMOOTHING = 0.9  # EMA factor of smooth_loss
 ROW_COLUMNS = ("step", "loss", "smooth_loss", "lr_multiplier", "dt_ms", "tok_per_sec", "peak_mem_mib", "step_kind",
-               "active_start", "active_layers", "tokens_seen", "train_time_sec", "val_bpb")
+               "active_start", "active_layers", "tokens_seen", "train_time_sec", "val_bpb", "grad_norm")
 RESULT_FIELDS = (
     "schema_version", "status", "exit_code", "error", "command", "argv", "git_commit", "git_dirty", "seed", "host",
     "device", "dtype", "torch_version", "depth", "model_dim", "num_params", "flops_per_token", "num_iterations",

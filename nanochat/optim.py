@@ -13,6 +13,9 @@ the gradient points in is followed equally far. One Muon step here is, in this o
 
 A parameter whose `.grad` is None is left alone entirely: no update, no decay, no momentum decay, no step count. That is
 not the same as a zero gradient, under which Muon would go on moving the weights at full speed along old momentum.
+
+`step(finite)` updates only if `finite`, a bool on the device: a NaN never reaches a weight or a moment, and the host need not
+wait to learn of it. In a compiled rule the choice is part of the last pass over the data and costs nothing.
 """
 
 import torch
@@ -30,22 +33,17 @@ COMPILE_FROM = 2**14  # elements: smaller parameters are updated eagerly, as a g
 TINY = 1e-20  # keeps a division by the norm of an all-zero row or matrix finite, and matters to nothing else
 
 
-def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, where: Tensor,
                  decay, step_size, one_minus_beta1, one_minus_beta2, bias2_sqrt, eps) -> None:
-    """One AdamW step in place, computed in fp32 whatever the dtype of `p`; the last six are scalars of this step."""
-    p32, grad = p.float(), grad.float()
-    exp_avg.lerp_(grad, one_minus_beta1)
-    exp_avg_sq.lerp_(grad.square(), one_minus_beta2)
-    p.copy_(p32 * decay - step_size * exp_avg / (exp_avg_sq.sqrt() / bias2_sqrt + eps))
-
-
-def adamw_update_where_nonzero(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *scalars) -> None:
-    """`adamw_update` that leaves elements whose gradient is exactly zero, and their moments, as they are."""
-    tensors = p, exp_avg, exp_avg_sq
-    before = [t.clone() for t in tensors]
-    adamw_update(p, grad, exp_avg, exp_avg_sq, *scalars)
-    for t, old in zip(tensors, before):
-        t.copy_(torch.where(grad == 0, old, t))
+    """One AdamW step in place, computed in fp32 whatever the dtype of `p`, for the elements `where` (bool, 0-d or of p's
+    shape) is true; the last six are scalars of this step."""
+    grad = grad.float()
+    new_avg = torch.lerp(exp_avg, grad, one_minus_beta1)
+    new_avg_sq = torch.lerp(exp_avg_sq, grad.square(), one_minus_beta2)
+    new = p.float() * decay - step_size * new_avg / (new_avg_sq.sqrt() / bias2_sqrt + eps)
+    p.copy_(torch.where(where, new.to(p.dtype), p))
+    exp_avg.copy_(torch.where(where, new_avg, exp_avg))
+    exp_avg_sq.copy_(torch.where(where, new_avg_sq, exp_avg_sq))
 
 
 def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,12 +59,14 @@ def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
-def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor,
+def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, finite: Tensor,
                 momentum, lr, weight_decay, beta2, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """One Muon step for K matrices of one shape: (12, 768, 3072) say. Returns new params, momenta and second moments.
+    """One Muon step for K matrices of one shape: (12, 768, 3072) say. Returns new params, momenta and second moments; the
+    old ones unless `finite` (0-d bool).
 
     `second` is (K, m, 1) for m >= n, else (K, 1, n). lr: spectral norm per update.
     """
+    before = params, momenta, second
     momenta = torch.lerp(momenta, grads, 1 - momentum)
     g = polar_factor(torch.lerp(grads, momenta, momentum), dtype)
     m, n = g.shape[-2:]
@@ -75,11 +75,12 @@ def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor,
     mean_square = g.square().mean(dim=reduced, keepdim=True)
     second = torch.lerp(second, mean_square, 1 - beta2)
     scale = second.clamp_min(1e-10).rsqrt()
-    before = mean_square.sum(dim=(-2, -1), keepdim=True)
-    after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
-    g = g * (scale * (before / after.clamp_min(TINY)).sqrt())
+    plain = mean_square.sum(dim=(-2, -1), keepdim=True)
+    scaled = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
+    g = g * (scale * (plain / scaled.clamp_min(TINY)).sqrt())
     agree = (g * params) >= 0
-    return params - lr * (g + weight_decay * params * agree), momenta, second
+    after = params - lr * (g + weight_decay * params * agree), momenta, second
+    return tuple(torch.where(finite, new, old) for new, old in zip(after, before))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -107,15 +108,17 @@ class MuonAdamW(torch.optim.Optimizer):
         self._compiled_muon = torch.compile(muon_update, fullgraph=True)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update every parameter that has a gradient."""
+    def step(self, closure=None, finite: Tensor | None = None):
+        """Update every parameter that has a gradient, if `finite` (0-d bool on their device; None: in any case)."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
             if active:
-                (self._step_adamw if group["kind"] == "adamw" else self._step_muon)(group, active)
+                if finite is None:
+                    finite = torch.ones((), dtype=torch.bool, device=active[0].device)
+                (self._step_adamw if group["kind"] == "adamw" else self._step_muon)(group, active, finite)
 
-    def _step_adamw(self, group: dict, active: list[Tensor]) -> None:
+    def _step_adamw(self, group: dict, active: list[Tensor], finite: Tensor) -> None:
         lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
         for p in active:
             state = self._state(p, group)
@@ -123,15 +126,14 @@ class MuonAdamW(torch.optim.Optimizer):
             step = state["step"].item()
             scalars = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
                        (1 - beta2**step) ** 0.5, eps)
-            tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
-            if group.get("skip_zero_gradients"):
-                adamw_update_where_nonzero(*tensors, *scalars)
-            elif self._compiles(p):
+            where = finite & (p.grad != 0) if group.get("skip_zero_gradients") else finite
+            tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"], where
+            if self._compiles(p):
                 self._compiled_adamw(*tensors, *_on_host(scalars))
             else:
                 adamw_update(*tensors, *scalars)
 
-    def _step_muon(self, group: dict, active: list[Tensor]) -> None:
+    def _step_muon(self, group: dict, active: list[Tensor], finite: Tensor) -> None:
         states = [self._state(p, group) for p in active]
         momenta = [s["momentum_buffer"] for s in states]
         seconds = [s["second_momentum"] for s in states]
@@ -142,9 +144,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if self._compiles(active[0]):
             for stack in stacks:
                 torch._dynamo.maybe_mark_dynamic(stack, 0)
-            updated = self._compiled_muon(*stacks, *_on_host(scalars), self.muon_dtype)
+            updated = self._compiled_muon(*stacks, finite, *_on_host(scalars), self.muon_dtype)
         else:
-            updated = muon_update(*stacks, *scalars, self.muon_dtype)
+            updated = muon_update(*stacks, finite, *scalars, self.muon_dtype)
         for tensors, new in zip((active, momenta, seconds), updated):
             torch._foreach_copy_(tensors, list(new.unbind()))
 

@@ -79,6 +79,7 @@ class Run:
                                   grad_accum_steps=self.horizon.grad_accum_steps, rank=self.ranks.rank,
                                   world_size=self.ranks.world_size, device=self.device)
         self.clock = Clock(self.device)
+        self.unsettled = None  # the step whose results have not been read yet (nanochat/train.py)
         self.memory = PeakMemory(self.device)
         self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
         if resume == "-1":

@@ -3,10 +3,13 @@
 import math
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from nanochat.clock import StepTime
 from nanochat.common import Diverged, UserError, format_duration, is_main_rank, print0
 from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
@@ -20,17 +23,17 @@ LOG_EVERY_SECONDS = 5.0
 
 def train(run: Run) -> None:
     """The loop. A checkpoint is written before evaluation and sampling, so that whatever they do costs no training."""
+    flags = run.config.eval
     while True:
-        last = run.step >= run.horizon.num_iterations or run.out_of_time()
-        flags = run.config.eval
-        if last or (every(run.step, flags.save_every) and run.step != run.first_step):
-            run.save()
-        if due(run.step, flags.eval_every, last) or (run.step == 0 and flags.eval_every > 0):
-            evaluate(run)
-        if due(run.step, flags.core_metric_every, last):
-            evaluate_core_metric(run)
-        if due(run.step, flags.sample_every, last):
-            sample(run)
+        step, last = run.step, run.step >= run.horizon.num_iterations or run.out_of_time()
+        now = [(Run.save, last or (every(step, flags.save_every) and step != run.first_step)),
+               (evaluate, due(step, flags.eval_every, last) or (step == 0 and flags.eval_every > 0)),
+               (evaluate_core_metric, due(step, flags.core_metric_every, last)), (sample, due(step, flags.sample_every, last))]
+        if any(wanted for _, wanted in now):
+            settle(run)
+        for act, wanted in now:
+            if wanted:
+                act(run)
         if last:
             return
         train_step(run)
@@ -48,7 +51,7 @@ def due(step: int, n: int, last: bool) -> bool:
 
 
 def train_step(run: Run) -> None:
-    """One optimizer step: all micro-batches forward and backward, one update."""
+    """One optimizer step: all micro-batches forward and backward, one update if its gradients are finite."""
     options = run.features.before_step(run.step)
     run.rehearse(options)
     loss = torch.zeros((), device=run.device)
@@ -63,18 +66,21 @@ def train_step(run: Run) -> None:
             lap("backward")
         average_over_ranks(run.model, loss)
         run.scaler.unscale_(run.optimizer)
+        names, norms = gradient_norms(run.model)
         run.features.after_backward(run.model, run.step)
         run.set_schedule()
-        run.scaler.step(run.optimizer)
+        # fp16 gradients overflow now and then: there the scaler leaves out the update, and lowers its scale
+        update_if = None if run.scaler.is_enabled() else norms.isfinite().all() & loss.isfinite()
+        run.scaler.step(run.optimizer, finite=update_if)
         run.scaler.update()
         run.features.after_update()
         run.model.zero_grad(set_to_none=True)
         lap("update")
-        loss = loss.item()
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss of step {run.step} is {loss}")
-    run.features.after_step(run.step, loss, run.clock.last)
-    record_step(run, loss)
+    before, run.unsettled = run.unsettled, Unsettled(run.step, run.lr_multiplier, loss, names, norms, run.clock.last)
+    if before:
+        settle_step(run, before)
+    if not run.features.defers:
+        settle(run)
 
 
 def average_over_ranks(model, loss: torch.Tensor) -> None:
@@ -87,21 +93,62 @@ def average_over_ranks(model, loss: torch.Tensor) -> None:
     torch._foreach_div_(tensors, dist.get_world_size())
 
 
-def record_step(run: Run, loss: float) -> None:
+def gradient_norms(model) -> tuple[list[str], torch.Tensor]:
+    """Names of the parameters that have a gradient, and the norms of those: (n,) fp32, on the device."""
+    names, norms = [], []
+    by_dtype = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            by_dtype.setdefault(p.grad.dtype, {})[name] = p.grad
+    for gradients in by_dtype.values():  # of one dtype they are a single kernel on a GPU
+        names += gradients
+        norms += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
+    return names, torch.stack(norms)
+
+
+class Unsettled(NamedTuple):
+    """A step whose results may still be on their way from the device."""
+    step: int
+    lr_multiplier: float
+    loss: torch.Tensor           # 0-d fp32
+    names: list[str]             # parameters trained
+    norms: torch.Tensor          # of their gradients
+    time: Callable[[], StepTime]  # waits for the step's end
+
+
+def settle(run: Run) -> None:
+    """Take in the last step's results, if that has not been done."""
+    if run.unsettled:
+        step, run.unsettled = run.unsettled, None
+        settle_step(run, step)
+
+
+def settle_step(run: Run, done: Unsettled) -> None:
+    """Wait for a step's results, stop the run if they are not finite, and record them."""
+    dt, loss, norms = done.time(), done.loss.item(), done.norms.tolist()
+    bad = [name for name, norm in zip(done.names, norms) if not math.isfinite(norm)]
+    if not math.isfinite(loss) or (bad and not run.scaler.is_enabled()):
+        run.step, run.unsettled = done.step, None
+        raise Diverged(f"step {done.step} was not taken: its loss is {loss:.4g}, and the gradients of {len(bad)} of {len(norms)} "
+                       f"parameters are not finite" + (f", among them {bad[-1]}" if bad else ""))
+    run.features.after_step(done.step, loss, dt)
+    record_step(run, done, loss, math.hypot(*norms), dt.total)
+
+
+def record_step(run: Run, done: Unsettled, loss: float, grad_norm: float, dt: float) -> None:
     """The step's row in metrics.jsonl, and now and then a line for whoever watches."""
-    dt, n_layer = run.clock.last.total, run.model.config.n_layer
-    peak = run.memory.step_peak()
-    run.tally.add_step(run.step, loss, dt, peak, run.clock.train)
+    n_layer, peak = run.model.config.n_layer, run.memory.step_peak()
+    run.tally.add_step(done.step, loss, dt, peak, run.clock.train)
     row = {
-        "step": run.step, "loss": loss, "smooth_loss": run.tally.smooth_loss, "lr_multiplier": run.lr_multiplier,
+        "step": done.step, "loss": loss, "smooth_loss": run.tally.smooth_loss, "lr_multiplier": done.lr_multiplier,
         "dt_ms": dt * 1000, "tok_per_sec": run.horizon.total_batch_size / dt, "peak_mem_mib": peak,
-        "step_kind": "full", "active_start": 0, "active_layers": n_layer,
-        "tokens_seen": (run.step + 1) * run.horizon.total_batch_size, "train_time_sec": run.clock.train,
+        "step_kind": "full", "active_start": 0, "active_layers": n_layer, "grad_norm": grad_norm,
+        "tokens_seen": (done.step + 1) * run.horizon.total_batch_size, "train_time_sec": run.clock.train,
     } | run.features.metrics()
     run.metrics.write(row)
-    run.trackers.log({f"train/{k}": v for k, v in row.items() if k != "step"}, run.step)
+    run.trackers.log({f"train/{k}": v for k, v in row.items() if k != "step"}, done.step)
     now = time.monotonic()
-    if run.console.tty or run.step - run.first_step < 3 or now - run.console.shown >= LOG_EVERY_SECONDS:
+    if run.console.tty or done.step - run.first_step < 3 or now - run.console.shown >= LOG_EVERY_SECONDS:
         run.console.show(progress_line(run, row))
 
 
@@ -161,7 +208,8 @@ def run_to_the_end(run: Run) -> int:
     except KeyboardInterrupt:
         status, error, code = "interrupted", "interrupted from the keyboard", 130
     except Diverged as e:
-        status, error, code = "diverged", f"{e}. Lower the learning rates (--lr-multiplier 0.5), or train in fp32", 1
+        status, error, code = "diverged", f"{e}. Lower the learning rates (--lr-multiplier 0.5), or train in fp32; under --fp8 " \
+            "runs/fpi_debug.sh names the module where it begins", 1
     except torch.OutOfMemoryError:
         status, code = "oom", 1
         error = ("out of memory. Halve --device-batch-size (the result stays the same: more micro-batches are "

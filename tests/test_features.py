@@ -23,6 +23,7 @@ from nanochat.train import run_to_the_end
 ROOT = Path(__file__).parent.parent
 SWITCHED_ON = {
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
+    "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
     "compile_cache": ["--compile", "--compile-cache-dir={tmp}"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
                "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-final-full-frac=0.13",
@@ -147,6 +148,17 @@ def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
         pairs = [(before[name], after[name])] + [(state_before[f"{name}/{k}"], state_after[f"{name}/{k}"])
                                                  for k in ("exp_avg", "exp_avg_sq")]
         assert all(torch.equal(old[:2], new[:2]) and (old[2:] != new[2:]).all() for old, new in pairs)
+
+
+def test_deferring_changes_no_number_and_no_row(base):
+    """Nor beside a schedule that decides by the last loss, which is then read at once."""
+    def rows(run):
+        timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
+        return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(run.run_dir / "metrics.jsonl")]
+    for other in (["--no-compile"], SWITCHED_ON["suffix"]):
+        at_once, later = train(base, "at-once", *other), train(base, "later", *other, "--deferred-loss-logging")
+        assert rows(at_once) == rows(later) and final_bytes(at_once) == final_bytes(later)
+        assert later.features.defers == (other == ["--no-compile"])
 
 
 def test_the_compile_cache_serves_another_process(base, tmp_path):

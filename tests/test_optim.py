@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from nanochat import optim
 from nanochat.optim import MuonAdamW, muon_update, polar_factor
 
+YES = torch.tensor(True)
 COMPILE = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 
 
@@ -81,7 +82,7 @@ def test_polar_factor_of_zeros_is_zero():
 
 def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient():
     g = torch.randn(1, 32, 64)
-    new, _, _ = muon_update(torch.zeros(1, 32, 64), g, torch.zeros(1, 32, 64), torch.zeros(1, 1, 64),
+    new, _, _ = muon_update(torch.zeros(1, 32, 64), g, torch.zeros(1, 32, 64), torch.zeros(1, 1, 64), YES,
                             0.0, 1.0, 0.0, 0.9, torch.float32)
     assert abs(new.norm().item() / 32**0.5 - 1) < 0.05          # Frobenius norm sqrt(min(m, n)), kept by NorMuon
     assert (new * g).sum() < 0                                  # downhill
@@ -89,7 +90,7 @@ def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient():
 
 def test_weight_decay_is_cautious():
     p, g = torch.randn(1, 16, 16), torch.randn(1, 16, 16)
-    args = (g, torch.zeros_like(g), torch.zeros(1, 16, 1), 0.0, 0.1)
+    args = (g, torch.zeros_like(g), torch.zeros(1, 16, 1), YES, 0.0, 0.1)
     plain, _, _ = muon_update(p, *args, 0.0, 0.9, torch.float32)
     decayed, _, _ = muon_update(p, *args, 0.5, 0.9, torch.float32)
     update = p - plain
@@ -132,6 +133,28 @@ def test_without_a_gradient_nothing_moves(compile, present):
             for key, value in optimizer.named_state().items():
                 if key.startswith(name) and not has_gradient:
                     assert torch.equal(value, state[key]), key
+
+
+@COMPILE
+def test_what_is_not_finite_changes_nothing(compile):
+    """Values and moments stay to the bit under NaN gradients, and the next step is as if there had been no such one."""
+    params, others = parameters((6, 4), (6, 4), (5,), (3, 2)), parameters((6, 4), (6, 4), (5,), (3, 2))
+    optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:3]), adamw_group(ps[3:], skip_zero_gradients=True)],
+                            names=dict(zip(ps, "abcd")), compile=compile) for ps in (params, others)]
+    for ps, optimizer in zip((params, others), optimizers):
+        give_gradients(ps, 0)
+        optimizer.step(finite=YES)
+    before, state = copy.deepcopy(params), {k: v.clone() for k, v in optimizers[0].named_state().items()}
+    give_gradients(params, 1)
+    for p in params:
+        p.grad.view(-1)[0] = torch.nan
+    optimizers[0].step(finite=~YES)
+    assert all(torch.equal(p, old) for p, old in zip(params, before))
+    assert all(torch.equal(v, state[k]) for k, v in optimizers[0].named_state().items() if not k.endswith("/step"))
+    for ps, optimizer in zip((params, others), optimizers):
+        give_gradients(ps, 2)
+        optimizer.step(finite=YES)
+    assert all(torch.equal(p, q) for p, q in zip(params[:2], others[:2]))  # AdamW's count of steps has gone on
 
 
 def test_subsets_do_not_recompile():

@@ -1,5 +1,6 @@
 """Whole runs, small but real: text to checkpoint, the same bits twice and after a resume, and what is left when it fails."""
 
+import copy
 import json
 import math
 import os
@@ -207,6 +208,33 @@ def test_divergence_is_a_status_not_a_traceback(base):
     done = cli(base, "--no-compile", "--model-tag=diverged", "--lr-multiplier=1e38", "--eval-every=-1")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "--lr-multiplier" in done.stderr
     assert json.loads((base / "base_checkpoints/diverged/result.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize("deferred", [[], ["--deferred-loss-logging"]], ids=["at-once", "deferred"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "parameter"])
+def test_a_step_that_is_not_finite_is_not_taken(base, where, deferred, capsys):
+    """A NaN in a batch's loss, a gradient or a weight from step 3 on: every other weight and moment stays to the bit."""
+    run = Run(parse_config(FEATURES, flags(base, "--no-compile", "--model-tag=nan", "--eval-every=-1", *deferred)))
+    matrix, forward, saved = run.model.transformer.h[1].mlp.c_fc.weight, run.forward, {}
+
+    def poisoned(x, y, **options):
+        if run.step == 3 and not saved:
+            saved.update(copy.deepcopy({"model": run.model.state_dict(), "optimizer": run.optimizer.named_state()}))
+            if where == "parameter":
+                matrix.data[0, 0] = math.nan
+        loss = forward(x, y, **options)
+        return loss * math.nan if where == "loss" and run.step >= 3 else loss
+    run.forward = poisoned
+    if where == "gradient":
+        matrix.register_hook(lambda g: g * math.nan if run.step >= 3 else g)
+    assert run_to_the_end(run) == 1
+    done = result(run.run_dir)
+    assert done["status"] == "diverged" and done["steps_done"] == 3 and len(read_metrics(run.run_dir / "metrics.jsonl")) == 3
+    assert "step 3 was not taken" in capsys.readouterr().err
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, saved["model"][name]) or (where == "parameter" and "h.1.mlp.c_fc" in name), name
+    moments = {k: v for k, v in run.optimizer.named_state().items() if not k.endswith("/step")}
+    assert all(torch.equal(v, saved["optimizer"][k]) for k, v in moments.items())
 
 
 def test_ctrl_c_leaves_a_result(base):

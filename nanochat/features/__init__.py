@@ -15,6 +15,7 @@ class Feature:
     name: str                 # key of its flags in `config.features` and of its state in checkpoints
     varies_forward = False    # True where before_step's answers differ: the model is then compiled in parts, whose few
                               # graphs serve every variant, instead of whole, a graph for each
+    defers = False            # True to read a step's results while the next one runs
 
     @dataclass
     class Config:
@@ -84,6 +85,11 @@ class Features:
     def varies_forward(self) -> bool:
         return any(room.varies_forward for room in self.rooms)
 
+    @property
+    def defers(self) -> bool:
+        """Whether results are read a step late. Not where they decide the next step."""
+        return any(room.defers for room in self.rooms) and not self.varies_forward
+
     def on_model(self, model, horizon) -> None:
         for room in self.rooms:
             room.on_model(model, horizon)
@@ -129,7 +135,8 @@ class Features:
 
 
 from nanochat.features.compile_cache import CompileCache  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.deferred_loss import DeferredLoss  # noqa: E402
 from nanochat.features.fp8 import Fp8  # noqa: E402
 from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (Fp8, Suffix, CompileCache)
+FEATURES: tuple[type[Feature], ...] = (Fp8, Suffix, DeferredLoss, CompileCache)

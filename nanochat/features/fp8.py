@@ -125,23 +125,6 @@ class Fp8(Feature):
             refresh_weights(self.fp8.values())
         self.cast = True
 
-    def after_backward(self, model, step: int) -> None:
-        """Stop before a NaN or infinity reaches the optimizer. fp16 runs leave that to their gradient scaler."""
-        import torch
-        if model.compute_dtype == torch.float16:
-            return
-        by_dtype, norms = {}, {}
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                by_dtype.setdefault(p.grad.dtype, {})[name] = p.grad
-        for grads in by_dtype.values():
-            norms |= zip(grads, torch._foreach_norm(list(grads.values())))
-        values = torch.stack([norm.float() for norm in norms.values()]).tolist()
-        bad = [name for name, value in zip(norms, values) if not math.isfinite(value)]
-        if bad:
-            raise Diverged(f"at step {step} the gradients of {len(bad)} of {len(values)} parameters are not finite, among them "
-                           f"{bad[-1]}. runs/fpi_debug.sh names the module where it begins")
-
     @contextmanager
     def eval_context(self, model):
         for name, layer in self.plain.items():
