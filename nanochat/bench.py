@@ -1,4 +1,5 @@
-"""What every bench and attempt shares: flags, repeats in turn, medians with spread, the machine's matrix peak, one envelope.
+"""What every bench and attempt shares: flags, repeats in turn, medians with spread, the machine's matrix peak, where a
+step's time goes, another program's rate, one envelope.
 
 A figure is a ratio within one run: variants are timed in turn (A B A B ...), so that a machine that slows down slows
 all of them, and medians are quoted with the quartiles beside them. torch is imported where it is used: a wrong command
@@ -7,21 +8,41 @@ line is answered before it is loaded.
 
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.common import Progress, write_atomic
+from nanochat.common import Progress, UserError, write_atomic
 from nanochat.flags import flag, raise_problems
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+UPDATE = "update: "  # how the profile's ranges of the optimizer's rules begin
+CATEGORIES = ("gemms", "attention", "loss", "norms_elementwise", "embedding", "muon", "adamw", "other", "host")
+# Which kernel belongs where: the first line with a pattern in the kernel's name, or in that of an operator around it.
+KERNELS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
+    ("muon", rf"^{UPDATE}muon$"),
+    ("adamw", rf"^{UPDATE}adamw$"),
+    ("gemms", r"^aten::(_scaled_|_int_)?(add)?mm(_|\.|$)|^aten::(linear|mkldnn_linear)|^mkldnn::|^onednn::|^mkl::"),
+    ("loss", r"log_?softmax|softmax_online|nll|loss|cross_?entropy|softcap|tanh|logit"),
+    ("attention", r"softmax|attention|attn|flash|fmha|sdpa?_|bmm|masked_fill"),
+    ("gemms", r"gemm|nvjet|xmma|cutlass|^triton_tem_|splitkreduce"),
+    ("embedding", r"embedding|index|lookup"),
+    ("norms_elementwise", r"^aten::|cpp_fused|^triton_|^nanochat::|accumulategrad|at::native|elementwise|^mem(cpy|set)"),
+))
+# Not work but what is around it on the host: torch.compile's wrappers, autograd's engine and its nodes, the rules' ranges.
+WRAPPERS = re.compile(r"## |Torch-Compiled|TorchDynamo|AOTDispatcher|CompiledF|Pregraph|autograd::engine|\w+Backward\d*$"
+                      rf"|Optimizer\.|ProfilerStep|{UPDATE}")
 
 
 @dataclass
@@ -99,6 +120,94 @@ def gemm(device: "torch.device", dtype: "torch.dtype", m: int = 4096, n: int = 4
     a, b = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((m, k), (k, n)))
     out = torch.empty(m, n, device=device, dtype=dtype)
     return lambda: torch.mm(a, b, out=out), 2 * m * n * k
+
+
+def name_updates(optimizer) -> None:
+    """Let a profile tell the kernels of a MuonAdamW's two rules from all others."""
+    from torch.profiler import record_function
+    for kind in ("muon", "adamw"):
+        setattr(optimizer, f"_step_{kind}", record_function(f"{UPDATE}{kind}")(getattr(optimizer, f"_step_{kind}")))
+
+
+@lru_cache(maxsize=None)
+def category(names: tuple[str, ...]) -> str:
+    """What a kernel or an operator is for, by its name and those of the operators around it, the innermost first: one of
+    CATEGORIES. `host` for mere wrappers, `other` where KERNELS has no line."""
+    if WRAPPERS.match(names[0]):
+        return "host"
+    names = [name for name in names if not name.startswith("## ")]  # the name of a graph is a hash: any pattern may be in it
+    return next((kind for kind, pattern in KERNELS if any(map(pattern.search, names))), "other")
+
+
+def kernel_seconds(events: Iterable, on_cpu: bool) -> Counter:
+    """Seconds of work in a profile (`torch.profiler`'s `events()`), by (category, name), the host's left out.
+
+    On a CPU operators are the work, each without what it calls; on a GPU the kernels are, by the operators that launch them.
+    """
+    operators = [e for e in events if e.device_type.name == "CPU" and not e.is_async]
+    on_device = [e for e in events if e.device_type.name != "CPU"]
+    annotations = {e.name for e in on_device if e.is_user_annotation}  # ranges, drawn on the device's time line too
+    spent, unlinked = Counter(), Counter()
+    for e in on_device:
+        if e.name not in annotations:
+            unlinked[e.name] += e.time_range.elapsed_us() / 1e6
+    for e in operators:
+        around, parent = [e.name], e.cpu_parent
+        while parent is not None:
+            around.append(parent.name)
+            parent = parent.cpu_parent
+        if on_cpu:
+            spent[category(tuple(around)), e.name] += e.self_cpu_time_total / 1e6
+            continue
+        for kernel in e.kernels:
+            if kernel.name not in annotations:
+                spent[category((kernel.name, *around)), kernel.name] += kernel.duration / 1e6
+                unlinked[kernel.name] -= kernel.duration / 1e6
+    if not on_cpu:  # what no operator owns up to is known by its name alone
+        for name, seconds in unlinked.items():
+            spent[category((name,)), name] += max(seconds, 0.0)
+    return Counter({key: seconds for key, seconds in spent.items() if key[0] != "host"})
+
+
+def breakdown(step: Callable[[], None], device: "torch.device", seconds: float,
+              steps: int = 2) -> tuple[dict[str, float], list[str]]:
+    """Where the time of a step goes: milliseconds by CATEGORIES, summing to `seconds`, and the names counted as `other`,
+    the longest first. Profiles some more steps; `seconds` is what one takes unwatched.
+
+    A CPU's shares are scaled to `seconds`, as being watched slows all of it; a GPU's kernels run as fast as ever, and `host`
+    is the time without one.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    on_cpu = device.type == "cpu"
+    with profile(activities=[ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])) as watched:
+        took, _ = timed(device, lambda: [step() for _ in range(steps)])
+    spent = kernel_seconds(watched.events(), on_cpu)
+    busy = sum(spent.values()) / steps
+    scale = steps * seconds / took if on_cpu else min(1.0, seconds / max(busy, 1e-12))  # kernels side by side count twice
+    parts = dict.fromkeys(CATEGORIES, 0.0)
+    for (kind, _), value in spent.items():
+        parts[kind] += 1000 * scale * value / steps
+    parts["host"] = max(0.0, 1000 * seconds - sum(parts.values()))
+    return parts, [name for (kind, name), _ in spent.most_common() if kind == "other"]
+
+
+def rate_of(command: str, pattern: str, skip: int) -> float:
+    """Run another trainer's command line in a shell, and take its tokens/s from what it prints: the median of the numbers
+    that `pattern` finds, its one group, the first `skip` left out. UserError if it fails or says too little."""
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace")
+    last = "\n".join(done.stdout.splitlines()[-15:])
+    if done.returncode:
+        raise UserError(f"{command}: exit status {done.returncode}. Its last lines:\n{last}")
+    found = re.findall(pattern, done.stdout)
+    try:
+        rates = [float(number.replace(",", "").replace("_", "")) for number in found[skip:]]
+    except ValueError as e:
+        raise UserError(f"--against-regex {pattern!r} finds what is no number: {e}") from None
+    if not rates:
+        raise UserError(f"{command}: --against-regex {pattern!r} is found {len(found)} times in its output, of which the first "
+                        f"{skip} do not count. Its last lines:\n{last}")
+    return statistics.median(rates)
 
 
 def envelope(script: str, device: "torch.device", config: dict, results: dict, elapsed: float, traces: dict | None = None,

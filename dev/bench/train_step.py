@@ -1,102 +1,215 @@
-"""How fast is a training step, and what share of the machine's own matrix rate is that?
+"""How fast is a training step, what share of the machine's own matrix rate is that, and where does its time go?
 
     python -m dev.bench.train_step --preset cpu-d4 --json-out step.json
+    python -m dev.bench.train_step --preset cpu-d4 --variants eager compiled parts
+    python -m dev.bench.train_step --preset gpu-d12 --with '--chunked-ce' --with '--chunked-ce --fused-rmsnorm'
+    python -m dev.bench.train_step --preset cpu-d4 --against 'cd ../other && python train.py' -- --depth 6 --dtype bfloat16
 
-Times whole optimizer steps (micro-batches forward and backward, update) on random tokens, in turn with a plain matrix
-product of the same dtype: its rate is the peak that the step is held against. Model FLOPs are counted as in
-result.json (6 per matmul parameter, 12 x width x window for attention); `share_causal` counts only visible keys.
+The step is the real one: runs as `scripts.base_train` makes them, on the sources of the running Python, tokenized once under
+$NANOCHAT_BASE_DIR/bench. A preset is a line of base_train's flags; those behind `--` come after it, and those of each
+--with after these, so that the last word counts. Everything is timed in turn in one process, whole steps of each variant
+and a plain matrix product of the same dtype, whose best rate is the peak that the steps are held against. Model FLOPs are
+counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal` counts only visible keys.
+The steps are the first ones of a run: what a schedule does later is not seen here.
+
+The breakdown comes from torch's profiler, on two more steps of each variant, and from a table of kernel names
+(nanochat/bench.py). Muon and AdamW are all that runs in their update; of the rest a kernel belongs where its name or the
+operator it runs in says: matrix products (casts of weights aside), attention with everything batched, loss with its soft cap,
+embedding with lookups and their gradient. `host` is the time in which no kernel runs. What this cannot tell:
+  - a kernel that a compiler fused from several parts counts whole for the first of loss, attention and embedding that its
+    name has, else as norms and elementwise: embedding has what was fused with a lookup, gates and norms among it;
+  - a kernel of our own that multiplies and does the rest too, as attention's do, counts whole for what it is called;
+  - `norms_elementwise` is the rest: norms, rotary positions, residuals, activations, casts, adding up gradients;
+  - of eager elementwise work it sees the operator, not who called: the loss's casts and divisions count there;
+  - on a CPU the profiler names compiled kernels on Linux and Windows only: elsewhere they count as host. On Macs' GPUs it sees
+    none, and there is no breakdown.
 """
 
+import os
+import re
+import shlex
+import statistics
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nanochat.common import cli, format_table
-from nanochat.config import DeviceFlags
+from nanochat import bench
+from nanochat.common import UserError, cli, format_table, get_base_dir
+from nanochat.config import Config, DeviceFlags, parse_config
+from nanochat.features import FEATURES
 from nanochat.flags import flag, parse
-from nanochat.shape import flops_per_token, shape_of_depth
+from nanochat.shape import flops_per_token
 
-PRESETS = {  # depth, head_dim, T, vocabulary, window pattern, rows per micro-batch, tokens per step
-    "cpu-d4": (4, 64, 512, 4096, "L", 8, 16384),
-    "cpu-d6": (6, 64, 512, 4096, "L", 8, 16384),
-    "gpu-d12": (12, 128, 2048, 32768, "L", 16, 524288),
-    "gpu-d24": (24, 128, 2048, 32768, "L", 8, 524288),
+if TYPE_CHECKING:
+    import torch
+
+COMMON = "--window-pattern=L --num-iterations=1000 --data=python --max-chars=8000000"
+CPU = f"{COMMON} --head-dim=64 --max-seq-len=512 --vocab-size=4096 --total-batch-size=16384"
+GPU = f"{COMMON} --head-dim=128 --max-seq-len=2048 --vocab-size=32768 --total-batch-size=524288"
+PRESETS = {
+    "cpu-d4": f"{CPU} --depth=4 --device-batch-size=8", "cpu-d6": f"{CPU} --depth=6 --device-batch-size=8",
+    "gpu-d12": f"{GPU} --depth=12 --device-batch-size=16", "gpu-d24": f"{GPU} --depth=24 --device-batch-size=8",
 }
+VARIANTS = {"compiled": "", "eager": "--no-compile", "parts": ""}  # flags; in parts as where a room varies the forward
+TAKES_FLAGS = ("--with", "--against", "--against-regex")  # whose value may begin with a dash
 
 
 @dataclass
 class BenchFlags(DeviceFlags):
-    """The bench"""
+    """The bench; base_train's flags go behind --"""
     preset: str = flag("cpu-d4", "shape and batch", choices=tuple(PRESETS))
-    variants: list[str] = flag(["compiled"], "what to time, in turn", choices=("eager", "compiled", "parts"))
-    repeats: int = flag(7, "steps counted per variant", low=1)
-    tokens: int = flag(-1, "tokens per step instead of the preset's")
+    variants: list[str] = flag(["compiled"], "how the step runs", choices=tuple(VARIANTS))
+    with_flags: list[str] = flag([], "one more variant: compiled, with these flags of base_train too; may be repeated",
+                                 aliases=("--with",), metavar="FLAGS")
+    repeats: int = flag(7, "steps counted per variant, and per round under --against", low=1)
+    against: str | None = flag(None, "another trainer's command line, run whole in turn with our steps", metavar="COMMAND")
+    against_regex: str = flag(r"tok/sec: ([\d,.]+)", "finds the tokens/s in what it prints, as its one group", metavar="REGEX")
+    against_skip: int = flag(3, "how many of those do not count, at the beginning", low=0)
+    rounds: int = flag(3, "rounds under --against, a run of it in each", low=1)
     json_out: str | None = flag(None, "write the result here", metavar="PATH")
 
+    def validate(self) -> list[str]:
+        problems = bench.unwritable(self.json_out)
+        try:
+            if re.compile(self.against_regex).groups != 1:
+                problems.append(f"--against-regex needs one group, around the number, got {self.against_regex!r}")
+        except re.error as e:
+            problems.append(f"--against-regex {self.against_regex!r} is no regular expression: {e}")
+        return problems
 
-def main() -> None:
-    flags, = parse([BenchFlags], prog="python -m dev.bench.train_step")
+
+def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
+    """The bench's flags, and the run of each variant by name. UserError as for base_train's own command line."""
+    own, behind = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    for i in reversed(range(len(own) - 1)):
+        if own[i] in TAKES_FLAGS:  # argparse would take a value like --chunked-ce for a flag of ours
+            own = [*own[:i], f"{own[i]}={own[i + 1]}", *own[i + 2:]]
+    flags, = parse([BenchFlags], own, prog="python -m dev.bench.train_step")
+    base = [*PRESETS[flags.preset].split(), f"--device-type={flags.device_type}", f"--dtype={flags.dtype}", *behind]
+    wanted, configs = {name: VARIANTS[name] for name in flags.variants} | {text: text for text in flags.with_flags}, {}
+    for i, (name, more) in enumerate(wanted.items()):
+        try:
+            configs[name] = parse_config(FEATURES, [*base, *shlex.split(more), f"--model-tag=train_step_{i}"])
+        except (UserError, ValueError) as e:  # ValueError: quotes that do not close
+            raise UserError(f"{name}: {e}") from None
+    return flags, configs
+
+
+class Variant:
+    """A run, past what its first steps do only once. Called, it takes a step."""
+
+    def __init__(self, name: str, config: Config, base_dir):
+        import torch
+
+        from nanochat.compilation import CompiledModel
+        from nanochat.setup import Run
+        from nanochat.train import settle
+        held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # by the variants before this one
+        # a tokenizer of its own for each size of vocabulary
+        os.environ["NANOCHAT_BASE_DIR"] = str(base_dir / "bench" / f"vocabulary_{config.data.vocab_size}")
+        self.run = Run(config)
+        os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)  # for the other trainer
+        if name == "parts" and self.run.compile:
+            self.run.forward = CompiledModel(self.run.model, whole=False)
+        bench.name_updates(self.run.optimizer)
+        for _ in range(2):
+            self()
+        settle(self.run)
+        self.peak_mem_mib = self.run.tally.peaks[-1] - held / 2**20
+
+    def __call__(self) -> None:
+        from nanochat.train import train_step
+        train_step(self.run)
+        self.run.step += 1
+
+
+def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch.device"]:
+    """The `results` of the bench's JSON, by variant, and the device."""
     import torch
 
-    from nanochat import bench
-    from nanochat.checkpoint_manager import build_model
-    from nanochat.device import PeakMemory, init_device, pick_compute_dtype
-    from nanochat.flash_attention import make_attention
-    from nanochat.compilation import compile_parts, compile_whole
-    bench.check_writable(flags.json_out)
-    started = time.monotonic()
-    device, _ = init_device(flags.device_type)
-    dtype, _ = pick_compute_dtype(device, flags.dtype)
-    depth, head_dim, T, vocab_size, pattern, rows, tokens = PRESETS[flags.preset]
-    tokens = flags.tokens if flags.tokens > 0 else tokens
-    shape = shape_of_depth(depth, head_dim=head_dim, sequence_len=T, vocab_size=vocab_size, window_pattern=pattern)
-    x = torch.randint(vocab_size, (tokens // (rows * T), rows, T), device=device)
-    y = torch.roll(x, -1, dims=-1)
-    seconds = {name: {"forward_backward": [], "optimizer": []} for name in flags.variants}
-
-    def step_of(name):
-        torch.manual_seed(0)
-        model = build_model(shape, dtype, device)
-        model.kernels.attention = make_attention(device, dtype, head_dim, T, model.window_sizes)
-        optimizer = model.setup_optimizer(compile=name != "eager")
-        forward = {"eager": lambda m: m, "compiled": compile_whole, "parts": compile_parts}[name](model)
-
-        def step():
-            begun = time.perf_counter()
-            for micro_x, micro_y in zip(x, y):
-                (forward(micro_x, micro_y) / len(x)).backward()
-            bench.synchronize(device)
-            between = time.perf_counter()
-            optimizer.step()
-            model.zero_grad(set_to_none=True)
-            bench.synchronize(device)
-            seconds[name]["forward_backward"].append(between - begun)
-            seconds[name]["optimizer"].append(time.perf_counter() - between)
-        return step
-
-    peak_call, peak_flops = bench.gemm(device, dtype)
-    variants = {name: step_of(name) for name in flags.variants} | {"gemm": lambda: [peak_call() for _ in range(8)]}
-    times = bench.time_in_turn(variants, device, flags.repeats)
-    peak = 8 * peak_flops / min(times.pop("gemm"))
-    results = {}
-    for name, spent in times.items():
-        rate = tokens / bench.spread(spent)["median"]
+    from nanochat.device import dtype_name
+    torch._inductor.config.cpp.enable_kernel_profile = True  # names a CPU's compiled kernels; asks for new graphs
+    base_dir, variants, rounds = get_base_dir(), {}, []
+    for name, config in configs.items():
+        variants[name] = Variant(name, config, base_dir)
+    first = next(iter(variants.values())).run
+    device = first.device
+    # so large that the rate no longer grows, so often that launching is not what is timed
+    size, products = ((8192, 8192, 4096), 16) if device.type == "cuda" else ((4096, 4096, 1024), 2)
+    peak_call, peak_flops = bench.gemm(device, first.dtype, *size)
+    calls = variants | {"gemm": lambda: [peak_call() for _ in range(products)]}
+    times = {name: [] for name in calls}
+    for round_ in range(flags.rounds if flags.against else 1):
+        theirs = bench.rate_of(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
+        now = bench.time_in_turn(calls, device, flags.repeats, warmup=1)
+        rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
+        for name, spent in now.items():
+            times[name] += spent
+    peak, results = products * peak_flops / min(times.pop("gemm")), {}
+    for name, variant in variants.items():
+        tokens, shape = variant.run.horizon.total_batch_size, variant.run.model.config
+        seconds = bench.spread(times[name])
+        rate = tokens / seconds["median"]
+        parts, unknown = bench.breakdown(variant, device, seconds["median"]) if device.type != "mps" else (None, None)
         results[name] = {
             "tok_per_sec_median": rate,
             "model_flops_per_sec": rate * flops_per_token(shape),
             "gemm_peak_flops_per_sec": peak,
             "gemm_peak_share": rate * flops_per_token(shape) / peak,
             "gemm_peak_share_causal": rate * flops_per_token(shape, causal=True) / peak,
-            "peak_mem_mib": PeakMemory(device).step_peak(),
-            "seconds": bench.spread(spent),
-            "breakdown_ms": {part: 1000 * bench.spread(v[-flags.repeats:])["median"] for part, v in seconds[name].items()},
+            # a process's peak never falls: where that is all there is, only the first variant's is its own
+            "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.run is first else None,
+            "seconds": seconds, "breakdown_ms": parts, "breakdown_unknown": unknown,
+            "tokens_per_step": tokens, "dtype": dtype_name(variant.run.dtype),
+            "compiled": variant.run.compile and not variant.run.forward.eager_fallbacks,
         }
+        if flags.against:
+            pairs = [(tokens / ours[name], theirs) for theirs, ours in rounds]
+            ratios = [ours / theirs for ours, theirs in pairs]
+            results[name]["against"] = {"tok_per_sec": [{"ours": ours, "theirs": theirs} for ours, theirs in pairs],
+                                        "ratios": ratios, "ratio_median": statistics.median(ratios)}
+        variant.run.loader.close()
+    return results, device
+
+
+def show(results: dict) -> None:
+    """The tables."""
     print(format_table([{
-        "variant": name, "tok/s": round(r["tok_per_sec_median"]), "GFLOP/s": round(r["model_flops_per_sec"] / 1e9),
-        "GEMM peak": round(peak / 1e9), "share": round(r["gemm_peak_share"], 3), "share_causal": round(r["gemm_peak_share_causal"], 3),
-        "fwd+bwd ms": round(r["breakdown_ms"]["forward_backward"]), "optimizer ms": round(r["breakdown_ms"]["optimizer"]),
-        "MiB": round(r["peak_mem_mib"])} for name, r in results.items()]))
-    config = vars(flags) | {"dtype": str(dtype), "tokens": tokens}
-    bench.write_json(flags.json_out, bench.envelope("dev/bench/train_step.py", device, config, results, time.monotonic() - started))
+        "variant": name, "tok/s": round(r["tok_per_sec_median"]), "step ms": round(1000 * r["seconds"]["median"], 1),
+        "GFLOP/s": round(r["model_flops_per_sec"] / 1e9), "GEMM peak": round(r["gemm_peak_flops_per_sec"] / 1e9),
+        "share": round(r["gemm_peak_share"], 3), "causal": round(r["gemm_peak_share_causal"], 3),
+        "MiB": r["peak_mem_mib"] and round(r["peak_mem_mib"]), "n": r["seconds"]["n"]} for name, r in results.items()]))
+    rows = []
+    for name, r in results.items():
+        if parts := r["breakdown_ms"]:
+            parts = parts | {"sum": sum(parts.values())}
+            for unit, scale in ((f"{name}, ms", 1), (f"{name}, %", 100 / parts["sum"])):
+                rows.append({"where it goes": unit} | {part: round(ms * scale, 1) for part, ms in parts.items()})
+    if rows:
+        print("\n" + format_table(rows))
+    for name, r in results.items():
+        if r["breakdown_unknown"]:
+            print(f"{name}: other is {', '.join(r['breakdown_unknown'][:8])}")
+    for name, r in results.items():
+        if against := r.get("against"):
+            ratios, pairs = against["ratios"], against["tok_per_sec"]
+            print(f"\n{name} against the other trainer\n" + format_table([
+                {"round": i + 1, "ours": round(pair["ours"]), "theirs": round(pair["theirs"]), "ratio": round(ratio, 3)}
+                for i, (pair, ratio) in enumerate(zip(pairs, ratios))]))
+            print(f"ratio: median {against['ratio_median']:.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def main() -> None:
+    flags, configs = parse_command(sys.argv[1:])
+    started = time.monotonic()
+    with redirect_stdout(sys.stderr):  # the runs' own lines
+        results, device = measure(flags, configs)
+    show(results)
+    asked = vars(flags) | {"runs": {name: config.flat() for name, config in configs.items()}}
+    elapsed = time.monotonic() - started
+    bench.write_json(flags.json_out, bench.envelope("dev/bench/train_step.py", device, asked, results, elapsed))
 
 
 if __name__ == "__main__":
