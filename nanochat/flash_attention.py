@@ -1,12 +1,13 @@
 """Causal attention behind one function, whatever the machine.
 
 Attention is softmax(q k^T / sqrt(D)) v, where query t sees key s if s <= t and, in a layer with a window of W tokens,
-t - s <= W. Written down like that it makes (T, T) scores per head. Five ways to make less of them:
+t - s <= W. Written down like that it makes (T, T) scores per head. Six ways to make less of them:
 
     fa3      FlashAttention-3 (arXiv 2407.08608): scores live in the chip's own memory. A separate package.
     varlen   FlashAttention-2 (arXiv 2307.08691) as bundled with PyTorch on CUDA, the entry that knows windows.
+    native   the same in C++ for CPUs that multiply bf16 natively (nanochat/cpp/attention.cpp), where there is a compiler.
     chunked  a loop over chunks of queries that multiplies only with the keys they can see: plain matrix products, which
-             a CPU does 2-3 times faster than PyTorch's CPU flash kernel. For CPUs: GPUs have better.
+             a CPU does 2-3 times faster than PyTorch's CPU flash kernel. For CPUs without a compiler, and for fp32.
     sdpa     PyTorch's scaled_dot_product_attention: full context on any device. It has no windows.
     blocks   windows on any device: queries in blocks of W attend to their own and the previous block of keys, all
              blocks in one batched SDPA with a fixed mask, so that the cost grows with T*W.
@@ -157,10 +158,16 @@ def _load_fa3():
     return partial(_fa3, kernel=flash_attn_interface.flash_attn_func)
 
 
+def _load_native():
+    from nanochat.native_attention import load
+    return load()
+
+
 # name -> (what gives its function, serves full context, serves windows)
 BACKENDS = {
     "fa3": (_load_fa3, True, True),
     "varlen": (_load_varlen, True, True),
+    "native": (_load_native, True, True),
     "chunked": (lambda: _chunked, True, True),
     "sdpa": (lambda: _sdpa, True, False),
     "blocks": (lambda: _blocks, False, True),
@@ -191,10 +198,10 @@ def why_not(name: str, windowed: bool, device_type: str, dtype: torch.dtype, hea
     if not (windows if windowed else full):
         return "does not do windows" if windowed else "does windows only"
     try:
-        function, window = load(), 16 if windowed else FULL
+        function, window = load(), 70 if windowed else FULL
         with torch.inference_mode(False), torch.enable_grad():
             random = torch.Generator().manual_seed(0)  # its own, so that probing moves no one else's random numbers
-            shapes = (2, 40, 4, head_dim), (2, 40, 2, head_dim), (2, 40, 2, head_dim), (2, 40, 4, head_dim)
+            shapes = [(2, 150, heads, head_dim) for heads in (4, 2, 2, 4)]  # T and window are no multiple of any block
             *inputs, grad = (torch.randn(s, generator=random).to(device_type, dtype) for s in shapes)
             inputs = [x.requires_grad_() for x in inputs]
             results = []
@@ -213,13 +220,17 @@ def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, windowed: bo
     if device_type == "cuda":
         # For full context SDPA picks among the flash kernels of PyTorch by itself, cuDNN's too, so varlen adds nothing.
         return ["fa3", "varlen", *plain] if windowed else ["fa3", *plain]
-    if device_type == "cpu" and _chunked_pays(dtype, seq_len, windowed):
-        return ["chunked", *plain]
+    if device_type == "cpu":
+        native = dtype == torch.bfloat16 and seq_len >= 64  # it works in blocks of 64, so on shorter rows half for nothing
+        pays = {"native": native, "chunked": _chunked_pays(dtype, seq_len, windowed)}
+        return [*(name for name, wins in pays.items() if wins), *plain]
     return plain
 
 
 def _chunked_pays(dtype: torch.dtype, seq_len: int, windowed: bool) -> bool:
-    """Where `chunked` beats SDPA on a CPU: measured forward and backward, 2 cores with AVX512-BF16, see dev/LOG.md."""
+    """Where `chunked` beats SDPA on a CPU: measured forward and backward, 2 cores with AVX512-BF16, see dev/LOG.md.
+
+    In bf16 it comes after `native`, for machines without a compiler and heads that the kernel does not take."""
     if dtype == torch.bfloat16:
         # It keeps T*T/2 probabilities for the backward pass: beyond 2048 tokens memory matters more than speed.
         return cpu_multiplies_bf16() and (windowed or seq_len <= 2048)

@@ -1,6 +1,7 @@
 """Every attention backend against the definition in float64, the windows' edges, the cost, the cache, the compiler."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import flash_attention as fa
+from nanochat import native_attention
 from nanochat.flash_attention import flash_attn, make_attention
+from nanochat.native import why_not_native
 
 # What the choice can come to on this machine, and the general one that needs no set-up.
 WORKING = [name for name in fa.BACKENDS
@@ -245,3 +248,196 @@ def test_probing_leaves_the_random_state_and_grad_mode_alone():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "attention: chunked (full context, window 8)\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The C++ kernels
+
+needs_native = pytest.mark.skipif(why_not_native("attention") is not None, reason=str(why_not_native("attention")))
+native = native_attention.attention
+
+
+def run_native(inputs, grad, window):
+    """Output and gradients."""
+    y = native(*inputs, window)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(problem=problems(), D=st.sampled_from([32, 64, 96, 128, 160]))
+def test_native_equals_definition(problem, D):
+    window = problem.pop("window")
+    check(native, *draw(**problem | {"D": D, "dtype": torch.bfloat16}), window)
+
+
+@needs_native
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 193])
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 62, 63, 64, 126, 127, 128, 191, 192])
+def test_native_window_edges(T, window):
+    check(native, *draw(1, T, 2, 1, 32, torch.bfloat16), window)
+
+
+@needs_native
+@pytest.mark.parametrize("sharper", [1, 10])
+@pytest.mark.parametrize("T, D", [(512, 64), (700, 128)])
+def test_native_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
+    (q, k, v), grad = draw(1, T, 2, 2, D, torch.bfloat16)
+    inputs = [(q * sharper).detach().requires_grad_(), k, v]
+    exact = reference(*inputs, grad, fa.FULL)[0]
+
+    def errors(function):
+        y = function(*inputs, fa.FULL)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip((y, *torch.autograd.grad(y, inputs, grad)), exact)]
+    for ours, pytorch in zip(errors(native), errors(fa._sdpa)):
+        assert ours < 1.05 * pytorch
+
+
+@needs_native
+def test_native_gives_the_log_sum_exp():
+    (q, k, v), _ = draw(2, 150, 4, 2, 32, torch.bfloat16)
+    t = torch.arange(150)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) / math.sqrt(32)
+    want = scores.masked_fill(t > t[:, None], -math.inf).logsumexp(-1)
+    got = native_attention.attention_forward(q, k, v, -1)[1]
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
+def test_native_takes_any_size_of_scores(size):
+    """Every seventh key wins all there is when scores are this far apart: each query gets its value, and nothing overflows."""
+    T, at = 150, torch.arange(150)
+    inputs, grad = draw(1, T, 1, 1, 32, torch.bfloat16)
+    with torch.no_grad():
+        inputs[0].fill_(1)
+        inputs[1].copy_(torch.where(at % 7 == 3, size, -size)[:, None, None].expand(T, 1, 32))
+    y, *gradients = run_native(inputs, grad, 6)
+    winner = at - (at - 3) % 7
+    v = inputs[2].detach()
+    assert torch.equal(y[:, 3:], v[:, winner[3:]]) and torch.equal(y[:, 0], v[:, 0])  # what is hidden never wins
+    assert all(x.isfinite().all() for x in (y, *gradients))
+    dv = gradients[2][0, 3:, 0]
+    assert not dv[at[3:] % 7 != 3].any()
+    if size <= 1e4:  # beyond, fp32 cannot tell the log-sum-exp from its neighbours well enough for a probability of 1
+        want = torch.zeros(T, 32).double().index_add_(0, winner[3:], grad[0, 3:, 0].double())[3:]
+        torch.testing.assert_close(dv.double(), want, rtol=0.02, atol=0.05)
+
+
+@needs_native
+def test_native_leaves_out_what_no_query_sees():
+    """Zero times NaN is NaN: keys and values outside of a window are not even multiplied with."""
+    window = 64
+    (q, k, v), grad = draw(1, 512, 1, 1, 32, torch.bfloat16)
+    clean = native(q, k, v, window)
+    with torch.no_grad():
+        for x in (k, v):
+            x[:, :128], x[:, 384:] = math.nan, math.nan
+    y = native(q, k, v, window)
+    assert torch.equal(y[:, 192:384], clean[:, 192:384])
+    assert y[:, :192].isnan().all() and y[:, 384:].isnan().all()
+
+
+@needs_native
+def test_native_takes_any_strides():
+    B, T, H, H_kv, D = 2, 70, 4, 2, 32
+    inputs, grad = draw(B, T, H, H_kv, D, torch.bfloat16)
+    want = run_native(inputs, grad, 20)
+
+    def layouts(x):
+        yield x.transpose(1, 2).contiguous().transpose(1, 2)              # (B, H, T, D) in memory
+        yield torch.cat((x, x + 1), 2)[:, :, :x.size(2)]                  # part of a fused projection
+        yield torch.cat((x + 1, x), 3)[..., D:]                           # heads that begin anywhere
+        yield torch.cat((x[..., :1], x), 3)[..., 1:]                      # rows that begin at odd elements
+        yield x.transpose(1, 3).contiguous().transpose(1, 3)              # features apart
+    for variants in zip(*(layouts(x.detach()) for x in (*inputs, grad))):
+        assert not variants[0].is_contiguous()
+        *leaves, dy = variants
+        assert same_bits(want, run_native([x.requires_grad_() for x in leaves], dy, 20))
+    y = native(*inputs, 20)
+    summed = torch.autograd.grad(y.sum(), inputs)                         # a gradient without strides of its own
+    assert same_bits(summed, run_native(inputs, torch.ones_like(grad), 20)[1:])
+
+
+@needs_native
+@pytest.mark.parametrize("window", [-1, 70])
+def test_native_gives_the_same_bits_on_any_number_of_threads(window):
+    inputs, grad = draw(1, 300, 6, 3, 64, torch.bfloat16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 1, 2, 3, 8):  # with 1 and 3, a thread for each key head; with 2 and 8, for each block
+            torch.set_num_threads(n)
+            results.append(run_native(inputs, grad, window))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@needs_native
+def test_native_compiles_to_one_graph_with_the_same_bits():
+    def around(q, k, v):
+        return native(-q, k, v.transpose(1, 2).contiguous().transpose(1, 2), 20).flatten(2)
+    inputs, grad = draw(2, 100, 4, 2, 32, torch.bfloat16)
+    results = []
+    for f in (around, torch.compile(around, fullgraph=True, dynamic=False)):
+        y = f(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, grad.flatten(2))])
+    assert same_bits(*results)
+
+
+@needs_native
+def test_native_operators_keep_torch_s_rules():
+    inputs, grad = draw(1, 10, 2, 1, 32, torch.bfloat16)
+    torch.library.opcheck(native_attention.attention_forward, (*inputs, 3), test_utils=(
+        "test_schema", "test_autograd_registration", "test_faketensor"))
+    inputs = [x.detach() for x in inputs]
+    torch.library.opcheck(native_attention.attention_backward,
+                          (*inputs, *native_attention.attention_forward(*inputs, 3), grad, 3),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_native
+@pytest.mark.parametrize("shapes, dtype, message", [
+    (((1, 8, 2, 32), (1, 8, 2, 32)), torch.float32, "bfloat16"),
+    (((1, 8, 2, 24), (1, 8, 2, 24)), torch.bfloat16, "multiple of 32"),
+    (((1, 8, 3, 32), (1, 8, 2, 32)), torch.bfloat16, "do not go together"),
+    (((1, 8, 2, 32), (1, 9, 2, 32)), torch.bfloat16, "do not go together"),
+    (((1, 8, 2, 64), (1, 8, 2, 32)), torch.bfloat16, "do not go together"),
+])
+def test_native_refuses_what_it_cannot_do(shapes, dtype, message):
+    q, k = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        native(q, k, k, -1)
+
+
+@needs_native
+def test_native_takes_nothing_for_an_answer():
+    for shape in (0, 8, 2, 32), (2, 0, 2, 32):
+        inputs, grad = draw(*shape[:3], 2, 32, torch.bfloat16)
+        assert [x.shape for x in run_native(inputs, grad, -1)] == [shape] * 4
+
+
+@needs_native
+def test_native_comes_first_in_bf16_where_it_serves():
+    choose = lambda D, T, window, dtype=torch.bfloat16: fa.choose_backend("cpu", dtype, D, T, window)
+    assert {choose(64, T, window) for T in (64, 512, 4096) for window in (-1, 32)} == {"native"}
+    assert choose(48, 512, -1) == choose(64, 32, -1) == choose(64, 512, -1, torch.float32) == "chunked"
+    assert fa.why_not("native", False, "cpu", torch.bfloat16, 48) \
+        == "ValueError: the kernel takes heads of a multiple of 32, not of 48"
+    assert str(make_attention("cpu", torch.bfloat16, 64, 512, [128, -1])) == "attention: native (full context, window 128)"
+
+
+@pytest.mark.skipif(not fa.cpu_multiplies_bf16(), reason="chunked does not pay in bf16 on this CPU")
+def test_without_native_kernels_chunked_serves():
+    code = ("import torch; from nanochat import flash_attention as fa\n"
+            "print(fa.make_attention('cpu', torch.bfloat16, 64, 512, [128, -1]))\n"
+            "print(fa.why_not('native', False, 'cpu', torch.bfloat16, 64))")
+    environment = os.environ | {"NANOCHAT_NATIVE": "0"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["attention: chunked (full context, window 128)", "RuntimeError: NANOCHAT_NATIVE=0"]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain"}
-PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "tokenizer", "dataset", "dataloader", "sources", "shape"}
+PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "tokenizer", "dataset", "dataloader", "sources", "shape"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

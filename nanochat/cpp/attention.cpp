@@ -1,0 +1,520 @@
+// Causal attention in bf16 for CPUs with AVX512-BF16, forward and backward, without a (T, T) matrix in memory.
+//
+// FlashAttention-2's way (arXiv 2307.08691): blocks of queries against blocks of keys, scores and sums in fp32. Forward
+// keeps a running maximum and sum of each query; backward makes the probabilities again from the log-sum-exp.
+//
+// All products are one small kernel, sum[m][n] += a[m] * b[n] over pairs: an instruction multiplies two neighbouring bf16
+// of `a`, the same for all lanes, with two of each of 16 columns of `b`, and adds both to 16 fp32 sums. So `a` can be read
+// wherever its pairs lie next to each other, and `b` has to be packed: for each pair of the summed index, all columns.
+//
+// Scores are made transposed, a row for each key and a lane for each query: maximum, sum, log-sum-exp and all else there is
+// per query are then plain vectors, and no score ever has to be added to its neighbour.
+//
+//     product                 sums over   a                             b
+//     scores  = K Q^T         features    K as it is                    Q packed [D/2][queries]
+//     y       = P V           keys        P packed [keys/2][queries]    V packed [keys/2][D]
+//     dP      = V dY^T        features    V as it is                    dY packed [D/2][queries]
+//     dV      = P^T dY        queries     P^T, a row per key            dY packed [queries/2][D]
+//     dK      = dS^T Q        queries     dS^T, a row per key           Q packed [queries/2][D]
+//     dQ      = dS K          keys        dS packed [keys/2][queries]   K packed [keys/2][D]
+//
+// What no query sees is skipped: whole blocks, and inside the blocks on the edges in steps of a tile.
+//
+// The order of every sum depends on the shapes alone, so the bits are the same for any number of threads.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+using bf16 = uint16_t;
+typedef uint32_t __attribute__((may_alias, aligned(2))) pair;  // two neighbouring bf16
+
+constexpr int64_t BLOCK = 64;       // queries, and keys, of a block: its tiles of scores stay in the first-level cache
+constexpr int64_t LANES = 16;
+constexpr int M = 4;                // rows of a tile; with 4 vectors of columns its 16 sums hide the instruction's latency
+constexpr float LOG2_E = 1.44269504f;
+constexpr float UNSEEN = -1e30f;    // the maximum before anything was seen; finite, so that no difference is NaN
+constexpr float HIDDEN = -1e38f;    // the score of what is not seen; below UNSEEN, so that its power is 0 also then
+
+struct Strides { int64_t batch, token, head; };  // in elements; the features of a head are next to each other
+
+}  // namespace
+
+// What both functions are told, as 64-bit integers. y and the gradients are dense (B, T, heads, D).
+struct Problem {
+    int64_t B, T, H, H_kv, D, window;  // window: how many tokens before itself a query sees; negative: all of them
+    Strides q, k, v, dy;
+};
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic
+
+inline __m512 exp2_of(__m512 x) {
+    // 2^x = 2^n * 2^r with |r| <= 1/2, for which this polynomial is within 8e-8. Very negative x give 0.
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+    __m512 y = _mm512_set1_ps(0.00132765f);
+    for (float c : {0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f})
+        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(y, n);
+}
+
+inline __m512 load_bf16(const bf16* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+
+inline void store_bf16(bf16* y, __m512 x) { _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+// y[2i], y[2i + 1] = first[i], second[i]
+inline void store_interleaved(void* y, __m512 first, __m512 second) {
+    const __m512i order = _mm512_add_epi16(_mm512_set1_epi32(16 << 16),
+        _mm512_set_epi32(0xf000f, 0xe000e, 0xd000d, 0xc000c, 0xb000b, 0xa000a, 0x90009, 0x80008,
+                         0x70007, 0x60006, 0x50005, 0x40004, 0x30003, 0x20002, 0x10001, 0));
+    _mm512_storeu_si512(y, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
+
+// sum[m][n] += a[m] b[n] over `steps` pairs: a's rows are `a_row` pairs apart and its steps `a_step`, b's steps `b_step`.
+template <int N>
+inline __attribute__((always_inline)) void multiply(__m512 (&sum)[M][N], const pair* a, int64_t a_row, int64_t a_step,
+                                                    const pair* b, int64_t b_step, int64_t steps) {
+    for (int64_t s = 0; s < steps; s++, a += a_step, b += b_step) {
+        __m512bh column[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) column[n] = (__m512bh)_mm512_loadu_si512(b + n * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            __m512bh x = (__m512bh)_mm512_set1_epi32(a[m * a_row]);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n++) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], x, column[n]);
+        }
+    }
+}
+
+// c[m][..] = scale[m] * c[m][..] + a[m] b, for M rows of D columns of c. No scale: one.
+inline void add_product(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step,
+                        const pair* b, int64_t steps) {
+    auto columns = [&]<int N>(int64_t d) {
+        __m512 sum[M][N];
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                sum[m][n] = _mm512_loadu_ps(c + m * D + d + n * LANES);
+                if (scale) sum[m][n] = _mm512_mul_ps(sum[m][n], _mm512_set1_ps(scale[m]));
+            }
+        multiply<N>(sum, a, a_row, a_step, b + d, D, steps);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) _mm512_storeu_ps(c + m * D + d + n * LANES, sum[m][n]);
+    };
+    int64_t d = 0;
+    for (; d + 64 <= D; d += 64) columns.template operator()<4>(d);
+    if (d < D) columns.template operator()<2>(d);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing. Rows from `rows` on count as zeros, up to a whole block.
+
+// Pairs of rows: y[r / 2][d] = (x[r][d], x[r + 1][d])
+void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t D, pair* y) {
+    const __m512i half = _mm512_cvtepu16_epi32(_mm256_set_epi16(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __m512i low = _mm512_or_si512(half, _mm512_slli_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(32)), 16));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t r = 0; r < BLOCK; r += 2)
+        for (int64_t d = 0; d < D; d += 32) {
+            __m512i zero = _mm512_setzero_si512();
+            __m512i first = r < rows ? _mm512_loadu_si512(x + r * stride + d) : zero;
+            __m512i second = r + 1 < rows ? _mm512_loadu_si512(x + (r + 1) * stride + d) : zero;
+            pair* to = y + r / 2 * D + d;
+            _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, low, second));
+            _mm512_storeu_si512(to + LANES, _mm512_permutex2var_epi16(first, high, second));
+        }
+}
+
+// Pairs of features: y[d / 2][r] = (x[r][d], x[r][d + 1]), a transposition of pairs, 16 x 16 of them at a time.
+void pack_features(const bf16* x, int64_t stride, int64_t rows, int64_t D, pair* y) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t r = 0; r < BLOCK; r += LANES)
+        for (int64_t d = 0; d < D; d += 2 * LANES) {
+            __m512i v[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                v[i] = r + i < rows ? _mm512_loadu_si512(x + (r + i) * stride + d) : _mm512_setzero_si512();
+#pragma GCC unroll 4
+            for (int s = 1; s < LANES; s *= 2) {  // exchange the off-diagonal halves of every 2s x 2s square
+                const __mmask16 upper = s == 1 ? 0xaaaa : s == 2 ? 0xcccc : s == 4 ? 0xf0f0 : 0xff00;
+                const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(s));
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    if (!(i & s)) {
+                        __m512i a = v[i], b = v[i + s];
+                        v[i] = _mm512_mask_permutexvar_epi32(a, upper, other, b);
+                        v[i + s] = _mm512_mask_permutexvar_epi32(b, (__mmask16)~upper, other, a);
+                    }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(y + (d / 2 + i) * BLOCK + r, v[i]);
+        }
+}
+
+void copy_rows(const bf16* x, int64_t stride, int64_t rows, int64_t D, bf16* y) {
+    for (int64_t r = 0; r < BLOCK; r++)
+        if (r < rows) memcpy(y + r * D, x + r * stride, D * sizeof(bf16));
+        else memset(y + r * D, 0, D * sizeof(bf16));
+}
+
+// Memory of a thread, kept for its next call: no page of it has to be had from the system again. What is taken is a multiple
+// of 64 bytes, as blocks are, and begins at one.
+struct Scratch {
+    std::unique_ptr<char[]> memory;
+    size_t size = 0, used = 0;
+    void reserve(size_t bytes) {
+        if (bytes + 64 > size) {
+            memory.reset();
+            memory.reset(new char[size = bytes + 64]);
+        }
+        used = -(size_t)memory.get() % 64;
+    }
+    template <class T> T* take(int64_t n) {
+        T* here = (T*)(memory.get() + used);
+        used += n * sizeof(T);
+        return here;
+    }
+};
+thread_local Scratch scratch;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Who sees whom. Ranges are [from, to), of tokens or of blocks.
+
+struct Range { int64_t from, to; };
+
+struct Mask {
+    int64_t T, before;  // a query sees the keys query - before .. query
+    explicit Mask(const Problem& p) : T(p.T), before(p.window < 0 ? p.T : std::min(p.window, p.T)) {}
+    int64_t blocks() const { return (T + BLOCK - 1) / BLOCK; }
+
+    Range keys_of(Range queries, Range within) const {
+        return {std::max(within.from, queries.from - before), std::min(within.to, queries.to)};
+    }
+    Range queries_of(Range keys, Range within) const {
+        return {std::max(within.from, keys.from), std::min(within.to, keys.to + before)};
+    }
+    Range key_blocks(Range query_blocks) const {
+        return {std::max<int64_t>(0, query_blocks.from * BLOCK - before) / BLOCK, query_blocks.to};
+    }
+    Range query_blocks(Range key_blocks) const {
+        return {key_blocks.from, std::min(blocks(), (key_blocks.to * BLOCK - 1 + before) / BLOCK + 1)};
+    }
+    bool complete(Range queries, Range keys) const {
+        return keys.to - 1 <= queries.from && queries.to - 1 - before <= keys.from;
+    }
+    // The lanes, of the 16 queries from `query` on, that see `key`.
+    __mmask16 seen(int64_t query, int64_t key) const {
+        int64_t first = std::clamp<int64_t>(key - query, 0, LANES);
+        int64_t end = std::clamp<int64_t>(key - query + before + 1, 0, LANES);
+        return (__mmask16)(((1u << end) - 1) & ~((1u << first) - 1));
+    }
+};
+
+inline Range block(int64_t i) { return {i * BLOCK, (i + 1) * BLOCK}; }
+
+// For each tile of M keys in a block of keys: the vectors of queries that see any of them, as f<count>(key, first query).
+template <class F>
+inline void for_tiles(const Mask& mask, Range keys, Range queries, F f) {
+    for (int64_t key = keys.from; key < keys.to; key += M) {
+        Range seeing = mask.queries_of({key, key + M}, queries);
+        if (seeing.from >= seeing.to) continue;
+        int64_t first = (seeing.from - queries.from) / LANES, end = (seeing.to - queries.from + LANES - 1) / LANES;
+        int64_t query = queries.from + first * LANES;
+        switch (end - first) {
+            case 1: f.template operator()<1>(key, query); break;
+            case 2: f.template operator()<2>(key, query); break;
+            case 3: f.template operator()<3>(key, query); break;
+            case 4: f.template operator()<4>(key, query); break;
+        }
+    }
+}
+
+// c = scale * c + a b for a block of `rows`, each tile of them over the pairs that hold some of what `visible(tile)` says. All
+// of them were written by for_tiles, whose tiles begin and end with pairs, at multiples of M, and whose lanes come by 16.
+template <class F>
+inline void add_products(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step, const pair* b,
+                         Range rows, Range summed, F visible) {
+    for (int64_t r = 0; r < BLOCK; r += M) {
+        const Range range = visible(Range{rows.from + r, rows.from + r + M});
+        const int64_t first = (range.from - summed.from) / 2, end = (range.to - summed.from + 1) / 2;
+        add_product(c + r * D, D, scale ? scale + r : nullptr, a + r * a_row + first * a_step, a_row, a_step, b + first * D,
+                    end - first);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// y and lse of some blocks of queries, for the query heads that share a key head.
+void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_blocks, const bf16* q, const bf16* k,
+                    const bf16* v, bf16* y, float* lse) {
+    const Mask mask(p);
+    const int64_t D = p.D, group = p.H / p.H_kv;
+    const Range key_blocks = mask.key_blocks(query_blocks);
+    const int64_t keys_from = key_blocks.from * BLOCK, n_keys = (key_blocks.to - key_blocks.from) * BLOCK;
+    const float scale = 1 / std::sqrt((float)D);
+    const __m512 to_powers = _mm512_set1_ps(scale * LOG2_E);
+    scratch.reserve(n_keys * D * 4 + BLOCK * D * 6 + BLOCK * BLOCK * 6 + BLOCK * 12);
+    bf16* keys = scratch.take<bf16>(n_keys * D);
+    pair* values = scratch.take<pair>(n_keys / 2 * D);
+    pair* queries = scratch.take<pair>(D / 2 * BLOCK);
+    float* out = scratch.take<float>(BLOCK * D);
+    float* scores = scratch.take<float>(BLOCK * BLOCK);
+    pair* probabilities = scratch.take<pair>(BLOCK / 2 * BLOCK);
+    float* largest = scratch.take<float>(BLOCK);
+    float* total = scratch.take<float>(BLOCK);
+    float* shrink = scratch.take<float>(BLOCK);
+
+    for (int64_t j = key_blocks.from; j < key_blocks.to; j++) {
+        int64_t at = (j * BLOCK - keys_from) * D, rows = p.T - j * BLOCK;
+        copy_rows(k + b * p.k.batch + j * BLOCK * p.k.token + kv_head * p.k.head, p.k.token, rows, D, keys + at);
+        pack_rows(v + b * p.v.batch + j * BLOCK * p.v.token + kv_head * p.v.head, p.v.token, rows, D, values + at / 2);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+        for (int64_t i = query_blocks.from; i < query_blocks.to; i++) {
+            const Range these = block(i), seen = mask.key_blocks({i, i + 1});
+            const int64_t rows = std::min(BLOCK, p.T - these.from);
+            pack_features(q + b * p.q.batch + these.from * p.q.token + head * p.q.head, p.q.token, rows, D, queries);
+            std::fill_n(out, BLOCK * D, 0.0f);
+            std::fill_n(largest, BLOCK, UNSEEN);
+            std::fill_n(total, BLOCK, 0.0f);
+            for (int64_t j = seen.from; j < seen.to; j++) {
+                const Range those = block(j);
+                const bool complete = mask.complete(these, those);
+                memcpy(shrink, largest, BLOCK * sizeof(float));
+                for_tiles(mask, those, these, [&]<int N>(int64_t key, int64_t query) {
+                    __m512 s[M][N] = {};
+                    const int64_t column = query - these.from;
+                    multiply<N>(s, (const pair*)(keys + (key - keys_from) * D), D / 2, 1, queries + column, BLOCK, D / 2);
+                    for (int n = 0; n < N; n++) {
+                        __m512 top = _mm512_loadu_ps(largest + column + n * LANES);
+                        for (int m = 0; m < M; m++) {
+                            if (!complete)
+                                s[m][n] = _mm512_mask_mov_ps(_mm512_set1_ps(HIDDEN),
+                                                             mask.seen(query + n * LANES, key + m), s[m][n]);
+                            top = _mm512_max_ps(top, s[m][n]);
+                            _mm512_storeu_ps(scores + (key - those.from + m) * BLOCK + column + n * LANES, s[m][n]);
+                        }
+                        _mm512_storeu_ps(largest + column + n * LANES, top);
+                    }
+                });
+                for (int64_t c = 0; c < BLOCK; c += LANES) {
+                    __m512 now = _mm512_loadu_ps(largest + c), before = _mm512_loadu_ps(shrink + c);
+                    __m512 factor = exp2_of(_mm512_mul_ps(_mm512_sub_ps(before, now), to_powers));
+                    _mm512_storeu_ps(shrink + c, factor);
+                    _mm512_storeu_ps(total + c, _mm512_mul_ps(_mm512_loadu_ps(total + c), factor));
+                }
+                for_tiles(mask, those, these, [&]<int N>(int64_t key, int64_t query) {
+                    const int64_t column = query - these.from, row = key - those.from;
+                    for (int n = 0; n < N; n++) {
+                        const int64_t c = column + n * LANES;
+                        const __m512 top = _mm512_loadu_ps(largest + c);
+                        __m512 sum = _mm512_loadu_ps(total + c), e[M];
+                        for (int m = 0; m < M; m++) {
+                            const __m512 s = _mm512_loadu_ps(scores + (row + m) * BLOCK + c);
+                            e[m] = exp2_of(_mm512_mul_ps(_mm512_sub_ps(s, top), to_powers));
+                            sum = _mm512_add_ps(sum, e[m]);
+                        }
+                        for (int m = 0; m < M; m += 2)
+                            store_interleaved(probabilities + (row + m) / 2 * BLOCK + c, e[m], e[m + 1]);
+                        _mm512_storeu_ps(total + c, sum);
+                    }
+                });
+                add_products(out, D, shrink, probabilities, 1, BLOCK, values + (those.from - keys_from) / 2 * D, these, those,
+                             [&](Range tile) { return mask.keys_of(tile, those); });
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t token = b * p.T + these.from + r;
+                const __m512 one_over = _mm512_set1_ps(1 / total[r]);
+                for (int64_t d = 0; d < D; d += LANES)
+                    store_bf16(y + (token * p.H + head) * D + d, _mm512_mul_ps(_mm512_loadu_ps(out + r * D + d), one_over));
+                lse[(b * p.H + head) * p.T + these.from + r] = scale * largest[r] + std::log(total[r]);
+            }
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = dS K, dK = dS^T Q, the
+// latter two times the scale of the scores.
+
+struct Gradients { bf16 *q, *k, *v; };
+
+inline void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf16* y, int64_t stride) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < D; d += LANES)
+            store_bf16(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
+}
+
+// If wanted, dK and dV of some blocks of keys, given all blocks of queries that see them, and dQ of some blocks of queries,
+// given all blocks of keys that they see.
+template <bool WANT_KV, bool WANT_Q>
+void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blocks, Range query_blocks, const bf16* q,
+                     const bf16* k, const bf16* v, const bf16* y, const float* lse, const bf16* dy, Gradients d) {
+    const Mask mask(p);
+    const int64_t D = p.D, group = p.H / p.H_kv;
+    const int64_t keys_from = key_blocks.from * BLOCK, n_keys = (key_blocks.to - key_blocks.from) * BLOCK;
+    const int64_t from = query_blocks.from * BLOCK, n_queries = (query_blocks.to - query_blocks.from) * BLOCK;
+    const float scale = 1 / std::sqrt((float)D);
+    scratch.reserve(n_queries * (D * 12 + 8) + n_keys * D * 8 + BLOCK * D * 6 + BLOCK * BLOCK * 6);
+    pair* q_features = scratch.take<pair>(n_queries * D / 2);
+    pair* dy_features = scratch.take<pair>(n_queries * D / 2);
+    pair* q_rows = scratch.take<pair>(n_queries * D / 2);
+    pair* dy_rows = scratch.take<pair>(n_queries * D / 2);
+    float* dq = scratch.take<float>(n_queries * D);
+    float* exponent = scratch.take<float>(n_queries);  // the log-sum-exp in powers of two
+    float* delta = scratch.take<float>(n_queries);
+    float* dk = scratch.take<float>(n_keys * D);
+    float* dv = scratch.take<float>(n_keys * D);
+    bf16* keys = scratch.take<bf16>(BLOCK * D);
+    bf16* values = scratch.take<bf16>(BLOCK * D);
+    pair* key_rows = scratch.take<pair>(BLOCK / 2 * D);
+    bf16* P = scratch.take<bf16>(BLOCK * BLOCK);
+    bf16* dS = scratch.take<bf16>(BLOCK * BLOCK);
+    pair* dS_pairs = scratch.take<pair>(BLOCK / 2 * BLOCK);
+
+    if (WANT_KV) {
+        std::fill_n(dk, n_keys * D, 0.0f);
+        std::fill_n(dv, n_keys * D, 0.0f);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        for (int64_t i = query_blocks.from; i < query_blocks.to; i++) {
+            const int64_t token = i * BLOCK, rows = std::min(BLOCK, p.T - token), at = (token - from) * D / 2;
+            const bf16* q_block = q + b * p.q.batch + token * p.q.token + head * p.q.head;
+            const bf16* dy_block = dy + b * p.dy.batch + token * p.dy.token + head * p.dy.head;
+            pack_features(q_block, p.q.token, rows, D, q_features + at);
+            pack_features(dy_block, p.dy.token, rows, D, dy_features + at);
+            if (WANT_KV) {
+                pack_rows(q_block, p.q.token, rows, D, q_rows + at);
+                pack_rows(dy_block, p.dy.token, rows, D, dy_rows + at);
+            }
+            for (int64_t r = 0; r < BLOCK; r++) {
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t c = 0; r < rows && c < D; c += LANES)
+                    sum = _mm512_fmadd_ps(load_bf16(y + ((b * p.T + token + r) * p.H + head) * D + c),
+                                          load_bf16(dy_block + r * p.dy.token + c), sum);
+                delta[token - from + r] = _mm512_reduce_add_ps(sum);
+                exponent[token - from + r] = r < rows ? LOG2_E * lse[(b * p.H + head) * p.T + token + r] : 0;
+            }
+        }
+        if (WANT_Q) std::fill_n(dq, n_queries * D, 0.0f);
+        for (int64_t j = key_blocks.from; j < key_blocks.to; j++) {
+            const Range those = block(j), seeing = mask.query_blocks({j, j + 1});
+            const int64_t rows = std::min(BLOCK, p.T - those.from);
+            const bf16* k_block = k + b * p.k.batch + those.from * p.k.token + kv_head * p.k.head;
+            copy_rows(k_block, p.k.token, rows, D, keys);
+            copy_rows(v + b * p.v.batch + those.from * p.v.token + kv_head * p.v.head, p.v.token, rows, D, values);
+            if (WANT_Q) pack_rows(k_block, p.k.token, rows, D, key_rows);
+            for (int64_t i = std::max(seeing.from, query_blocks.from); i < std::min(seeing.to, query_blocks.to); i++) {
+                const Range these = block(i);
+                const bool complete = mask.complete(these, those);
+                const int64_t at = (these.from - from) * D / 2;
+                for_tiles(mask, those, these, [&]<int N>(int64_t key, int64_t query) {
+                    const int64_t column = query - these.from, row = key - those.from;
+                    float kept[M][N][LANES];  // the probabilities, while the registers add up dP
+                    {
+                        __m512 s[M][N] = {};
+                        multiply<N>(s, (const pair*)(keys + row * D), D / 2, 1, q_features + at + column, BLOCK, D / 2);
+                        for (int n = 0; n < N; n++) {
+                            const __m512 e = _mm512_loadu_ps(exponent + query - from + n * LANES);
+                            for (int m = 0; m < M; m++) {
+                                __m512 x = _mm512_fmsub_ps(s[m][n], _mm512_set1_ps(scale * LOG2_E), e);
+                                x = exp2_of(_mm512_min_ps(_mm512_setzero_ps(), x));  // > 0 by rounding; a NaN stays
+                                if (!complete) x = _mm512_maskz_mov_ps(mask.seen(query + n * LANES, key + m), x);
+                                _mm512_storeu_ps(kept[m][n], x);
+                                if (WANT_KV) store_bf16(P + (row + m) * BLOCK + column + n * LANES, x);
+                            }
+                        }
+                    }
+                    __m512 s[M][N] = {};
+                    multiply<N>(s, (const pair*)(values + row * D), D / 2, 1, dy_features + at + column, BLOCK, D / 2);
+                    for (int n = 0; n < N; n++) {
+                        const __m512 subtract = _mm512_loadu_ps(delta + query - from + n * LANES);
+                        for (int m = 0; m < M; m++) {
+                            s[m][n] = _mm512_mul_ps(_mm512_sub_ps(s[m][n], subtract), _mm512_loadu_ps(kept[m][n]));
+                            if (WANT_KV) store_bf16(dS + (row + m) * BLOCK + column + n * LANES, s[m][n]);
+                        }
+                        for (int m = 0; WANT_Q && m < M; m += 2)
+                            store_interleaved(dS_pairs + (row + m) / 2 * BLOCK + column + n * LANES, s[m][n], s[m + 1][n]);
+                    }
+                });
+                if (WANT_KV) {
+                    auto visible = [&](Range tile) { return mask.queries_of(tile, these); };
+                    const int64_t to = (those.from - keys_from) * D;
+                    add_products(dv + to, D, nullptr, (const pair*)P, BLOCK / 2, 1, dy_rows + at, those, these, visible);
+                    add_products(dk + to, D, nullptr, (const pair*)dS, BLOCK / 2, 1, q_rows + at, those, these, visible);
+                }
+                if (WANT_Q)
+                    add_products(dq + (these.from - from) * D, D, nullptr, dS_pairs, 1, BLOCK, key_rows, these, those,
+                                 [&](Range tile) { return mask.keys_of(tile, those); });
+            }
+        }
+        if (WANT_Q)
+            store_rows(dq, std::min(n_queries, p.T - from), D, scale, d.q + ((b * p.T + from) * p.H + head) * D, p.H * D);
+    }
+    if (WANT_KV) {
+        const int64_t rows = std::min(n_keys, p.T - keys_from), to = ((b * p.T + keys_from) * p.H_kv + kv_head) * D;
+        store_rows(dk, rows, D, scale, d.k + to, p.H_kv * D);
+        store_rows(dv, rows, D, 1, d.v + to, p.H_kv * D);
+    }
+}
+
+// f(b, kv_head, i) for all heads and 0 <= i < parts, on all threads; the later parts, which have more keys to see, first.
+template <class F>
+void for_all(const Problem& p, int64_t parts, F f) {
+    const int64_t heads = p.B * p.H_kv;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t task = 0; task < heads * parts; task++)
+        f(task % heads / p.H_kv, task % p.H_kv, parts - 1 - task / heads);
+}
+
+// Whether a thread for each head keeps the threads busy: in rounds that take at most `most` times what an even share would.
+bool heads_suffice(const Problem& p, double most) {
+    const int64_t heads = p.B * p.H_kv, threads = omp_get_max_threads(), rounds = (heads + threads - 1) / threads;
+    return rounds * threads <= most * heads;
+}
+
+}  // namespace
+
+extern "C" void attention_forward(const Problem* problem, const bf16* q, const bf16* k, const bf16* v, bf16* y,
+                                  float* lse) {
+    const Problem& p = *problem;
+    const int64_t blocks = Mask(p).blocks(), parts = heads_suffice(p, 1.1) ? 1 : blocks;
+    if (parts == 0) return;
+    const int64_t each = blocks / parts;
+    for_all(p, parts, [&](int64_t b, int64_t head, int64_t i) {
+        forward_blocks(p, b, head, {i * each, (i + 1) * each}, q, k, v, y, lse);
+    });
+}
+
+extern "C" void attention_backward(const Problem* problem, const bf16* q, const bf16* k, const bf16* v, const bf16* y,
+                                   const float* lse, const bf16* dy, bf16* dq, bf16* dk, bf16* dv) {
+    const Problem& p = *problem;
+    const Mask mask(p);
+    const int64_t blocks = mask.blocks();
+    const Gradients d{dq, dk, dv};
+    if (heads_suffice(p, 1.4)) {
+        for_all(p, 1, [&](int64_t b, int64_t head, int64_t) {
+            backward_blocks<true, true>(p, b, head, {0, blocks}, {0, blocks}, q, k, v, y, lse, dy, d);
+        });
+        return;
+    }
+    // Few heads: blocks of keys by themselves, then blocks of queries, at 7 products instead of 5. The same sums in the same
+    // order, so the same bits.
+    for_all(p, blocks, [&](int64_t b, int64_t head, int64_t i) {
+        backward_blocks<true, false>(p, b, head, {i, i + 1}, mask.query_blocks({i, i + 1}), q, k, v, y, lse, dy, d);
+    });
+    for_all(p, blocks, [&](int64_t b, int64_t head, int64_t i) {
+        backward_blocks<false, true>(p, b, head, mask.key_blocks({i, i + 1}), {i, i + 1}, q, k, v, y, lse, dy, d);
+    });
+}

@@ -1,0 +1,49 @@
+"""C++ kernels: they compile where the machine is for them, and where they cannot be had there is a reason, not a crash."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat import native
+
+supported = sys.platform == "linux" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+needs_cpu = pytest.mark.skipif(not supported, reason="the kernels are for CPUs with AVX512-BF16, on Linux")
+
+
+def reason_in_a_process(**environment):
+    code = "from nanochat.native import why_not_native; print(why_not_native('attention'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@needs_cpu
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+@pytest.mark.skipif(os.environ.get(native.SWITCH) == "0", reason=f"{native.SWITCH}=0")
+@pytest.mark.parametrize("name", sorted(path.stem for path in native.FOLDER.glob("*.cpp")))
+def test_every_kernel_compiles(name):
+    assert native.why_not_native(name) is None
+
+
+def test_the_switch_leaves_the_kernels_out():
+    assert reason_in_a_process(NANOCHAT_NATIVE="0") == "NANOCHAT_NATIVE=0"
+
+
+@needs_cpu
+def test_without_a_compiler_there_is_a_reason(tmp_path):
+    reason = reason_in_a_process(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), NANOCHAT_NATIVE="1")
+    assert reason != "None" and "compiler" in reason
+
+
+@needs_cpu
+def test_a_file_that_is_missing_is_a_reason():
+    assert "no_such_kernel" in native.why_not_native("no_such_kernel")
+
+
+def test_pointer_is_where_the_elements_are():
+    x = torch.arange(10)
+    assert native.pointer(x[3:]).value == x.data_ptr() + 3 * x.element_size()
