@@ -8,8 +8,8 @@ What differs from a textbook decoder, and where it comes from:
 - smear: a little of the previous token's embedding; backout: a share of the mid-depth stream is taken off at the end;
 - sliding windows by a pattern such as SSSL: three layers of a quarter of the context, one of all of it.
 
-Optimizations enter through four seams and nowhere else: `Linear` modules (swapped by name), and the three functions
-of `Kernels`: norm, attention, loss.
+Optimizations enter through four seams and nowhere else: `Linear` modules (swapped by name), and the functions of
+`Kernels`: norms, attention, loss.
 
 `active_start=a` trains only the suffix of blocks [a, n): what is before runs without gradient, so its activations are
 not kept, and what crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the smear and the
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from nanochat.embedding import Embedding
 from nanochat.flash_attention import flash_attn
 from nanochat.losses import softcapped_cross_entropy, softcapped_logits
+from nanochat.norms import add_norm, mix_norm, rms_norm
 from nanochat.optim import MuonAdamW
 from nanochat.shape import (SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size,
                             window_sizes)
@@ -41,10 +42,6 @@ SCALAR_EPS = 1e-3
 ROTARY_REACH = 10        # positions are precomputed for this many times the training context
 
 
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, (x.size(-1),))
-
-
 def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Causal attention over (B, T, H, D) with the backend that suits any device."""
     return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
@@ -54,6 +51,8 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
 class Kernels:
     """The seams: each function may be swapped before compilation for a faster one with the same meaning."""
     norm: Callable = rms_norm                    # (..., C) -> (..., C)
+    mix_norm: Callable = mix_norm                # a block's beginning, see nanochat/norms.py
+    add_norm: Callable = add_norm                # between attention and MLP, likewise
     attention: Callable = windowed_attention     # q (B, T, H, D), k and v (B, T, H_kv, D), window -> (B, T, H, D)
     loss: Callable = softcapped_cross_entropy    # see nanochat/losses.py
 
@@ -127,9 +126,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, x0, resid_lambda, x0_lambda, ve, cos, sin, window, cache):
-        x = resid_lambda * x + x0_lambda * x0
-        x = x + self.attn(self.kernels.norm(x), ve, cos, sin, window, cache)
-        return x + self.mlp(self.kernels.norm(x))
+        x, normed = self.kernels.mix_norm(x, x0, resid_lambda, x0_lambda)
+        x, normed = self.kernels.add_norm(x, self.attn(normed, ve, cos, sin, window, cache))
+        return x + self.mlp(normed)
 
 
 class GPT(nn.Module):

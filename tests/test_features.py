@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 SWITCHED_ON = {
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
     "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
+    "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
+    "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
     "compile_cache": ["--compile", "--compile-cache-dir={tmp}"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
                "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-final-full-frac=0.13",
