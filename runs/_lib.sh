@@ -65,7 +65,7 @@ device_profile() {
     case "$DEVICE_TYPE" in  # depth head-dim window T vocab rows batch steps eval-every eval-tokens max-chars warm-up LR
         cuda) profile 12 128 L 2048 32768 8 131072 500 100 524288 -1 40 1 ;;
         mps) profile 6 64 L 512 8192 16 16384 400 100 131072 100000000 20 4 ;;
-        cpu) profile 4 64 L 512 4096 8 4096 320 80 32768 40000000 20 4 ;;
+        cpu) profile 4 64 L 512 4096 8 4096 320 80 32768 40000000 20 4; : "${CHUNKED_CE:=1}" ;;  # measured to pay on CPUs
         *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
     esac
 }
@@ -95,6 +95,7 @@ base_train_flags() {
 # The optimizations' flags: none is passed unless asked for, so the plain recipe stays plain.
 feature_flags() {
     local name dashed
+    switch chunked-ce "${CHUNKED_CE-}"
     flag block-update-schedule "${BLOCK_UPDATE_SCHEDULE-}"
     flag static-active-layers "${STATIC_ACTIVE_LAYERS-}"
     for name in $(compgen -v DYN_ || true); do  # DYN_PROBE_EVERY=40 -> --dyn-probe-every=40

@@ -152,6 +152,7 @@ def changed_flags(sandbox, **environment):
     (dict(EVAL_EVERY="5", EVAL_TOKENS="1024"), ["--eval-every=5", "--eval-tokens=1024"],
      ["--eval-every", "--eval-tokens"]),
     (dict(SEED="3"), ["--seed=3"], []),
+    (dict(CHUNKED_CE="0"), [], ["--chunked-ce"]),
     (dict(WANDB_RUN="tonight"), ["--run=tonight"], []),
     (dict(DATA="hf:tinystories"), ["--data=hf:tinystories"], ["--data"]),
     (dict(VAL_DATA="hf:climbmix"), ["--val-data=hf:climbmix"], []),
@@ -265,15 +266,15 @@ def test_profiles_are_valid_runs(sandbox, runner, device):
     """Every profile passes the checks of base_train itself: known flags, values in range, a batch that divides."""
     with_gpus(sandbox, 1)
     _, calls = sandbox.launch(runner, DEVICE_TYPE=device)
-    config = parse_config(argv=arguments_of(calls, "scripts.base_train"))
+    config = parse_config(FEATURES, arguments_of(calls, "scripts.base_train"))
     assert config.run.device_type == device
     assert config.model.depth == (6 if runner == "runcpu.sh" else {"cpu": 4, "mps": 6, "cuda": 12}[device])
     assert config.eval.core_metric_every == -1, "CORE would need a download"
 
 
-def test_every_core_flag_of_the_runner_is_one_of_base_train(sandbox):
+def test_every_flag_of_the_runner_is_one_of_base_train(sandbox):
     _, calls = sandbox.launch(SEED="1", WANDB_RUN="x", VAL_DATA="hf:x")
-    parser = build_parser([f.type for f in fields(Config) if f.name != "features"])
+    parser = build_parser([*(f.type for f in fields(Config) if f.name != "features"), *(room.Config for room in FEATURES)])
     known = {name for action in parser._actions for name in action.option_strings}
     passed = {argument.split("=")[0] for argument in arguments_of(calls, "scripts.base_train")}
     assert {a for a in passed if a.startswith("--")} - known == set()
