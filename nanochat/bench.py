@@ -7,6 +7,7 @@ line is answered before it is loaded.
 """
 
 import json
+import math
 import os
 import re
 import statistics
@@ -79,23 +80,39 @@ def synchronize(device: "torch.device") -> None:
 
 
 def timed(device: "torch.device", call: Callable, *arguments) -> tuple[float, Any]:
-    """Seconds that `call(*arguments)` takes with an idle device at both ends, and what it returned."""
+    """Seconds that `call(*arguments)` takes with an idle device at both ends, by a GPU's own clock on CUDA, and what it
+    returned."""
     synchronize(device)
+    if device.type == "cuda":
+        import torch
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        result = call(*arguments)
+        end.record()
+        synchronize(device)
+        return begin.elapsed_time(end) / 1000, result
     started = time.perf_counter()
     result = call(*arguments)
     synchronize(device)
     return time.perf_counter() - started, result
 
 
-def time_in_turn(variants: dict[str, Callable[[], None]], device: "torch.device", repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, variant by variant, all of them in turn `repeats` times after `warmup` rounds not counted."""
-    times = {name: [] for name in variants}
+def time_in_turn(variants: dict[str, Callable[[], None]], device: "torch.device", repeats: int, warmup: int = 2,
+                 at_least: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each call, variant by variant, all of them in turn `repeats` times after `warmup` rounds not counted.
+
+    at_least: calls that take less than so many seconds are timed several at a time, as many as take that long.
+    """
+    times, calls = {name: [] for name in variants}, dict.fromkeys(variants, 1)
     progress = Progress("timing", total=(repeats + warmup) * len(variants))
     for round_ in range(warmup + repeats):
         for name, call in variants.items():
-            seconds, _ = timed(device, call)
+            seconds, _ = timed(device, lambda: [call() for _ in range(calls[name])])
+            seconds /= calls[name]
             if round_ >= warmup:
                 times[name].append(seconds)
+            else:
+                calls[name] = max(1, math.ceil(at_least / max(seconds, 1e-9)))
             progress.update()
     progress.close()
     return times
@@ -105,6 +122,11 @@ def spread(values: list[float]) -> dict:
     """Median, quartiles and number of values."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return {"median": statistics.median(values), "q1": low, "q3": high, "n": len(values)}
+
+
+def speedup(seconds: list[float], baseline: list[float]) -> dict:
+    """How many times as fast as the baseline, which was timed in turn with it: the spread of the ratios, pair by pair."""
+    return spread([theirs / ours for ours, theirs in zip(seconds, baseline)])
 
 
 def latency_ms(seconds: list[float]) -> dict:
@@ -245,3 +267,23 @@ def write_json(path: str | None, content: dict) -> None:
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, json.dumps(content, indent=1) + "\n")
+
+
+def save(path: str | None, content: dict, draw: Callable | None = None) -> None:
+    """Write the JSON, and beside it, where matplotlib is installed, the picture that `draw(figure, content)` makes."""
+    write_json(path, content)
+    if not path:
+        return
+    print(f"json: {path}")
+    if draw is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("plot left out: pip install matplotlib")
+        return
+    picture = Path(path).expanduser().with_suffix(".png")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    draw(figure, content)
+    figure.savefig(picture, dpi=100)
+    print(f"plot: {picture}")

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -42,9 +43,23 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only."""
-    if is_main_rank():
+    """Print on rank 0 only. Where the output cannot be written (a log on a full disk), the work goes on in silence; that
+    the reader of a pipe went away is for the caller to judge."""
+    if not is_main_rank():
+        return
+    try:
         print(*args, flush=True, **kwargs)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        silence_output(e)
+
+
+def silence_output(why: OSError) -> None:
+    """From now on, what is printed goes nowhere; said once on the error output, where that still works."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):
+        print(f"the output cannot be written any more ({why}): going on in silence", file=sys.stderr, flush=True)
 
 
 def cli(main) -> None:

@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from nanochat.flags import flag, parse
+from nanochat.flags import default_of, flag, flag_name, parse
 from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 from nanochat.sources import SourceFlags
@@ -18,24 +18,28 @@ from nanochat.sources import SourceFlags
 @dataclass
 class DeviceFlags:
     """The device"""
-    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"))
+    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"), free=True)
     dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
-                      choices=("auto", "bfloat16", "float16", "float32"))
+                      choices=("auto", "bfloat16", "float16", "float32"), free=True)
 
 
 @dataclass
 class RunFlags(DeviceFlags):
     """The run: its name, its records and its limits"""
-    run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it")
-    model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>")
+    run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it", free=True)
+    model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>", free=True)
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0)
-    compile: bool = flag(True, "compile the model and the optimizer")
+    compile: bool = flag(True, "compile the model and the optimizer", free=True)
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
-                                 metavar="STEP|latest")
-    max_train_seconds: float = flag(-1.0, "stop, evaluate and save after this much training time; -1 is no limit")
-    tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"))
-    result_json: str | None = flag(None, "write result.json here too", metavar="PATH")
-    explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop")
+                                 metavar="STEP|latest", free=True)
+    allow_change: bool = flag(False, "resume with flags or text that change what is computed", free=True)
+    on_divergence: str = flag("stop", "after a step whose loss or gradients are not finite, which is never taken: stop; skip "
+                              "it; or roll back to the last checkpoint and go on with other data",
+                              choices=("stop", "skip", "rollback"), free=True)
+    max_train_seconds: float = flag(-1.0, "stop, evaluate and save after this much training time; -1 is no limit", free=True)
+    tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"), free=True)
+    result_json: str | None = flag(None, "write result.json here too", metavar="PATH", free=True)
+    explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop", free=True)
 
     def validate(self):
         problems = []
@@ -54,7 +58,7 @@ class RunFlags(DeviceFlags):
 class DataFlags(SourceFlags):
     """The text"""
     val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data", metavar="SOURCE")
-    vocab_size: int = flag(32768, "size of the tokenizer to train where there is none yet", low=265, high=2**24)
+    vocab_size: int = flag(32768, "size of the tokenizer to train where there is none yet", low=265, high=2**24, free=True)
 
 
 @dataclass
@@ -87,7 +91,8 @@ class HorizonFlags:
     num_iterations: int = flag(-1, "number of optimizer steps; -1 leaves it to the next two")
     target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio")
     target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)")
-    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1)
+    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, free=True)
+    auto_batch: bool = flag(False, "take fewer rows where they do not fit into memory; tokens per step stay as they are", free=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum")
     batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law")
 
@@ -123,12 +128,13 @@ class OptimFlags:
 @dataclass
 class EvalFlags:
     """Evaluation, samples and checkpoints: every N steps and at the end; -1 is never (checkpoints: only at the end)"""
-    eval_every: int = flag(250, "steps between evaluations in bits per byte")
-    eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1)
-    core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric")
-    core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all")
-    sample_every: int = flag(2000, "steps between samples of text")
-    save_every: int = flag(-1, "steps between checkpoints")
+    eval_every: int = flag(250, "steps between evaluations in bits per byte", free=True)
+    eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1, free=True)
+    core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric", free=True)
+    core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all", free=True)
+    sample_every: int = flag(2000, "steps between samples of text", free=True)
+    save_every: int = flag(-1, "steps between checkpoints", free=True)
+    keep_last: int = flag(-1, "checkpoints to keep, besides the best by validation; -1 keeps all", free=True)
     target_metric_name: str | None = flag(None, "metric whose first crossing of the threshold is timed",
                                           choices=("val_bpb", "smooth_loss"))
     target_metric_threshold: float | None = flag(None, "the threshold, crossed from above")
@@ -139,6 +145,8 @@ class EvalFlags:
             problems.append("--target-metric-name and --target-metric-threshold come together: give both or neither")
         if self.target_metric_name == "val_bpb" and self.eval_every <= 0:
             problems.append("--target-metric-name val_bpb needs evaluations: give --eval-every")
+        if self.keep_last != -1 and self.keep_last < 1:
+            problems.append(f"--keep-last must be at least 1, or -1 to keep all, got {self.keep_last}")
         return problems
 
 
@@ -157,6 +165,14 @@ class Config:
         """Flag name (with underscores) -> value, for records."""
         groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
         return {name: value for group in [*groups, *self.features.values()] for name, value in asdict(group).items()}
+
+    def changed_since(self, before: dict) -> list[str]:
+        """["--depth 4 -> 6", ...]: the flags that differ from `before`, which `flat` gave, and decide what is computed. One
+        that was not there yet had its default."""
+        groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
+        pairs = [(f, before.get(f.name, default_of(f)), getattr(group, f.name))
+                 for group in [*groups, *self.features.values()] for f in fields(group) if not f.metadata["free"]]
+        return [f"{flag_name(f.name)} {old} -> {new}" for f, old, new in pairs if old != new]
 
     def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
         """The horizon that the flags ask for with a model of this shape. ValueError where the batch does not divide."""
@@ -177,6 +193,8 @@ def validate(config: Config) -> list[str]:
     problems = []
     horizon, world_size = config.horizon, int(os.environ.get("WORLD_SIZE", "1"))
     micro = horizon.device_batch_size * config.model.max_seq_len * world_size
+    if config.run.on_divergence == "rollback" and config.eval.save_every <= 0:
+        problems.append("--on-divergence rollback goes back to a checkpoint: give --save-every a number")
     if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "

@@ -14,6 +14,7 @@ world size): there is nothing to save, and nothing to lose on resuming.
 The tokens that are lost are those that the added BOS push out of a group's last row: about one in row_len.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -194,6 +195,7 @@ class TrainLoader:
         self.share = dict(device_batch_size=device_batch_size, grad_accum_steps=grad_accum_steps, rank=rank,
                           world_size=world_size)
         self.thread, self.ahead, self.position = None, deque(), 0
+        self.made = self.seen = 0  # checksums of the step's tokens, as far as they are made and as far as they are given out
 
     def start(self, step: int) -> None:
         """Go to the first micro-step of an optimizer step; may be called again at any time."""
@@ -206,9 +208,13 @@ class TrainLoader:
     def next(self):
         """The next micro-step's (inputs, targets): int64 (B, T) on the device. Errors of the thread surface here."""
         assert self.thread is not None, "call start(step) first"
-        tensors = self.ahead.popleft().result()
+        tensors, self.seen = self.ahead.popleft().result()
         self._submit()
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+    def checksum(self) -> int:
+        """CRC-32 of this rank's tokens (int64) in the present optimizer step so far, whatever its micro-batches are."""
+        return self.seen
 
     def close(self) -> None:
         """Stop the thread; batches made ahead are dropped."""
@@ -222,7 +228,9 @@ class TrainLoader:
         self.position += 1
 
     def _make(self, step: int, micro_step: int):
-        return _inputs_and_targets(batch(self.rows, step, micro_step, **self.share), self.device)
+        rows = batch(self.rows, step, micro_step, **self.share)
+        self.made = zlib.crc32(rows, self.made if micro_step else 0)  # one thread makes them all, in order
+        return _inputs_and_targets(rows, self.device), self.made
 
 
 def val_batches(split: Split, row_len: int, batch_size: int, num_tokens: int, rank: int, world_size: int,

@@ -7,8 +7,13 @@ or, where it has only one, that document's last twentieth. What is in validation
 
 On disk. `$NANOCHAT_BASE_DIR/tokens/<name>/` holds per split shards of token ids (`.bin`: uint16, or uint32 for
 vocabularies beyond 65536, each document with a BOS in front), the documents' lengths (`.lengths.npy`), and
-`manifest.json` with counts and checksums. The folder is written under another name and renamed when it is complete, so
-what is found there is whole.
+`manifest.json` with counts and checksums, its own among them. The folder is written under another name and renamed when
+it is complete, so what is found there is whole.
+
+Damage. Opening compares every file's size, and its checksum where the file is not the one that was compared before on this
+machine: same size, times of change and inode, noted in `checked.json`. So a start costs a second per GB once, and a file
+that was copied, edited or swapped for another is found. Only what changes bytes behind the file system's back, a rotting
+disk, is left to `--verify`, which reads everything.
 """
 
 import hashlib
@@ -18,13 +23,15 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import Progress, UserError, cli, format_table, get_base_dir, print0
+from nanochat.common import Progress, UserError, cli, format_table, get_base_dir, print0, write_atomic
 from nanochat.flags import flag, parse
+from nanochat.integrity import file_digest, read_json, read_sealed, seal
 from nanochat.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity, text_digest
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -32,7 +39,8 @@ VAL_EVERY = 20  # one document in so many goes to validation ...
 VAL_CHARS = 8_000_000  # ... until validation holds this many characters
 SHARD_TOKENS = 100_000_000
 ENCODE_CHARS = 4_000_000  # characters handed to the encoder's threads at once
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+CHECKED = "checked.json"  # beside the manifest: which files were compared with it, see the module's docstring
 
 
 # ---- training and validation
@@ -155,8 +163,9 @@ def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None 
                         bos=tokenizer.get_bos_token_id(), dtype=_dtype(tokenizer).name, counts=asdict(counts),
                         python=sys.version.split()[0], splits=splits)
         with open(temporary / "manifest.json", "w", encoding="utf-8") as f:
-            json.dump(manifest, f, indent=1)
+            f.write(seal(manifest))
             _sync(f)
+        TokenDataset(temporary, manifest)._note_checked()
         _put_in_place(temporary, folder)
     except OSError as e:
         raise UserError(f"cannot write tokens to {folder.parent}: {e.strerror or e}. Free some space, or set "
@@ -219,7 +228,7 @@ class _ShardWriter:
         with open(path.with_suffix(".lengths.npy"), "wb") as f:
             np.save(f, np.array(self.lengths, np.uint32))
             _sync(f)
-        self.shards.append([dict(name=p.name, bytes=p.stat().st_size, blake2b=_file_digest(p))
+        self.shards.append([dict(name=p.name, bytes=p.stat().st_size, sha256=file_digest(p))
                             for p in (path, Path(f.name))])
         self.file, self.lengths = None, []
 
@@ -232,14 +241,6 @@ class _ShardWriter:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(file) -> None:
@@ -287,50 +288,55 @@ class TokenDataset:
         self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
         self.vocab_size: int = manifest["vocab_size"]
         self.bos: int = manifest["bos"]
+        self._splits = {}
 
     @classmethod
     def open(cls, folder) -> "TokenDataset":
-        """Open a folder that `prepare_tokens` made. UserError that names a file that is missing or of a wrong size."""
+        """Open a folder that `prepare_tokens` made. UserError that names a file that is missing, of a wrong size, or changed
+        since it was last compared with its checksum."""
         folder = Path(folder)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            if manifest["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(f"schema version {manifest['schema_version']}, expected {SCHEMA_VERSION}")
-            dataset = cls(folder, manifest)
-            expected = [(file["name"], file["bytes"]) for file in dataset._files()]
-        except FileNotFoundError:
+        if not (folder / "manifest.json").exists():
             raise UserError(f"{folder} is no token dataset: it has no manifest.json. Make one with "
-                            "`python -m nanochat.dataset`.") from None
-        except (ValueError, KeyError, TypeError) as e:
+                            "`python -m nanochat.dataset`.")
+        try:
+            manifest = read_sealed(folder / "manifest.json", SCHEMA_VERSION)
+            dataset = cls(folder, manifest)
+            dataset._check_manifest()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}). {_REMEDY}") from None
-        for name, size in expected:
-            path = folder / name
-            actual = path.stat().st_size if path.is_file() else None
-            if actual != size:
-                state = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
-                raise UserError(f"token shard {path} {state}. {_REMEDY}")
+        checked = dataset._checked()
+        dataset._check([file for file in dataset._files() if checked.get(file["name"]) != _stamp(folder / file["name"])])
         return dataset
 
     def split(self, name: str) -> Split:
-        """`train` or `val`."""
+        """`train` or `val`. Its files stay open, so that whatever happens to the folder, a run goes on reading them."""
+        if name not in self._splits:
+            self._splits[name] = self._open_split(name)
+        return self._splits[name]
+
+    def _open_split(self, name: str) -> Split:
         shards, lengths = [], []
         for tokens_file, lengths_file in self.manifest["splits"][name]["shards"]:
-            # a plain array on top of the map: slicing np.memmap itself is several times slower
-            shards.append(np.asarray(np.memmap(self.folder / tokens_file["name"], self.manifest["dtype"], mode="r")))
             path = self.folder / lengths_file["name"]
             try:
+                # a plain array on top of the map: slicing np.memmap itself is several times slower
+                shards.append(np.asarray(np.memmap(self.folder / tokens_file["name"], self.manifest["dtype"], mode="r")))
                 lengths.append(np.load(path, allow_pickle=False))
-                if lengths[-1].sum() != len(shards[-1]):
+                if lengths[-1].dtype != np.uint32 or lengths[-1].ndim != 1 or lengths[-1].sum() != len(shards[-1]):
                     raise ValueError("the lengths do not add up")
-            except (ValueError, EOFError):
+            except Exception:  # what numpy says of a header that makes no sense is of too many kinds to list
                 raise UserError(f"token shard {path} is damaged or not {tokens_file['name']}'s. {_REMEDY}") from None
         return Split(shards, lengths, self.bos)
 
     def verify(self) -> None:
         """Read every file and compare its checksum with the manifest's. UserError that names the first that differs."""
-        for file in self._files():
-            if _file_digest(self.folder / file["name"]) != file["blake2b"]:
-                raise UserError(f"token shard {self.folder / file['name']} has changed since it was written. {_REMEDY}")
+        self._check(self._files())
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with any token of either split."""
+        splits = [[file["sha256"] for shard in self.manifest["splits"][name]["shards"] for file in shard]
+                  for name in ("train", "val")]
+        return hashlib.blake2b(json.dumps(splits).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> str:
         """The splits as an aligned table, and what was left out."""
@@ -341,8 +347,57 @@ class TokenDataset:
         left_out = [f"{counts[kind]} {kind}" for kind in ("empty", "unreadable", "duplicates") if counts[kind]]
         return format_table(rows) + (f"\nleft out: {', '.join(left_out)}" if left_out else "")
 
+    def _check_manifest(self) -> None:
+        """ValueError, KeyError, TypeError or AttributeError for what `prepare_tokens` never writes."""
+        manifest = self.manifest
+        if manifest["dtype"] not in ("uint16", "uint32") or set(manifest["splits"]) != {"train", "val"} or \
+                not {"empty", "unreadable", "duplicates"} <= set(manifest["counts"]) or not 0 <= self.bos < self.vocab_size:
+            raise ValueError("it is not of a token dataset")
+        for split in manifest["splits"].values():
+            if not split["tokens"] > split["docs"] > 0 <= split["text_bytes"] or {len(s) for s in split["shards"]} != {2}:
+                raise ValueError("the numbers of a split cannot be")
+        for file in self._files():
+            if Path(file["name"]).name != file["name"] or [type(file["bytes"]), type(file["sha256"])] != [int, str]:
+                raise ValueError(f"{file['name']!r} is not a file of the folder")
+
     def _files(self) -> list[dict]:
         return [file for split in self.manifest["splits"].values() for shard in split["shards"] for file in shard]
+
+    def _check(self, files: list[dict]) -> None:
+        """Compare these files with their sizes, then with their checksums."""
+        for file in files:
+            path = self.folder / file["name"]
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != file["bytes"]:
+                state = "is missing" if actual is None else f"has {actual} bytes instead of {file['bytes']}"
+                raise UserError(f"token shard {path} {state}. {_REMEDY}")
+        progress = Progress("checking the tokens", total=sum(file["bytes"] for file in files), unit="B")
+        for file in files:
+            if file_digest(self.folder / file["name"], progress) != file["sha256"]:
+                raise UserError(f"token shard {self.folder / file['name']} has changed since it was written. {_REMEDY}")
+        if files:
+            self._note_checked()
+
+    def _checked(self) -> dict:
+        try:
+            return read_json(self.folder / CHECKED)
+        except (OSError, ValueError):
+            return {}
+
+    def _note_checked(self) -> None:
+        """Note that every file is as the manifest says. In a folder that cannot be written, they are compared each time."""
+        with suppress(OSError):
+            stamps = {file["name"]: _stamp(self.folder / file["name"]) for file in self._files()}
+            write_atomic(self.folder / CHECKED, json.dumps(stamps, indent=1))
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """What changes when a file is written, replaced or copied, as far as the file system tells."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 _REMEDY = "Prepare the tokens again: `python -m nanochat.dataset --force` with the same --data, or delete the folder."

@@ -175,9 +175,18 @@ class PeakMemory:
         elif self.device.type == "mps":
             now = torch.mps.driver_allocated_memory() / 2**20
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            now = peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+            now = peak_resident() / 2**20
         return now
+
+
+def peak_resident() -> int:
+    """Bytes of main memory that this process has had at most."""
+    try:
+        with open("/proc/self/status") as f:  # getrusage would count the process that started this one, too
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 2**10
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 2**10  # bytes on macOS, KiB elsewhere
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from nanochat.common import UserError, format_table
 from nanochat.config import Config
 from nanochat.horizon import Horizon
+from nanochat.planner import plan_memory
 from nanochat.schedules import lr_multiplier, muon_momentum, weight_decay_multiplier
 from nanochat.shape import GPTConfig, param_counts, window_sizes
 from nanochat.tokenizer import get_tokenizer
@@ -24,6 +25,7 @@ def explain(config: Config, shape: GPTConfig, horizon: Horizon, vocabulary: str)
                          "per scaling parameter)",
         "FLOPs in all": f"{horizon.total_flops:.4g}",
         "learning rates": f"x {horizon.lr_scale:.4f} of the flags (sqrt of the batch over 2^19 tokens, times --lr-multiplier; smear and backout keep 0.2)",
+        "memory by estimate": memory(config, shape),
         "weight decay": f"{horizon.weight_decay:.5f} (from --weight-decay {config.optim.weight_decay})",
     }
     width = max(map(len, facts))
@@ -36,6 +38,14 @@ def explain(config: Config, shape: GPTConfig, horizon: Horizon, vocabulary: str)
         "weight_decay": round(horizon.weight_decay * weight_decay_multiplier(step, total), 5),
     } for step in sorted({round(total * share / 8) for share in range(8)} | {total - 1})]
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items()) + "\n\n" + format_table(schedule)
+
+
+def memory(config: Config, shape: GPTConfig) -> str:
+    """What a step needs on one device, in words."""
+    rows, element = config.horizon.device_batch_size, 4 if config.run.dtype == "float32" else 2
+    plan = plan_memory(shape, rows, element, config.run.compile)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(plan).items())
+    return f"{plan.total / 2**30:.2f} GiB with {rows} rows per micro-batch ({parts})"
 
 
 def explain_flags(config: Config) -> str:

@@ -22,9 +22,12 @@ from dataclasses import MISSING, field, fields
 from nanochat.common import UserError
 
 
-def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None, aliases=()):
-    """A dataclass field that is also a flag. `low` and `high` are inclusive bounds; a list default takes several values."""
-    meta = dict(help=help, choices=choices, low=low, high=high, metavar=metavar, aliases=aliases)
+def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None, aliases=(), free=False):
+    """A dataclass field that is also a flag. `low` and `high` are inclusive bounds; a list default takes several values.
+
+    free: a resumed run may have another value, as this decides nothing that is computed, but for rounding.
+    """
+    meta = dict(help=help, choices=choices, low=low, high=high, metavar=metavar, aliases=aliases, free=free)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -32,6 +35,11 @@ def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None,
 
 def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
+
+
+def default_of(f):
+    """The default of a dataclass field."""
+    return f.default_factory() if f.default is MISSING else f.default
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,7 +97,7 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def _add_argument(arguments, f) -> None:
-    meta, default = f.metadata, f.default_factory() if f.default is MISSING else f.default
+    meta, default = f.metadata, default_of(f)
     names = [flag_name(f.name), *meta["aliases"]]
     help = meta["help"].replace("%", "%%")
     if isinstance(default, bool):

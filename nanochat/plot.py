@@ -10,6 +10,13 @@ from nanochat.metrics import read_metrics
 
 def plot_run(run_dir: Path) -> str:
     """Draw `loss.png` from the run's metrics.jsonl. Returns a line for the user: where it is, or why there is none."""
+    try:
+        return _plot_run(run_dir)
+    except Exception as e:  # rows that were damaged, a full disk: no picture is worth a run
+        return f"no plot: {type(e).__name__}: {e}"
+
+
+def _plot_run(run_dir: Path) -> str:
     rows = read_metrics(run_dir / "metrics.jsonl")
     steps = [r for r in rows if r["loss"] is not None]
     evals = [r for r in rows if r["val_bpb"] is not None]

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from nanochat import schedules
-from nanochat.checkpoint_manager import (build_model, check_tokenizer, load_checkpoint, load_weights, resolve_step, runs_dir,
-                                         save_checkpoint)
+from nanochat.checkpoint_manager import (CheckpointWriter, build_model, check_room, check_tokenizer, checkpoint_bytes,
+                                         finish_what_was_killed, list_steps, load_checkpoint, load_weights, runs_dir,
+                                         set_aside_later, step_dir)
 from nanochat.clock import Clock
-from nanochat.common import UserError, get_base_dir, is_main_rank, print0, write_atomic
+from nanochat.common import UserError, get_base_dir, is_main_rank, print0, silence_output, write_atomic
 from nanochat.compilation import CompiledModel, compiler_works, graphs_compiled
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
@@ -23,8 +24,13 @@ from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype)
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
+from nanochat.interruption import Interrupted, Signals
+from nanochat.lock import RunLock
+from nanochat.memory import choose_micro_batch, take_micro_batch
 from nanochat.metrics import MetricsFile, Tally, Trackers, git_state, write_result
+from nanochat.planner import micro_batches
 from nanochat.plot import plot_run
+from nanochat.rng import rng_state, set_rng_state
 from nanochat.shape import param_counts
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
@@ -39,10 +45,22 @@ class Run:
         self.console = Console()
         print0(f"device: {device_name(self.device)} | compute dtype: {dtype_name(self.dtype)} ({why})")
         self.run_dir = runs_dir() / config.model_tag
+        self.lock = RunLock(self.run_dir) if is_main_rank() else None
+        try:
+            self._prepare(rooms)
+        except BaseException:
+            self.unlock()
+            raise
+
+    def _prepare(self, rooms: tuple[type[Feature], ...]) -> None:
+        config = self.config
         self.first_step = self.step = 0
         resume = config.run.resume_from_step
+        checkpoint = None
         if resume != "-1":
-            self.first_step = self.step = resolve_step(self.run_dir, resume)
+            checkpoint = on_main_rank_first(lambda: open_checkpoint(self.run_dir, resume))
+            self.first_step = self.step = checkpoint[2]["step"]
+            refuse_changes(config, config.changed_since(checkpoint[2]["user_config"]))
 
         self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config))
         self.token_bytes = get_token_bytes(self.device, self.tokenizer)
@@ -68,6 +86,10 @@ class Run:
             optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
             optim.scalar_lr * scale, compile=self.compile)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if config.horizon.auto_batch:
+            before = checkpoint and checkpoint[2]["user_config"]["device_batch_size"]
+            possible = micro_batches(config.horizon.device_batch_size)
+            take_micro_batch(self, before if before in possible else choose_micro_batch(self))
         self.forward = CompiledModel(self.model, whole=not self.features.varies_forward) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
@@ -80,30 +102,76 @@ class Run:
                                   world_size=self.ranks.world_size, device=self.device)
         self.clock = Clock(self.device)
         self.unsettled = None  # the step whose results have not been read yet (nanochat/train.py)
+        self.saved_step = self.step  # what is trained since can be lost
+        self.signals = Signals()
+        self.stop = 0                # under torchrun, the signal by which all ranks have agreed to stop
         self.memory = PeakMemory(self.device)
         self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
-        if resume == "-1":
-            start_run_dir(self)
+        steps, every, keep = self.horizon.num_iterations - self.step, config.eval.save_every, config.eval.keep_last
+        saves = -(-steps // every) if every > 0 else 1
+        check_room(self.run_dir, checkpoint_bytes(self.model, self.optimizer), rows=steps,
+                   count=min(saves, keep + 2) if keep > 0 else saves)  # those kept, the best, and the one being written
+        self.checkpoints = CheckpointWriter(self.run_dir, config.eval.keep_last, self.console.line)
+        if checkpoint:
+            self._resume(checkpoint)
         else:
-            self._resume()
-        self.loader.start(self.step)
+            start_run_dir(self)
+        self.start_loader()
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=self.step)
         if self.compile:
             print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")
         self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat())
 
-    def _resume(self) -> None:
-        weights, optimizer, state = load_checkpoint(self.run_dir, self.step)
+    def _resume(self, checkpoint: tuple | None = None) -> None:
+        """Take over a checkpoint, by default that of the present step. UserError where it would lead to other results than
+        the run it is of, unless --allow-change."""
+        self.checkpoints.wait()
+        weights, optimizer, state = checkpoint or load_checkpoint(self.run_dir, self.step)
         check_tokenizer(self.tokenizer, state, self.run_dir)
+        changes = differences(state["computed"], self.computed())
+        refuse_changes(self.config, changes)
         load_weights(self.model, weights, self.run_dir)
         self.optimizer.load_named_state(optimizer)
         self.clock.load_state_dict(state["clock"])
         self.tally.load_state_dict(state["tally"])
         self.scaler.load_state_dict(state["scaler"])
         self.features.load_state_dict(state["features"])
-        if Path(state["tokens"]).name != self.tokens.folder.name:
-            print0(f"note: the run was trained on {state['tokens']}, and goes on with {self.tokens.folder}")
+        set_rng_state(state["rng"], self.device)
+        if others := differences(state["rounded_by"], self.rounded_by()):
+            print0(f"note: the bits may differ from here on: {', '.join(others)}")
+        if is_main_rank() and (changes or others or self.config.changed_since(state["user_config"])):
+            set_aside_later(self.run_dir, self.step)
         print0(f"resumed {self.run_dir} at step {self.step}")
+
+    def computed(self) -> dict:
+        """What the result depends on beyond the flags: a resume with another of these is one with other flags."""
+        return {"the tokens": self.tokens.fingerprint(), "the compute dtype": dtype_name(self.dtype),
+                "the number of steps": self.horizon.num_iterations, "tokens per step": self.horizon.total_batch_size}
+
+    def rounded_by(self) -> dict:
+        """What the last bits of the result depend on."""
+        return {"device": device_name(self.device), "torch": torch.__version__, "compiled": self.compile,
+                "rows per micro-batch": self.config.horizon.device_batch_size, "ranks": self.ranks.world_size}
+
+    def start_loader(self) -> None:
+        """Begin reading at the present step's batch. What rollbacks have left out lies before it."""
+        self.loader.start(self.step + sum(step + 1 - back_to for step, back_to in self.tally.rollbacks))
+
+    def go_back(self, step: int) -> None:
+        """Return to the checkpoint of `step`, and go on from there with the batches that follow those used so far. What
+        was spent on the way, and the record of rollbacks, stay."""
+        rollbacks, clock = [*self.tally.rollbacks, [self.step, step]], self.clock.state_dict()
+        self.step = self.saved_step = step
+        self.checkpoints.wait()
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 alone writes
+        self._resume()
+        self.features.after_update()
+        self.clock.load_state_dict(clock)
+        self.tally.rollbacks = rollbacks
+        self.start_loader()
+        self.metrics.close()
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=step)
 
     def rehearse(self, options: dict) -> None:
         """Compile what forward(..., **options) needs, the first time it is asked for, on a batch of zeros."""
@@ -111,21 +179,27 @@ class Run:
             return
         shape = self.config.horizon.device_batch_size, self.model.config.sequence_len
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        with self.clock.compiling():
+        failed = self.forward.eager_fallbacks
+        with self.signals.raised(self.step == self.saved_step and self.ranks.world_size == 1), self.clock.compiling():
             self.forward.rehearse(zeros, zeros, **options)
+        if self.signals.received and self.forward.eager_fallbacks > failed:
+            # a terminal's Ctrl-C ends the C++ compiler too: what trains uncompiled because of that would be other bits
+            raise Interrupted(self.signals.received)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, on rank 0."""
+        """Begin to write a checkpoint of the present step, on rank 0. The generators' states are that rank's: every rank
+        seeds them alike and draws alike."""
         if not is_main_rank():
             return
         state = {
             "model_config": vars(self.model.config), "user_config": self.config.flat(), "tokens": str(self.tokens.folder),
-            "tokenizer": self.tokenizer.fingerprint(), "val_bpb": self.tally.val_bpb, "clock": self.clock.state_dict(),
-            "tally": self.tally.state_dict(), "scaler": self.scaler.state_dict(), "features": self.features.state_dict(),
+            "tokenizer": self.tokenizer.fingerprint(), "computed": self.computed(), "rounded_by": self.rounded_by(),
+            "val_bpb": self.tally.val_bpb, "clock": self.clock.state_dict(), "tally": self.tally.state_dict(),
+            "scaler": self.scaler.state_dict(), "features": self.features.state_dict(), "rng": rng_state(self.device),
         }
         with self.features.eval_context(self.model):
-            folder = save_checkpoint(self.run_dir, self.step, self.model.state_dict(), self.optimizer.named_state(), state)
-        self.console.line(f"step {self.step} | saved {folder}")
+            self.checkpoints.save(self.step, self.model.state_dict(), self.optimizer.named_state(), state,
+                                  val_bpb={step: bpb for step, _, bpb in self.tally.val_curve})
 
     def set_schedule(self) -> None:
         """Set the optimizer's rates for this step."""
@@ -140,6 +214,12 @@ class Run:
             if group["kind"] == "muon":
                 group["momentum"] = momentum
                 group["weight_decay"] = group["initial_weight_decay"] * decay
+
+    def last_checkpoint(self) -> str | None:
+        """The folder of the run's newest checkpoint."""
+        self.checkpoints.wait()
+        steps = list_steps(self.run_dir)
+        return str(step_dir(self.run_dir, steps[-1])) if steps else None
 
     def out_of_time(self) -> bool:
         """Whether --max-train-seconds are over, by rank 0's clock."""
@@ -156,13 +236,26 @@ class Run:
         self.loader.close()
         self.metrics.close()
         self.trackers.close()
+        self.checkpoints.wait()
         if not is_main_rank():
             return
+        try:
+            self._write_result(status, error, exit_code)
+        except OSError as e:  # a full disk, say: how the run ended is more than its record
+            self.console.line(f"result.json could not be written: {e}")
+        finally:
+            self.unlock()
+
+    def unlock(self) -> None:
+        if self.lock:
+            self.lock.release()
+
+    def _write_result(self, status: str, error: str | None, exit_code: int) -> None:
         config, horizon, commit = self.config, self.horizon, git_state()
         peak = peak_flops(self.device)
         peak = peak and peak * self.ranks.world_size
         fields = {
-            "status": status, "exit_code": exit_code, "error": error,
+            "status": status, "exit_code": exit_code, "error": error, "last_checkpoint": self.last_checkpoint(),
             "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
             "git_commit": commit[0], "git_dirty": commit[1], "seed": config.run.seed, "host": platform.node(),
             "device": device_name(self.device), "dtype": dtype_name(self.dtype), "torch_version": torch.__version__,
@@ -182,7 +275,10 @@ class Run:
 
 
 class Console:
-    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then."""
+    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then.
+
+    Where nobody reads any more (a pipe whose other end is gone) training goes on in silence.
+    """
 
     def __init__(self):
         self.tty = sys.stdout.isatty()
@@ -194,13 +290,19 @@ class Console:
         self.shown = time.monotonic()
         if self.tty:  # a line that wraps could not be rewritten
             text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
-        print0(text, end="" if self.tty else "\n")
+        self._print(text, end="" if self.tty else "\n")
         self.unfinished = self.tty
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        print0(("\n" if self.unfinished else "") + text)
+        self._print(("\n" if self.unfinished else "") + text)
         self.unfinished = False
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print0(text, end=end)
+        except BrokenPipeError as e:
+            silence_output(e)
 
 
 def prepare_text(config: Config):
@@ -214,6 +316,27 @@ def prepare_text(config: Config):
     print0(f"text: {data.data} | vocabulary {tokenizer.get_vocab_size():,} | tokens: "
            f"{tokens.split('train').num_tokens:,} training, {tokens.split('val').num_tokens:,} validation")
     return tokenizer, tokens
+
+
+def open_checkpoint(run_dir: Path, step: str) -> tuple[dict, dict, dict]:
+    """`load_checkpoint` for the run that alone writes in this folder."""
+    if is_main_rank():
+        finish_what_was_killed(run_dir)
+    return load_checkpoint(run_dir, step)
+
+
+def differences(was: dict, now: dict) -> list[str]:
+    """["name old -> new", ...]"""
+    return [f"{name} {was.get(name)} -> {now[name]}" for name in now if now[name] != was.get(name)]
+
+
+def refuse_changes(config: Config, changes: list[str]) -> None:
+    """UserError that lists what a resume would change of what is computed, unless --allow-change: then it is printed."""
+    if changes and not config.run.allow_change:
+        raise UserError("this resume would not go on with the same run:\n" + "".join(f"  {change}\n" for change in changes)
+                        + "Take back what changed, or add --allow-change to go on with it.")
+    for change in changes:
+        print0(f"changed: {change}")
 
 
 def on_main_rank_first(work):

@@ -23,6 +23,7 @@ from pathlib import Path
 import tiktoken
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.integrity import read_json
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # in front of every document
@@ -42,6 +43,7 @@ FILE_NAME, FILE_FORMAT, FILE_VERSION = "tokenizer.json", "nanochat-tokenizer", 1
 # A stretch of this many characters without (or of nothing but) white space is cut before it is encoded. Real text has
 # none; without the cut, megabytes of one letter are a single piece, which costs some encoders quadratic time.
 MAX_RUN = 4096
+LARGEST_ID = 2**25  # tables are as long as the largest id: a damaged one must not ask for all memory
 
 
 class Tokenizer:
@@ -97,15 +99,18 @@ class Tokenizer:
             why = f" {pickles[0].name} is a pickle, which can run code when loaded, and is not read." if pickles else ""
             raise UserError(f"no tokenizer at {path}.{why} Train one with `python -m scripts.tok_train`.")
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path)
             if content["format"] != FILE_FORMAT or content["version"] != FILE_VERSION:
                 raise ValueError(f"its format is {content['format']} {content['version']}")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
             ranks = {token: rank for rank, token in enumerate(tokens) if token}  # an empty one marks an id not in use
             special_tokens = {str(name): int(rank) for name, rank in content["special_tokens"].items()}
             _check_ranks(tokens, special_tokens)
-            return cls(content["pattern"], ranks, special_tokens, content["bos_token"])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            tokenizer = cls(content["pattern"], ranks, special_tokens, content["bos_token"])
+            if content.get("fingerprint", tokenizer.fingerprint()) != tokenizer.fingerprint():
+                raise ValueError("it does not match its fingerprint")
+            return tokenizer
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise UserError(f"{path} is damaged or is not a tokenizer of this project ({type(e).__name__}: "
                             f"{str(e)[:100]}). Train one with `python -m scripts.tok_train`.") from None
 
@@ -116,8 +121,9 @@ class Tokenizer:
         tokens = [b""] * (max(self.ranks.values()) + 1)
         for token, rank in self.ranks.items():
             tokens[rank] = token
-        content = dict(format=FILE_FORMAT, version=FILE_VERSION, pattern=self.pattern, bos_token=self.bos_token,
-                       special_tokens=self.special_tokens, tokens=[base64.b64encode(t).decode() for t in tokens])
+        content = dict(format=FILE_FORMAT, version=FILE_VERSION, fingerprint=self.fingerprint(), pattern=self.pattern,
+                       bos_token=self.bos_token, special_tokens=self.special_tokens,
+                       tokens=[base64.b64encode(t).decode() for t in tokens])
         path, temporary = directory / FILE_NAME, directory / f".{FILE_NAME}.{os.getpid()}"
         with open(temporary, "w", encoding="utf-8") as f:
             json.dump(content, f, indent=0)
@@ -295,6 +301,8 @@ def _check_ranks(tokens: list[bytes], special_tokens: dict[str, int]) -> None:
         raise ValueError("some of the 256 bytes have no token")
     if not special_tokens or min(special_tokens.values()) < len(tokens):
         raise ValueError("special tokens must come after all others")
+    if max(special_tokens.values()) >= LARGEST_ID:
+        raise ValueError(f"ids end at {LARGEST_ID:,}")
 
 
 def _turns(conversation: dict) -> list[dict]:

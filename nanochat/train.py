@@ -3,7 +3,9 @@
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -15,29 +17,65 @@ from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
 from nanochat.device import evaluation
 from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
+from nanochat.interruption import Interrupted
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.memory import advice, out_of_memory
 from nanochat.setup import Run
 
 LOG_EVERY_SECONDS = 5.0
+MAX_SKIPS = 10     # in a row, under --on-divergence skip
+MAX_ROLLBACKS = 3  # in all, under --on-divergence rollback
 
 
 def train(run: Run) -> None:
-    """The loop. A checkpoint is written before evaluation and sampling, so that whatever they do costs no training."""
+    """The loop. A checkpoint due is written before evaluation and sampling; one is made should these fail or be cut short.
+    So whatever they do costs no training."""
     flags = run.config.eval
     while True:
+        stop_if_told(run)
         step, last = run.step, run.step >= run.horizon.num_iterations or run.out_of_time()
-        now = [(Run.save, last or (every(step, flags.save_every) and step != run.first_step)),
-               (evaluate, due(step, flags.eval_every, last) or (step == 0 and flags.eval_every > 0)),
-               (evaluate_core_metric, due(step, flags.core_metric_every, last)), (sample, due(step, flags.sample_every, last))]
-        if any(wanted for _, wanted in now):
+        looks = [(evaluate, due(step, flags.eval_every, last) or (step == 0 and flags.eval_every > 0)),
+                 (evaluate_core_metric, due(step, flags.core_metric_every, last)),
+                 (sample, due(step, flags.sample_every, last))]
+        if last or every(step, flags.save_every) or any(wanted for _, wanted in looks):
             settle(run)
-        for act, wanted in now:
-            if wanted:
-                act(run)
+        if last or every(step, flags.save_every):
+            save(run)
+        try:
+            for look, wanted in looks:
+                if wanted:
+                    run.checkpoints.wait()  # a process that is killed in an evaluation must not take the writer with it
+                    look(run)
+        except BaseException as e:
+            traceback.clear_frames(e.__traceback__)  # and with them what fills the memory, should that be the trouble
+            save(run)
+            raise
         if last:
             return
-        train_step(run)
-        run.step += 1
+        stop_if_told(run)
+        try:
+            train_step(run)
+        except Diverged as e:
+            if run.config.run.on_divergence != "rollback":
+                raise
+            roll_back(run, e)
+        else:
+            run.step += 1
+
+
+def stop_if_told(run: Run) -> None:
+    """After a signal: save and end the run. Under torchrun by the signal that every rank has learned of at the same step."""
+    if signum := run.stop if dist.is_initialized() else run.signals.received:
+        settle(run)
+        save(run)
+        raise Interrupted(signum)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, unless there is one of this step, or nothing to keep."""
+    if run.step > run.saved_step:
+        run.save()
+        run.saved_step = run.step
 
 
 def every(step: int, n: int) -> bool:
@@ -64,31 +102,37 @@ def train_step(run: Run) -> None:
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
             lap("backward")
-        average_over_ranks(run.model, loss)
+        stop = torch.full((), run.signals.received, device=run.device)
+        average_over_ranks(run.model, loss, stop)
         run.scaler.unscale_(run.optimizer)
         names, norms = gradient_norms(run.model)
         run.features.after_backward(run.model, run.step)
         run.set_schedule()
         # fp16 gradients overflow now and then: there the scaler leaves out the update, and lowers its scale
         update_if = None if run.scaler.is_enabled() else norms.isfinite().all() & loss.isfinite()
-        run.scaler.step(run.optimizer, finite=update_if)
-        run.scaler.update()
-        run.features.after_update()
+        # a run that goes on after such a step waits for the answer: left out, it is not even counted
+        if run.config.run.on_divergence == "stop" or update_if is None or update_if.item():
+            run.scaler.step(run.optimizer, finite=update_if)
+            run.scaler.update()
+            run.features.after_update()
         run.model.zero_grad(set_to_none=True)
         lap("update")
-    before, run.unsettled = run.unsettled, Unsettled(run.step, run.lr_multiplier, loss, names, norms, run.clock.last)
+    launched = Unsettled(run.step, run.lr_multiplier, loss, names, norms, stop, run.loader.checksum(), run.clock.last)
+    before, run.unsettled = run.unsettled, launched
     if before:
         settle_step(run, before)
-    if not run.features.defers:
+    if not run.features.defers or run.config.run.on_divergence != "stop":
         settle(run)
 
 
-def average_over_ranks(model, loss: torch.Tensor) -> None:
-    """Average the gradients that exist, and the loss, over the ranks. All ranks have trained the same parameters."""
+def average_over_ranks(model, loss: torch.Tensor, stop: torch.Tensor) -> None:
+    """Average the gradients that exist, and the loss, over the ranks, which have trained the same parameters. `stop`: the
+    signal that a rank got, given to all."""
     if not dist.is_initialized():
         return
     tensors = [p.grad for p in model.parameters() if p.grad is not None] + [loss]
-    for handle in [dist.all_reduce(t, async_op=True) for t in tensors]:
+    handles = [dist.all_reduce(t, async_op=True) for t in tensors]
+    for handle in [*handles, dist.all_reduce(stop, dist.ReduceOp.MAX, async_op=True)]:
         handle.wait()
     torch._foreach_div_(tensors, dist.get_world_size())
 
@@ -113,6 +157,8 @@ class Unsettled(NamedTuple):
     loss: torch.Tensor           # 0-d fp32
     names: list[str]             # parameters trained
     norms: torch.Tensor          # of their gradients
+    stop: torch.Tensor           # 0-d int64: the signal that a rank got, else 0
+    checksum: int                # of its tokens
     time: Callable[[], StepTime]  # waits for the step's end
 
 
@@ -124,15 +170,44 @@ def settle(run: Run) -> None:
 
 
 def settle_step(run: Run, done: Unsettled) -> None:
-    """Wait for a step's results, stop the run if they are not finite, and record them."""
-    dt, loss, norms = done.time(), done.loss.item(), done.norms.tolist()
+    """Wait for a step's results and record them. Diverged where they are not finite, unless such steps are skipped."""
+    dt, loss, norms, run.stop = done.time(), done.loss.item(), done.norms.tolist(), int(done.stop.item())
     bad = [name for name, norm in zip(done.names, norms) if not math.isfinite(norm)]
-    if not math.isfinite(loss) or (bad and not run.scaler.is_enabled()):
+    if math.isfinite(loss) and (not bad or run.scaler.is_enabled()):
+        run.features.after_step(done.step, loss, dt)
+        return record_step(run, done, loss, math.hypot(*norms), dt.total)
+    trouble = (f"step {done.step} was not taken: its loss is {loss:.4g}, and the gradients of {len(bad)} of {len(norms)} "
+               f"parameters are not finite" + (f", among them {bad[-1]}" if bad else ""))
+    if run.config.run.on_divergence == "skip":
+        skip(run, done, trouble)
+    else:
         run.step, run.unsettled = done.step, None
-        raise Diverged(f"step {done.step} was not taken: its loss is {loss:.4g}, and the gradients of {len(bad)} of {len(norms)} "
-                       f"parameters are not finite" + (f", among them {bad[-1]}" if bad else ""))
-    run.features.after_step(done.step, loss, dt)
-    record_step(run, done, loss, math.hypot(*norms), dt.total)
+        raise Diverged(trouble)
+
+
+def skip(run: Run, done: Unsettled, trouble: str) -> None:
+    """Go on after a step that was left out: its batch is used up, and weights, moments and features are as before it."""
+    skipped = run.tally.skipped_steps
+    skipped.append(done.step)
+    if skipped[-MAX_SKIPS:] == list(range(done.step - MAX_SKIPS + 1, done.step + 1)):
+        raise Diverged(f"{trouble}; so were the {MAX_SKIPS - 1} before it, and skipping does not help")
+    run.metrics.write({"step": done.step, "step_kind": "skipped", "lr_multiplier": done.lr_multiplier,
+                       "batch_crc32": done.checksum, "tokens_seen": (done.step + 1) * run.horizon.total_batch_size,
+                       "train_time_sec": run.clock.train})
+    run.console.line(f"{trouble}; skipped ({len(skipped)} so far)")
+
+
+def roll_back(run: Run, trouble: Diverged) -> None:
+    """Return to the last checkpoint and go on with other data: the batches from there to the step that diverged are left
+    out. The same ones would end in the same place, and the trouble began before it showed (PaLM, arXiv 2204.02311, 5.1)."""
+    if len(run.tally.rollbacks) == MAX_ROLLBACKS:
+        raise Diverged(f"{trouble}; {MAX_ROLLBACKS} rollbacks have not helped") from None
+    if run.saved_step == 0:
+        raise Diverged(f"{trouble}; there is no checkpoint to go back to yet") from None
+    diverged_at = run.step
+    run.go_back(run.saved_step)
+    run.console.line(f"{trouble}; back to step {run.step}, and on with the data that follows step {diverged_at}'s "
+                     f"(rollback {len(run.tally.rollbacks)} of {MAX_ROLLBACKS})")
 
 
 def record_step(run: Run, done: Unsettled, loss: float, grad_norm: float, dt: float) -> None:
@@ -142,7 +217,7 @@ def record_step(run: Run, done: Unsettled, loss: float, grad_norm: float, dt: fl
     row = {
         "step": done.step, "loss": loss, "smooth_loss": run.tally.smooth_loss, "lr_multiplier": done.lr_multiplier,
         "dt_ms": dt * 1000, "tok_per_sec": run.horizon.total_batch_size / dt, "peak_mem_mib": peak,
-        "step_kind": "full", "active_start": 0, "active_layers": n_layer, "grad_norm": grad_norm,
+        "step_kind": "full", "active_start": 0, "active_layers": n_layer, "grad_norm": grad_norm, "batch_crc32": done.checksum,
         "tokens_seen": (done.step + 1) * run.horizon.total_batch_size, "train_time_sec": run.clock.train,
     } | run.features.metrics()
     run.metrics.write(row)
@@ -163,9 +238,17 @@ def progress_line(run: Run, row: dict) -> str:
             f"{row['peak_mem_mib']:,.0f} MiB | {format_duration(run.clock.train)} | eta {format_duration(eta)}")
 
 
+@contextmanager
+def looking(run: Run):
+    """Evaluation and sampling: beside training, and cut short by a signal where no other rank waits for the result."""
+    with run.signals.raised(run.ranks.world_size == 1), run.clock.evaluating(), evaluation(run.model), \
+            run.features.eval_context(run.model):
+        yield
+
+
 def evaluate(run: Run) -> None:
     """Bits per byte on the fixed validation tokens, through the uncompiled model."""
-    with run.clock.evaluating(), evaluation(run.model), run.features.eval_context(run.model):
+    with looking(run):
         batches = val_batches(run.tokens.split("val"), run.model.config.sequence_len, run.config.horizon.device_batch_size,
                               run.config.eval.eval_tokens, run.ranks.rank, run.ranks.world_size, run.device)
         bpb = evaluate_bpb(run.model, batches, None, run.token_bytes)
@@ -180,7 +263,7 @@ def evaluate(run: Run) -> None:
 def evaluate_core_metric(run: Run) -> None:
     """The CORE metric, where its bundle is at hand or can be fetched; otherwise a line that says so."""
     try:
-        with run.clock.evaluating(), evaluation(run.model), run.features.eval_context(run.model):
+        with looking(run):
             results = evaluate_core(run.model, run.tokenizer, run.device, run.config.eval.core_metric_max_per_task)
     except CoreUnavailable as e:
         return run.console.line(f"step {run.step} | CORE left out: {e}")
@@ -194,7 +277,7 @@ def sample(run: Run) -> None:
     if not is_main_rank():
         return
     run.console.line(f"step {run.step} | samples")
-    with run.clock.evaluating(), evaluation(run.model), run.features.eval_context(run.model):
+    with looking(run):
         engine = Engine(run.model, run.tokenizer)
         for prompt in sample_prompts(run.config.data.data):
             print0("  " + engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0).replace("\n", "\n  "))
@@ -203,24 +286,36 @@ def sample(run: Run) -> None:
 def run_to_the_end(run: Run) -> int:
     """Train, and leave a result.json whatever happens. Returns the exit status."""
     status, error, code = "ok", None, 0
-    try:
-        train(run)
-    except KeyboardInterrupt:
-        status, error, code = "interrupted", "interrupted from the keyboard", 130
-    except Diverged as e:
-        status, error, code = "diverged", f"{e}. Lower the learning rates (--lr-multiplier 0.5), or train in fp32; under --fp8 " \
-            "runs/fpi_debug.sh names the module where it begins", 1
-    except torch.OutOfMemoryError:
-        status, code = "oom", 1
-        error = ("out of memory. Halve --device-batch-size (the result stays the same: more micro-batches are "
-                 "accumulated), shorten --max-seq-len, or lower --depth")
-    except UserError as e:
-        status, error, code = "failed", str(e), 2
-    except BaseException as e:
-        status, error, code = "failed", f"{type(e).__name__}: {e}", 1
-        raise
-    finally:
-        run.finish(status, error, code)
+    with run.signals.caught():
+        try:
+            try:
+                train(run)
+            finally:
+                run.checkpoints.close()
+        except Interrupted as e:
+            status, error, code = "interrupted", f"{e}. {how_to_go_on(run)}", e.exit_code
+        except Diverged as e:
+            status, code = "diverged", 1
+            error = (f"{e}. {how_to_go_on(run)} Lower the learning rates (--lr-multiplier 0.5), train in fp32, or leave such "
+                     "steps out (--on-divergence skip); under --fp8 runs/fpi_debug.sh names the module where it begins")
+        except UserError as e:
+            status, error, code = "failed", str(e), 2
+        except BaseException as e:
+            if not out_of_memory(e):
+                status, error, code = "failed", f"{type(e).__name__}: {e}", 1
+                raise
+            status, error, code = "oom", f"out of memory. {advice(run)} {how_to_go_on(run)}", 1
+        finally:
+            run.finish(status, error, code)
+            if run.stop and dist.is_initialized():
+                dist.barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved
     if error and is_main_rank():
-        print(f"{status}: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"{status}: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def how_to_go_on(run: Run) -> str:
+    last = run.last_checkpoint()
+    return f"The last checkpoint is {last} (--resume-from-step=latest)." if last else "There is no checkpoint yet."
+

@@ -88,17 +88,17 @@ def test_a_product_belongs_to_what_runs_it():
     assert parts_of(lambda: x.exp()) == {"norms_elementwise"}
 
 
-def test_a_compiled_step_is_taken_apart(monkeypatch):
+def test_a_compiled_step_is_taken_apart():
     if trouble := compiler_works(CPU):
         pytest.skip(f"no compiler: {trouble}")
-    monkeypatch.setattr(torch._inductor.config.cpp, "enable_kernel_profile", True)
     head, table = torch.nn.Linear(32, 64, bias=False), torch.randn(64, 32, requires_grad=True)
     idx = torch.randint(64, (4, 16))
 
     @torch.compile
     def loss():
         return softcapped_cross_entropy(rms_norm(table[idx]), head, idx, 64)
-    loss().backward()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        loss().backward()
     parts = parts_of(lambda: loss().backward())
     assert {"gemms", "loss", "embedding"} <= parts and not parts & {"attention", "muon", "adamw", "other"}
 

@@ -52,6 +52,7 @@ def test_every_problem_is_in_one_message():
     (["--batch-multiplier=0.7", "--total-batch-size=65536"], "give one of them"),
     (["--result-json=/no/such/folder/result.json"], "Make it first"),
     (["--resume-from-step=newest"], "'latest' or -1"),
+    (["--keep-last=0"], "at least 1, or -1 to keep all"),
     (["--dtype=bf16"], "did you mean bfloat16?"),
     (["--head-dim=63"], "use 64"),
     (["--depth=1", "--aspect-ratio=2", "--head-dim=4"], "raise --depth"),

@@ -543,7 +543,8 @@ def test_a_run_in_fp8(base, eager, capsys):
 def test_checkpoints_move_between_fp8_and_bf16(base, eager, first, second):
     tag = f"moved-{len(first)}"
     train(base, tag, "--no-compile", *first, "--num-iterations=3")
-    run, losses, result = train(base, tag, "--no-compile", *second, "--resume-from-step=3")
+    run, losses, result = train(base, tag, "--no-compile", *second, "--resume-from-step=3",
+                               "--allow-change")
     assert result["status"] == "ok" and losses == pytest.approx(eager[1], rel=0.03)
 
 

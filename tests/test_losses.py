@@ -271,10 +271,11 @@ def test_the_triton_kernel_compiles_for_hopper():
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-import resource, torch
+import torch
+from nanochat.device import peak_resident
 from nanochat.gpt import Linear
 from nanochat.losses import ChunkedCrossEntropy, softcapped_cross_entropy
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: peak_resident() // 2**20
 head, x, targets = Linear(16, 8192), torch.randn(1, 4096, 16, requires_grad=True), torch.zeros(1, 4096, dtype=torch.int64)
 chunked = ChunkedCrossEntropy(128, Linear)
 chunked(x[:, :128], head, targets[:, :128], 8192).backward()

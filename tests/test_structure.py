@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain"}
-PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "tokenizer", "dataset", "dataloader", "sources", "shape"}
+TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain", "planner", "lock",
+              "interruption"}
+PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "norms", "tokenizer", "dataset",
+         "dataloader", "sources", "shape"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

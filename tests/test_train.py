@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nanochat.config import parse_config
+from nanochat.device import cpu_multiplies_bf16
 from nanochat.features import FEATURES
 from nanochat.metrics import RESULT_FIELDS, ROW_COLUMNS, read_metrics
 from nanochat.setup import Run
@@ -274,8 +275,12 @@ def test_tensorboard(base):
 @pytest.mark.parametrize("extra, advice", [
     (["--resume-from-step=7"], "There are: 5, 10, 12"),
     (["--resume-from-step=latest", "--model-tag=nobody"], "there are: "),
-    (["--resume-from-step=5", "--depth=3"], "another shape"),
-    (["--resume-from-step=5", "--num-iterations=4"], "lengthen it"),
+    (["--resume-from-step=5", "--depth=3", "--matrix-lr=0.1"], "--depth 2 -> 3\n  --matrix-lr 0.02 -> 0.1\n"),
+    (["--resume-from-step=5", "--depth=3", "--allow-change"], "another shape"),
+    (["--resume-from-step=5", "--num-iterations=4"], "--num-iterations 12 -> 4"),
+    (["--resume-from-step=5", "--num-iterations=4", "--allow-change"], "lengthen it"),
+    (["--resume-from-step=5", "--max-chars=40000"], "--max-chars -1 -> 40000"),
+    (["--resume-from-step=5", f"--dtype={'float32' if cpu_multiplies_bf16() else 'bfloat16'}"], "the compute dtype "),
     (["--device-type=cuda"], "no such device"),
     (["--dtype=float16"], "bfloat16 or float32"),
     (["--data=/no/such/folder"], "/no/such/folder"),

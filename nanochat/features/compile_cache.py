@@ -19,7 +19,7 @@ class CompileCache(Feature):
     @dataclass
     class Config:
         """Compile cache"""
-        compile_cache_dir: str | None = flag(None, "keep compiled graphs in this folder across runs", metavar="DIR")
+        compile_cache_dir: str | None = flag(None, "keep compiled graphs in this folder across runs", metavar="DIR", free=True)
 
     @classmethod
     def enabled(cls, config) -> bool:

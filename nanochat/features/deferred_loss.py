@@ -19,7 +19,7 @@ class DeferredLoss(Feature):
     @dataclass
     class Config:
         """Deferred loss"""
-        deferred_loss_logging: bool = flag(False, "read the loss of a step while the next one runs")
+        deferred_loss_logging: bool = flag(False, "read the loss of a step while the next one runs", free=True)
 
     @classmethod
     def enabled(cls, config) -> bool:

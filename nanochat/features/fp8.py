@@ -23,7 +23,7 @@ PAYS_FROM = 1.02  # speed-up over bf16 from which --fp8-policy auto converts a s
 class Fp8Flags:
     """FP8 training"""
     fp8: bool = flag(False, "train the linear layers in FP8")
-    fp8_emulate: bool = flag(False, "allow --fp8 on a device without FP8 units: the same numbers, slowly")
+    fp8_emulate: bool = flag(False, "allow --fp8 on a device without FP8 units: the same numbers, slowly", free=True)
     fp8_backend: str = flag("custom", "whose layers: nanochat/fp8.py's, or torchao's", choices=("custom", "torchao"))
     fp8_recipe: str = flag("tensorwise", "a scale per tensor, or per row (torchao)", choices=("tensorwise", "rowwise"))
     fp8_policy: str = flag("all", "of the layers that the flags below leave: convert all, or (auto) those of a shape "
@@ -35,9 +35,10 @@ class Fp8Flags:
     fp8_exclude_regex: str | None = flag(None, "leave out layers in whose name this is found", metavar="REGEX")
     fp8_fast_accum: bool = flag(False, "add up the forward products with fewer bits, which is faster on Hopper")
     fp8_weight_grad_bf16: bool = flag(False, "weight gradients of a micro-batch in bf16, not fp32 (torchao's always are)")
-    fp8_no_allow_in_graph: bool = flag(False, "let torch.compile's front end trace into the FP8 layers")
-    fp8_log_modules: bool = flag(False, "list every linear layer, and why it is not converted")
-    fp8_debug: bool = flag(False, "check every activation, gradient and scale: name the first module with a NaN or infinity")
+    fp8_no_allow_in_graph: bool = flag(False, "let torch.compile's front end trace into the FP8 layers", free=True)
+    fp8_log_modules: bool = flag(False, "list every linear layer, and why it is not converted", free=True)
+    fp8_debug: bool = flag(False, "check every activation, gradient and scale: name the first module with a NaN or infinity",
+                           free=True)
 
 
 class Fp8(Feature):

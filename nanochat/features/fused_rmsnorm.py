@@ -19,7 +19,7 @@ class FusedRmsnorm(Feature):
     @dataclass
     class Config:
         """Fused RMSNorm"""
-        fused_rmsnorm: bool = flag(False, "add and norm in one pass of our own, on NVIDIA GPUs (not measured yet)")
+        fused_rmsnorm: bool = flag(False, "add and norm in one pass of our own, on NVIDIA GPUs (not measured yet)", free=True)
 
     @classmethod
     def enabled(cls, config) -> bool:

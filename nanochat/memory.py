@@ -1,0 +1,81 @@
+"""When memory runs out: how devices say so, what to advise, and which micro-batch to take so that it does not."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from nanochat import planner
+from nanochat.common import UserError, print0
+from nanochat.compilation import cause_of
+from nanochat.device import evaluation
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which devices, the C++ side and Python say that memory is used up."""
+    cause = cause_of(error)
+    said = str(cause).lower()
+    return isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(cause, (RuntimeError, OSError)) and any(words in said for words in (
+            "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")))
+
+
+def advice(run) -> str:
+    """What to do after `run` ran out of memory."""
+    on_gpu = run.device.type == "cuda"
+    limit = torch.cuda.get_device_properties(run.device).total_memory if on_gpu else planner.host_memory(available=False)
+    return planner.advice(run.model.config, run.config.horizon.device_batch_size, limit, run.dtype.itemsize, run.compile)
+
+
+def choose_micro_batch(run) -> int:
+    """The largest micro-batch, of those that divide --device-batch-size, that fits: on CUDA tried, elsewhere estimated.
+
+    Tried means a step and an evaluation on tokens that are all 0; weights, moments and feature states stay as they are.
+    """
+    candidates = planner.micro_batches(run.config.horizon.device_batch_size)
+    if run.device.type == "cuda":
+        fits = next((n for n in candidates if on_every_rank(survives(run, n), run.device)), None)
+    else:
+        available = planner.host_memory(available=True) // run.ranks.world_size  # the ranks share the machine
+        fits = planner.largest_fit(run.model.config, candidates, available, run.dtype.itemsize, run.compile)
+    if fits is None:
+        raise UserError(f"--auto-batch: no micro-batch fits. {advice(run)}")
+    print0(f"--auto-batch: {fits} rows per micro-batch")
+    return fits
+
+
+def take_micro_batch(run, rows: int) -> None:
+    """Let a run train with micro-batches of `rows`; tokens per step stay as they are."""
+    run.config.horizon.device_batch_size = rows
+    micro = rows * run.model.config.sequence_len * run.ranks.world_size
+    run.horizon = replace(run.horizon, grad_accum_steps=run.horizon.total_batch_size // micro)
+
+
+def survives(run, rows: int) -> bool:
+    """Whether a step, as it is trained but uncompiled, and an evaluation with micro-batches of `rows` find the memory."""
+    model = run.model
+    try:
+        tokens = torch.zeros((rows, model.config.sequence_len), dtype=torch.int64, device=run.device)
+        for _ in range(2):  # the second micro-batch finds the first one's gradients there
+            model(tokens, tokens).backward()
+        run.optimizer.step(finite=torch.zeros((), dtype=torch.bool, device=run.device))
+        with evaluation(model), run.features.eval_context(model):
+            model(tokens, tokens, loss_reduction="none")
+        return True
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        run.optimizer.state.clear()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def on_every_rank(good: bool, device) -> bool:
+    """Whether it is so on all ranks."""
+    answer = torch.tensor(int(good), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer.item())
