@@ -1,8 +1,11 @@
 """The lookup's gradient: exact against a plain sum, better than bf16 accumulation, equal to the bit on every run."""
 
+import pytest
 import torch
+from hypothesis import given, strategies as st
 
-from nanochat.embedding import Embedding
+from nanochat.embedding import Embedding, embedding_gradient, embedding_gradient_plainly
+from nanochat.native import why_not_native
 
 
 def gradient(table, idx, weights, compile=False):
@@ -47,3 +50,16 @@ def test_compiled_and_repeated_it_gives_the_same_bits():
         assert all(torch.equal(gradient(table, idx, weights, compile=True), first) for _ in range(5))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(why_not_native("embedding") is not None, reason=str(why_not_native("embedding")))
+@given(rows=st.integers(1, 40), columns=st.integers(1, 150), tokens=st.integers(0, 200), seed=st.integers(0, 99))
+def test_the_kernel_gives_the_bits_of_pytorch(rows, columns, tokens, seed):
+    """Any width, rows without a token, tokens at every place; gradients that are not next to each other, NaN and infinity."""
+    generator = torch.Generator().manual_seed(seed)
+    idx = (torch.rand(tokens, 2, generator=generator) ** 3 * rows).long()
+    grad = torch.randn(tokens, columns, 2, generator=generator).bfloat16().mT
+    if tokens > 100:
+        grad[3, 0, 0], grad[5, 1, -1] = float("nan"), float("inf")
+    ours, plain = embedding_gradient(grad, idx, rows), embedding_gradient_plainly(grad, idx, rows)
+    assert torch.equal(ours.isnan(), plain.isnan()) and torch.equal(ours.nan_to_num(7.0), plain.nan_to_num(7.0))
