@@ -130,6 +130,11 @@ class Progress:
         """Show the final state; on a terminal the line is ended."""
         self._show(end="\n")
 
+    def clear(self) -> None:
+        """Take the line off a terminal, where something else is to stand."""
+        if self.tty and self.enabled:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
     def _show(self, end: str) -> None:
         if not self.enabled:
             return

@@ -14,16 +14,27 @@ from_here() {  # a relative path is meant from where the caller is, not from the
 NANOCHAT_BASE_DIR="$(from_here "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}" always)"
 DATA="$(from_here "${DATA-}")"
 VAL_DATA="$(from_here "${VAL_DATA-}")"
+[[ ! -f ${PROFILE-} ]] || PROFILE="$(from_here "$PROFILE")"
+OUT="$(from_here "${OUT-}" always)"
 export NANOCHAT_BASE_DIR
 cd "$ROOT"
 
 say() { printf '\n== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+quoted() {  # words as they could be typed again, on one line
+    local word line='' quote="'" escaped="'\\''"
+    for word in "$@"; do
+        case "$word" in '' | *[!a-zA-Z0-9_./:=,+@%-]*) word="'${word//$quote/$escaped}'" ;; esac
+        line+=" $word"
+    done
+    printf "%s\n" "${line# }"
+}
+
 # Show a command as it could be typed again, then run it. If it fails, the runner stops with its exit status.
 run() {
     local status=0
-    printf '+'; printf ' %q' "$@"; printf '\n'
+    echo "+ $(quoted "$@")"
     "$@" || status=$?
     [[ $status == 0 ]] || { printf 'error: exit status %s from %s\n' "$status" "${*:1:3}" >&2; exit "$status"; }
 }
@@ -113,78 +124,58 @@ feature_flags() {
     fi
 }
 
-# Run a module here, or on NPROC_PER_NODE GPUs of this machine.
-launch() {
-    local processes="${NPROC_PER_NODE:-1}" gpus
+# PROCESSES of a run, one per GPU: NPROC_PER_NODE.
+count_processes() {
+    local gpus
     gpus="$(count_gpus)"
+    PROCESSES="${NPROC_PER_NODE:-1}"
     [[ -n ${NPROC_PER_NODE-} || $gpus -lt 2 ]] || echo "note: this uses 1 of $gpus GPUs; NPROC_PER_NODE=$gpus uses all"
-    [[ $DEVICE_TYPE != cuda || $processes -le $gpus ]] || die "NPROC_PER_NODE=$processes, but there are $gpus GPUs here"
-    if [[ $processes == 1 ]]; then run "$PYTHON" -m "$@"; return; fi
-    run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" -m "$@"
+    [[ $DEVICE_TYPE != cuda || $PROCESSES -le $gpus ]] || die "NPROC_PER_NODE=$PROCESSES, but there are $gpus GPUs here"
 }
 
-# A table of runs, from their result.json only. Columns are "name", "name=field", or either with ":format" of its numbers.
-# A run is its folder and "field=value ..." for what its result.json does not say, or where there is none.
-show_table() {  # "columns" folder "fields" [folder "fields"]...
-    "$PYTHON" - "$@" <<'PYTHON_END'
-import json, sys
-from pathlib import Path
-from nanochat.common import format_table
-
-def read(folder, fields):
-    path = Path(folder, "result.json")
-    found = json.loads(path.read_text()) if path.exists() else {}
-    known = dict(field.split("=", 1) for field in fields.split())
-    return {"status": "failed"} | known | {k: v for k, v in found.items() if v is not None}
-
-def cell(result, field, form):
-    value = result.get(field)
-    return format(value, form) if form and isinstance(value, (int, float)) else value
-
-arguments = iter(sys.argv[2:])
-results = [read(folder, fields) for folder, fields in zip(arguments, arguments)]
-columns = {}  # name -> (field, format)
-for column in sys.argv[1].split():
-    name, _, form = column.partition(":")
-    name, _, field = name.partition("=")
-    columns[name] = (field or name, form)
-print(format_table([{name: cell(r, *source) for name, source in columns.items()} for r in results]))
-PYTHON_END
+launch() {  # module [arguments]
+    count_processes
+    if [[ $PROCESSES == 1 ]]; then run "$PYTHON" -m "$@"; return; fi
+    run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" -m "$@"
 }
 
 # What a run left: its numbers as a table, its files.
 show_results() {  # folder of the run
-    local file columns="status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb"
-    show_table "$columns peak_mem_mib" "$1" ''
+    local file columns="status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb peak_mem_mib"
+    "$PYTHON" -c 'import sys; from pathlib import Path; from nanochat.lab.rows import read_result, table_of
+print(table_of(sys.argv[1], [read_result(Path(sys.argv[2]))]))' "$columns" "$1/result.json"
     for file in "$1"/loss.png "$1"/result.json "$1"/metrics.jsonl; do [[ ! -f $file ]] || echo "$file"; done
 }
 
-# --- variants of a comparison, each a run of its own with the model tag <TAG>_<name> ---------------------------------
+# --- comparisons: runs of `lab run`, which starts the variants, keeps a row of each whatever its end, and prints a table --
 
-ROWS=()   # of show_table: every variant that was tried
-FAILED=0  # the exit status of the last one that failed
+VARIANTS=()
+variant() {  # name, and its flags in ARGS
+    VARIANTS+=(--variant "$1=$([[ ${#ARGS[@]} == 0 ]] || quoted "${ARGS[@]}")")
+}
 
-run_folder() { echo "$NANOCHAT_BASE_DIR/base_checkpoints/${TAG}_$1"; }
-train_variant() {  # name schedule steps [arguments of base_train]
-    MODEL_TAG="${TAG}_$1" BLOCK_UPDATE_SCHEDULE="$2" NUM_ITERATIONS="$3"
-    say "$1: train d$DEPTH, $2, for $3 steps on $DEVICE_TYPE"
-    rm -f "$(run_folder "$1")/result.json"  # of an earlier run: a variant refused before it starts leaves none
-    shift 3
+# Every run has the flags of the environment and the caller's arguments; a variant's own come behind them.
+# SEEDS="1 2": several, a row per run, with its seed. OUT: folder of the experiment; that of an earlier call is gone on with.
+# KEEP_CHECKPOINTS=1 keeps the checkpoints of runs that ended well; SHOW_OUTPUT=1 shows what the runs print; MATCH=time: all
+# take the time of the first.
+compare() {  # "columns" [arguments of base_train]
+    local columns seeds="${SEEDS:-${SEED:-42}}" baseline MODEL_TAG='' SEED=''
+    columns="$(tr -s ' ' <<< "$1")"
+    [[ $seeds != *' '* ]] || columns+=" seed"
+    shift
     base_train_flags
-    launch scripts.base_train "${ARGS[@]}" "$@"
-}
-try_variant() {  # the same; when it fails its row says so, and the next variant goes on, unless it was Ctrl-C
-    local status=0
-    (train_variant "$@") || status=$?
-    ROWS+=("$(run_folder "$1")" "variant=$1 schedule=$2 num_iterations=$3 exit_status=$status")
-    [[ $status == 0 ]] || FAILED=$status
-    [[ $status != 130 ]] || exit 130
-}
-show_variants() {  # "columns"
-    [[ ${#ROWS[@]} != 0 ]] || return 0
-    say "the runs: $(run_folder '*')"
-    show_table "$1" "${ROWS[@]}"
+    ARGS+=("$@")
+    baseline="$(quoted "${ARGS[@]}")"
+    : "${OUT:=$NANOCHAT_BASE_DIR/lab/$(basename "$0" .sh)-$(date +%Y%m%d-%H%M%S)}"
+    count_processes
+    ARGS=()
+    flag match "${MATCH-}"; switch show-output "${SHOW_OUTPUT-}"; switch keep-checkpoints "${KEEP_CHECKPOINTS-}"
+    [[ $PROCESSES == 1 ]] || flag nproc-per-node "$PROCESSES"
+    words "--seeds $seeds"
+    say "compare on $DEVICE_TYPE, d$DEPTH (stopped half-way, the same command with OUT=$(quoted "$OUT") goes on)"
     echo "elapsed_sec is time spent training: compilation and evaluation are not in it"
+    run "$PYTHON" -m scripts.lab run --profile= --baseline="$baseline" "${VARIANTS[@]}" --columns="$columns" --out="$OUT" \
+        "${ARGS[@]}"
 }
 
 # --- set-up ---------------------------------------------------------------------------------------------------------

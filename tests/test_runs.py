@@ -15,7 +15,9 @@ import pytest
 
 from nanochat.config import Config, parse_config
 from nanochat.features import FEATURES
-from nanochat.flags import build_parser
+from nanochat.flags import build_parser, parse
+from nanochat.lab.rows import read_csv
+from scripts.lab import Experiment, JudgeFlags, LabFlags, TableFlags
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = sorted(p for p in (ROOT / "runs").glob("*.sh") if p.name != "_lib.sh")
@@ -83,6 +85,19 @@ def sandbox(tmp_path):
     return Sandbox(tmp_path)
 
 
+class Comparison:
+    """What a runner has the lab run: base_train's flags by variant, all checked by the lab, and how."""
+
+    def __init__(self, sandbox, runner, arguments="", **environment):
+        process, calls = sandbox.launch(runner, arguments, **environment)
+        assert process.returncode == 0, process.stderr
+        command, *given = arguments_of(calls, "scripts.lab")
+        self.modules, self.lab, self.given = modules_of(calls), parse([LabFlags, JudgeFlags, TableFlags], given), given
+        first, others = Experiment(command, None, *self.lab).plans[None]
+        self.runs = {v.name: list(v.flags) for v in (first, *others)}
+        self.configs = {name: parse_config(FEATURES, flags) for name, flags in self.runs.items()}
+
+
 def arguments_of(calls, module):
     """The arguments that `-m module` was called with."""
     matching = [call[call.index(module) + 1:] for call in calls if module in call]
@@ -117,8 +132,8 @@ def test_lib_makes_a_shell_strict(sandbox):
 
 # --- what speedrun_small.sh launches --------------------------------------------------------------------------------
 
-CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--max-chars=40000000", "--vocab-size=4096", "--depth=4", "--head-dim=64",
-             "--window-pattern=L", "--max-seq-len=512"]
+CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--max-chars=40000000", "--vocab-size=4096", "--depth=4",
+             "--head-dim=64", "--window-pattern=L", "--max-seq-len=512"]
 
 
 def test_the_steps_and_their_order(sandbox):
@@ -131,13 +146,10 @@ def test_the_steps_and_their_order(sandbox):
     assert "scripts.base_train --model-tag=d4" in process.stdout, "the command that is launched must be visible"
 
 
-def changed_flags(sandbox, **environment):
-    """Flags of base_train that the environment adds, and those that it takes away."""
-    default = arguments_of(sandbox.launch()[1], "scripts.base_train")
-    process, calls = sandbox.launch(**environment)
-    assert process.returncode == 0, process.stderr
-    given = arguments_of(calls, "scripts.base_train")
-    return [a for a in given if a not in default], [a.split("=")[0] for a in default if a not in given]
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The arguments of base_train in a clean environment."""
+    return arguments_of(Sandbox(tmp_path_factory.mktemp("default")).launch()[1], "scripts.base_train")
 
 
 @pytest.mark.parametrize("environment, added, removed", [
@@ -170,8 +182,13 @@ def changed_flags(sandbox, **environment):
      ["--fp8-min-dim=256", "--fp8-include-regex=*.sh", "--explain"], []),
     (dict(BASE_TRAIN_EXTRA_ARGS="*"), ["*"], []),
 ], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
-def test_environment_becomes_flags(sandbox, environment, added, removed):
-    assert changed_flags(sandbox, **environment) == (added, removed)
+def test_environment_becomes_flags(sandbox, default, environment, added, removed):
+    """Flags of base_train that the environment adds, and those that it takes away."""
+    process, calls = sandbox.launch(**environment)
+    assert process.returncode == 0, process.stderr
+    given = arguments_of(calls, "scripts.base_train")
+    assert [a for a in given if a not in default] == added
+    assert [a.split("=")[0] for a in default if a not in given] == removed
 
 
 def test_arguments_go_to_base_train_last(sandbox):
@@ -248,9 +265,12 @@ def test_several_gpus_go_through_torchrun(sandbox):
     assert launched[:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m",
                             "scripts.base_train"]
     assert "--depth=12" in launched
-    process, calls = sandbox.launch(NPROC_PER_NODE="8")
-    assert process.returncode == 2 and "there are 4 GPUs" in process.stderr
-    assert "scripts.base_train" not in modules_of(calls)
+    lab, _, _ = Comparison(sandbox, "dynamic_suffix_compare.sh", NPROC_PER_NODE="4").lab
+    assert lab.nproc_per_node == 4
+    for runner in ("speedrun_small.sh", "dynamic_suffix_compare.sh"):
+        process, calls = sandbox.launch(runner, NPROC_PER_NODE="8")
+        assert process.returncode == 2 and "there are 4 GPUs" in process.stderr
+        assert not {"scripts.base_train", "scripts.lab"} & set(modules_of(calls))
 
 
 def test_unknown_device_is_refused_before_anything_runs(sandbox):
@@ -291,130 +311,115 @@ def test_every_flag_of_the_runner_is_in_the_help(sandbox, module):
 
 # --- dynamic_suffix_compare.sh --------------------------------------------------------------------------------------
 
-# Records its arguments and leaves the result.json that a run of this tag would; the tables are made by real Python.
-# A run whose tag ends in $OOM says that it ran out of memory, and exits with $CODE or 4.
+# Records its arguments. The lab is run for real, and starts this instead of base_train, which leaves the result.json that a
+# run of this variant would. A variant called $OOM runs out of memory; at one called $STOP the lab is told to stop.
 TRAINER = RECORDER + f"""
-[ "$1" != - ] || PYTHONPATH='{ROOT}' exec '{sys.executable}' "$@"
-[ "$2" = scripts.base_train ] || exit 0
+lab='import runpy, sys; sys.executable = sys.argv.pop(1); runpy.run_module("scripts.lab", run_name="__main__", alter_sys=True)'
+if [ "$2" = scripts.lab ]; then shift 2; PYTHONPATH='{ROOT}' exec '{sys.executable}' -c "$lab" "$0" "$@"; fi
+case "$*" in *scripts.base_train*) ;; *) exit 0 ;; esac
 schedule=full_update layers='' status=ok code=0
 for a in "$@"; do
     case "$a" in
         --model-tag=*) tag="${{a#*=}}" ;;
+        --result-json=*) result="${{a#*=}}" ;;
         --num-iterations=*) steps="${{a#*=}}" ;;
         --block-update-schedule=*) schedule="${{a#*=}}" ;;
     esac
 done
-case "$tag" in *_full) rate=1000.0 ;; *_pilot) rate=1265.4 ;; *) rate=1300.256 ;; esac
+case "$tag" in *-full-*) rate=1000.0 ;; *-pilot-*) rate=1265.4 ;; *) rate=1300.256 ;; esac
 [ "$schedule" = full_update ] || layers=', "active_layers_mean": 2.444, "active_layers_range": "2-4"'
-case "$tag" in *"${{OOM:-no tag}}") status=oom code="${{CODE:-4}}" ;; esac
-run="$NANOCHAT_BASE_DIR/base_checkpoints/$tag"
-mkdir -p "$run"
-printf '{{"status": "%s", "exit_code": %s, "error": null, "num_iterations": %s, "train_time_sec": 198.4, "schedule": "%s",
-"tok_per_sec_max": 1400.7, "tok_per_sec_avg": %s, "final_loss": 4.9136831, "min_val_bpb": 1.5, "peak_mem_mib": 3778.144,
-"avg_step_peak_mem_mib": 3535.811%s}}' "$status" "$code" "$steps" "$schedule" "$rate" "$layers" > "$run/result.json"
+case "$tag" in *"-${{OOM:-no tag}}-"*) status=oom code=1 ;; *"-${{STOP:-no tag}}-"*) kill -INT "$PPID"; exec sleep 60 ;; esac
+seconds="$(echo "$steps $rate" | awk '{{ print $1 * 381.5385 / $2 }}')"
+printf '{{"status": "%s", "exit_code": %s, "error": null, "num_iterations": %s, "steps_done": %s, "tokens_seen": %s,
+"train_time_sec": %s, "schedule": "%s", "tok_per_sec_max": 1400.7, "tok_per_sec_avg": %s, "final_loss": 4.9136831,
+"min_val_bpb": 1.5, "val_bpb": 1.5, "peak_mem_mib": 3778.144, "avg_step_peak_mem_mib": 3535.811%s}}' \
+    "$status" "$code" "$steps" "$steps" "$steps" "$seconds" "$schedule" "$rate" "$layers" > "$result"
 exit "$code"
 """
 COMPARED = ("variant schedule num_iterations elapsed_sec max_tok_per_sec avg_tok_per_sec final_loss min_val_bpb "
             "avg_step_peak_vram_mib peak_vram_mib active_layers_mean active_layers_range exit_code status").split()
 FULL_ROW = "full full_update 520 198 1401 1000.00 4.913683 1.500000 3535.81 3778.14 NA NA 0 ok".split()
-DYNAMIC_ROW = "dynamic dynamic_suffix 650 198 1401 1300.26 4.913683 1.500000 3535.81 3778.14 2.44 2-4 0 ok".split()
+DYNAMIC_ROW = "dynamic dynamic_suffix 650 191 1401 1300.26 4.913683 1.500000 3535.81 3778.14 2.44 2-4 0 ok".split()
+SUFFIX = "dynamic_suffix_compare.sh"
 
 
-def compare_schedules(sandbox, arguments="", **environment):
-    """-> (process, its table as lists of cells, base_train's arguments by variant, in the order of the runs)."""
+def compare(sandbox, runner, arguments="", **environment):
+    """-> (process, the table's lines as lists of cells, the variants that were run, in their order, their folder)."""
     write_program(sandbox.python, TRAINER)
-    environment = {"FULL_NUM_ITERATIONS": "520", "DYNAMIC_NUM_ITERATIONS": "650",
-                   "NANOCHAT_BASE_DIR": str(sandbox.root / "base"), **environment}
-    process, calls = sandbox.launch("dynamic_suffix_compare.sh", arguments, **environment)
+    out = sandbox.root / "out"
+    process, calls = sandbox.launch(runner, arguments, **{
+        "FULL_NUM_ITERATIONS": "520", "DYNAMIC_NUM_ITERATIONS": "650", "NANOCHAT_BASE_DIR": str(sandbox.root / "base"),
+        "OUT": "out", **environment})
     lines = process.stdout.splitlines()
-    table = [line.split() for line in lines if line.split()[:1] in (["variant"], ["full"], ["dynamic"], ["pilot"])]
-    runs = [call[2:] for call in calls if "scripts.base_train" in call]
-    return process, table, {run[0].rpartition("_")[2]: run for run in runs}
+    begin = next((i for i, line in enumerate(lines) if line.startswith("variant ")), len(lines))
+    table = [line.split() for line in lines[begin:] if len(line.split()) > 7]
+    tags = [next(a for a in call if a.startswith("--model-tag=")) for call in calls if "scripts.base_train" in call]
+    return process, table, [re.fullmatch(r"--model-tag=lab-\w{8}-(.+)-s\d+-\w{8}", tag)[1] for tag in tags], out
 
 
-def test_the_schedules_are_compared_in_the_reference_table(sandbox):
-    process, table, runs = compare_schedules(sandbox)
+def test_the_schedules_are_compared_in_the_reference_table_by_a_comparison_that_was_interrupted(sandbox):
+    process, table, ran, out = compare(sandbox, SUFFIX, STOP="dynamic")
+    assert process.returncode == 130 and ran == ["full", "dynamic"] and table == [] and f"OUT={out} goes on" in process.stdout
+    process, table, ran, _ = compare(sandbox, SUFFIX)
     assert process.returncode == 0, process.stderr
-    assert table == [COMPARED, FULL_ROW, DYNAMIC_ROW]
-    assert "compilation and evaluation are not in it" in process.stdout.splitlines()[-1]
-    assert list(runs) == ["full", "dynamic"]
+    assert table == [COMPARED, FULL_ROW, DYNAMIC_ROW] and ran == ["dynamic"]
+    assert "compilation and evaluation are not in it" in process.stdout and "scripts.lab run --profile=" in process.stdout
+    assert {row["variant"] for row in read_csv(out / "runs.csv")} == {"full", "dynamic"}
 
 
 def test_the_schedules_differ_in_nothing_else(sandbox):
-    """Each is the run of speedrun_small.sh but for its tag, its steps and its schedule; the text is prepared once."""
-    environment = dict(DEPTH="6", SEED="3", MODEL_TAG="mine", DYN_PROBE_EVERY="20", BASE_TRAIN_EXTRA_ARGS="--explain")
-    plain = arguments_of(sandbox.launch(arguments="--run='two words'", **environment)[1], "scripts.base_train")
-    _, _, runs = compare_schedules(sandbox, "--run='two words'", **environment)
-    assert sandbox.calls_file.read_text().count("scripts.tok_train") == 1
-    assert runs["full"][0] == "--model-tag=mine_full" and runs["dynamic"][0] == "--model-tag=mine_dynamic"
-    for name, schedule, steps in (("full", "full_update", 520), ("dynamic", "dynamic_suffix", 650)):
-        own = {f"--model-tag=mine_{name}", f"--block-update-schedule={schedule}", f"--num-iterations={steps}"}
-        assert set(runs[name]) - set(plain) == own
-        assert [a.split("=")[0] for a in plain if a not in runs[name]] == ["--model-tag", "--num-iterations"]
-
-
-def test_the_comparison_takes_the_steps_of_the_profile(sandbox):
-    _, table, runs = compare_schedules(sandbox, FULL_NUM_ITERATIONS="", DYNAMIC_NUM_ITERATIONS="", PREPARE_DATA="0")
-    assert [row[2] for row in table[1:]] == ["320", "320"]
-    assert list(runs) == ["full", "dynamic"] and "scripts.tok_train" not in sandbox.calls_file.read_text()
+    """Each is the run of speedrun_small.sh but for its steps and its schedule; the text is prepared once."""
+    environment = dict(DEPTH="6", DYN_PROBE_EVERY="20", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
+    arguments = "--run='two words' --tracker tensorboard"
+    plain = arguments_of(sandbox.launch(arguments=arguments, **environment)[1], "scripts.base_train")
+    compared = Comparison(sandbox, SUFFIX, arguments, FULL_NUM_ITERATIONS="520", **environment)
+    assert compared.modules == ["scripts.tok_train", "nanochat.dataset", "scripts.lab"]
+    for name, schedule, steps in (("full", "full_update", 520), ("dynamic", "dynamic_suffix", 320)):
+        assert compared.runs[name] == [a for a in plain if "--model-tag" not in a] + [
+            f"--block-update-schedule={schedule}", f"--num-iterations={steps}"]
+    assert compared.configs["full"].run.run == "two words" and compared.lab[0].seeds == [42]
+    compared = Comparison(sandbox, SUFFIX, PREPARE_DATA="0", SEEDS="1 2", OUT="my runs")
+    assert compared.modules == ["scripts.lab"] and compared.lab[0].seeds == [1, 2]
+    assert compared.lab[0].out == f"{sandbox.root}/my runs" and compared.lab[2].columns.endswith(" seed")
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
 def test_the_compared_runs_are_valid(sandbox, device):
     with_gpus(sandbox, 1)
     for equal_time in "01":
-        process, _, runs = compare_schedules(sandbox, DEVICE_TYPE=device, EQUAL_TIME=equal_time)
-        assert process.returncode == 0 and len(runs) == 2 + int(equal_time)
-        for name, arguments in runs.items():
-            suffix = parse_config(FEATURES, argv=arguments).features["suffix"]
-            assert suffix.block_update_schedule == ("full_update" if name == "full" else "dynamic_suffix")
+        compared = Comparison(sandbox, SUFFIX, DEVICE_TYPE=device, EQUAL_TIME=equal_time, FULL_NUM_ITERATIONS="520")
+        schedules = [config.features["suffix"].block_update_schedule for config in compared.configs.values()]
+        assert schedules == ["full_update", "dynamic_suffix"]
+        assert compared.lab[0].match == (None, "time")[int(equal_time)]
+        assert compared.configs["full"].horizon.num_iterations == 520
+    assert compared.configs["dynamic"].horizon.num_iterations == 520, "its length is the pilot's to find"
 
 
 def test_fp8_goes_to_both_schedules(sandbox):
-    _, _, runs = compare_schedules(sandbox, USE_FP8_COMPARE="1", FP8_BACKEND_COMPARE="custom", FP8_EMULATE="1")
-    for arguments in runs.values():
-        assert {"--fp8", "--fp8-backend=custom", "--fp8-emulate"} <= set(arguments)
-    _, _, runs = compare_schedules(sandbox)
-    assert not [a for arguments in runs.values() for a in arguments if "fp8" in a]
+    compared = Comparison(sandbox, SUFFIX, USE_FP8_COMPARE="1", FP8_BACKEND_COMPARE="custom", FP8_EMULATE="1")
+    assert all({"--fp8", "--fp8-backend=custom", "--fp8-emulate"} <= set(flags) for flags in compared.runs.values())
+    assert not [a for flags in Comparison(sandbox, SUFFIX).runs.values() for a in flags if "fp8" in a]
 
 
-@pytest.mark.parametrize("failing, kept", [("full", DYNAMIC_ROW), ("dynamic", FULL_ROW)])
-def test_a_schedule_that_fails_leaves_its_row_and_the_other(sandbox, failing, kept):
-    process, table, runs = compare_schedules(sandbox, OOM=failing)
-    assert process.returncode == 4 and list(runs) == ["full", "dynamic"]
-    assert kept in table
-    row = dict(zip(COMPARED, next(row for row in table if row[0] == failing)))
-    assert (row["status"], row["exit_code"], row["min_val_bpb"]) == ("oom", "4", "1.500000")
-
-
-def test_a_schedule_that_never_starts_is_not_given_earlier_results(sandbox):
-    compare_schedules(sandbox)
-    process, table, _ = compare_schedules(sandbox, FAIL_AT="--block-update-schedule=dynamic", DYNAMIC_NUM_ITERATIONS="7")
-    assert process.returncode == 3
-    assert table[1:] == [FULL_ROW, ["dynamic", "dynamic_suffix", "7", *["NA"] * 9, "3", "failed"]]
-
-
-def test_an_interrupt_ends_the_comparison(sandbox):
-    process, table, runs = compare_schedules(sandbox, OOM="full", CODE="130")
-    assert process.returncode == 130 and list(runs) == ["full"] and table[1][-2] == "130"
+def test_runs_that_fail_leave_their_rows_and_the_others(sandbox):
+    """`full` runs out of memory, `dynamic` does not start under the second seed."""
+    process, table, ran, out = compare(sandbox, SUFFIX, OOM="full", FAIL_AT="-dynamic-s2", SEEDS="1 2")
+    assert process.returncode == 1 and ran == ["full", "dynamic", "dynamic", "full"]
+    assert table[0] == [*COMPARED, "seed"] and table[3] == [*DYNAMIC_ROW, "1"]
+    assert table[4] == ["dynamic", "dynamic_suffix", "650", *["NA"] * 9, "3", "failed", "2"]
+    assert [row[-3:] for row in table[1:3]] == [["1", "oom", "1"], ["1", "oom", "2"]]
+    assert len(re.findall(r"^full seed [12] oom: .*/cells/full-s[12]-\w+/log.txt$", process.stdout, re.MULTILINE)) == 2
 
 
 def test_equal_time_takes_the_dynamic_steps_from_a_pilot(sandbox):
-    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", DYNAMIC_NUM_ITERATIONS="650")
+    process, table, ran, out = compare(sandbox, SUFFIX, EQUAL_TIME="1", NPROC_PER_NODE="2")
     assert process.returncode == 0, process.stderr
-    assert "520 steps * 1265.40 / 1000.00 tokens per second = 658 steps" in process.stdout
-    assert list(runs) == ["full", "pilot", "dynamic"] and "--num-iterations=658" in runs["dynamic"]
-    assert {"--num-iterations=60", "--dyn-warmup-steps=2"} <= set(runs["pilot"])  # 25 of 520 steps, 2.9 of 60
-    assert "--dyn-warmup-steps=2" not in runs["dynamic"]
-    assert [row[:3] for row in table[1:]] == [FULL_ROW[:3], ["dynamic", "dynamic_suffix", "658"]]
-
-
-def test_equal_time_ends_where_there_is_nothing_to_measure(sandbox):
-    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", OOM="full")
-    assert process.returncode != 0 and list(runs) == ["full"] and table[1][-1] == "oom"
-    assert "dynamic is not trained" in process.stderr
-    process, table, runs = compare_schedules(sandbox, EQUAL_TIME="1", OOM="pilot")
-    assert process.returncode == 4 and list(runs) == ["full", "pilot"] and table == [COMPARED, FULL_ROW]
+    assert ran == ["full", "pilot-dynamic", "dynamic"]
+    assert [row[:3] for row in table[1:]] == [FULL_ROW[:3], ["dynamic", "dynamic_suffix", "658"]]  # 520 * 1265.4 / 1000
+    pilot, = (out / "cells").glob("pilot-*/log.txt")
+    command = pilot.read_text().splitlines()[0]
+    assert " -m torch.distributed.run --standalone --nproc_per_node=2 -m scripts.base_train " in command
+    assert " --num-iterations=260 --dyn-warmup-steps=12 " in command, "half the steps, half the warm-up"
 
 
 # --- set-up ---------------------------------------------------------------------------------------------------------

@@ -203,12 +203,12 @@ def device_trouble(device_type: str, emulate: bool) -> str | None:
     """Why --fp8 cannot be had on a device; None where it can, and where there is no such device, which others say."""
     import torch
     from nanochat.device import autodetect_device_type
-    from nanochat.fp8 import fp8_trouble
     device_type = device_type or autodetect_device_type()
     if device_type == "mps":
         return "--fp8: on Apple GPUs torch has no FP8 numbers at all. Leave it out, or add --device-type cpu --fp8-emulate"
     if emulate or (device_type == "cuda" and not torch.cuda.is_available()):
         return None
+    from nanochat.fp8 import fp8_trouble
     trouble = fp8_trouble(torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)) if device_type == "cuda" else None))
     return trouble and f"--fp8: {trouble}. Leave it out, or add --fp8-emulate for the same numbers, slowly"
 

@@ -1,0 +1,99 @@
+"""The book-keeping of a cycle: its declared target, its phases, plateau and rollback, and the change log.
+
+A cycle file is JSON. A target, once declared, stays for the cycle: results under two targets do not compare.
+"""
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+
+from nanochat.common import UserError, write_atomic
+
+PHASES = {"0": "baseline and target lock", "0.5": "tactical RMSNorm check", "1": "theory transfer", "2": "data and horizon",
+          "3": "shape at fixed budget", "4": "support lane", "5": "miniseries"}
+STATES = ("open", "running", "done")
+ROLLBACK = ("cross-depth regression", "complexity", "hard to reason about")  # section 7.4
+PLATEAU_GAIN = 0.02  # section 7.2
+PLATEAU_CYCLES = 2
+
+
+def new_cycle(name: str, metric: str, threshold: float) -> dict:
+    return {"name": name, "target_metric_name": metric, "target_metric_threshold": threshold, "started": str(date.today()),
+            "phases": dict.fromkeys(PHASES, "open"), "robust_gain": 0.0, "promoted": [], "optional": [], "log": []}
+
+
+def read_cycles(path: Path) -> list[dict]:
+    """The cycles of a file, oldest first; none where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read the cycles in {path}: {e}") from None
+
+
+def write_cycles(path: Path, cycles: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(cycles, indent=1) + "\n")
+
+
+def current(cycles: list[dict]) -> dict:
+    if not cycles:
+        raise UserError("no cycle yet: start one with `lab cycle start --name NAME --target-metric-name val_bpb "
+                        "--target-metric-threshold X`")
+    return cycles[-1]
+
+
+def record(cycle: dict, change: str, decision: str, gain: float | None) -> dict:
+    """The cycle with a decision taken. A promoted gain adds to the cycle's robust improvement, in ln(time)."""
+    entry = {"date": str(date.today()), "change": change, "decision": decision, "gain": gain}
+    lists = {"promote": "promoted", "keep optional": "optional"}
+    cycle = cycle | {"log": [*cycle["log"], entry]}
+    if decision in lists:
+        cycle[lists[decision]] = [*cycle[lists[decision]], change]
+    if decision == "promote" and gain:
+        cycle["robust_gain"] = cycle["robust_gain"] + gain
+    return cycle
+
+
+def roll_back(cycle: dict, change: str, reason: str) -> dict:
+    """The cycle with a promoted change off by default again, its gain taken off. UserError for another reason than 7.4's."""
+    if change not in cycle["promoted"]:
+        known = ", ".join(cycle["promoted"]) or "nothing is"
+        raise UserError(f"{change!r} is not promoted in cycle {cycle['name']!r}: {known}")
+    if reason not in ROLLBACK:
+        raise UserError(f"a rollback is for one of: {', '.join(ROLLBACK)}")
+    gain = sum(e["gain"] or 0.0 for e in cycle["log"] if e["change"] == change and e["decision"] == "promote")
+    cycle = record(cycle, change, f"rolled back: {reason}", -gain)
+    return cycle | {"promoted": [c for c in cycle["promoted"] if c != change], "robust_gain": cycle["robust_gain"] - gain,
+                    "optional": [*cycle["optional"], change]}
+
+
+def plateau(cycles: list[dict]) -> tuple[bool, str]:
+    """Section 7.2: two full cycles through phases 1-5, each below 2 %, and nothing that passed the miniseries."""
+    full = [c for c in cycles if all(c["phases"][p] == "done" for p in ("1", "2", "3", "4", "5"))][-PLATEAU_CYCLES:]
+    if len(full) < PLATEAU_CYCLES:
+        return False, f"{len(full)} of {PLATEAU_CYCLES} full cycles are done"
+    for cycle in full:
+        if cycle["robust_gain"] >= PLATEAU_GAIN:
+            return False, f"cycle {cycle['name']!r} gained {cycle['robust_gain']:.1%}"
+        if cycle["promoted"]:
+            return False, f"cycle {cycle['name']!r} promoted {', '.join(cycle['promoted'])}"
+    return True, "plateau: Based may be reconsidered (section 7.3)"
+
+
+def log_entry(change: str, decision: str, why: str, gain: float | None, details: str = "") -> str:
+    """An entry of the change log in Markdown: date, change, gain or loss, decision."""
+    measured = "unknown" if gain is None else f"{gain:+.1%} (time saved less quality lost)"
+    return (f"## {date.today()} · {change}\n\nNet gain: {measured}. Decision: **{decision}** ({why}).\n"
+            + (f"\n{details.strip()}\n" if details else ""))
+
+
+def write_log(path: Path, entry: str) -> None:
+    """Put an entry into a log that has its newest first: before the first `## `, or at the end where there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Log\n"
+    first = re.search(r"^## ", text, re.MULTILINE)
+    at = first.start() if first else len(text)
+    before = text[:at].rstrip("\n") + "\n\n" if text[:at].strip() else ""
+    write_atomic(path, before + entry + ("\n" + text[at:] if first else ""))

@@ -1,0 +1,216 @@
+"""What is to be run: profiles, templates, variants, matched conditions, and the order of the cells.
+
+A profile is a text file of base_train's flags, with comments; a variant is a name and further flags, the last of a name
+counts. A flag may be relative to the baseline: `--lr-multiplier=x1.1`, `--total-batch-size=x0.7`, `--depth=x1.5`.
+
+A template is a JSON file:
+    "about"     what it asks
+    "match"     steps | flops | time | free: what all variants have in common with the baseline (free: nothing)
+    "grid"      {"--flag": [values]}: every combination is a variant
+    "variants"  {"name": "flags"}: further ones
+    "if_implemented"  true: leave out variants with a flag that base_train does not have
+"""
+
+import itertools
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import UserError
+from nanochat.lab.rows import config_of
+
+HERE = Path(__file__).parent
+MATCHES = ("steps", "flops", "time", "free")
+NAME = r"[\w.+-]+"       # of a variant
+RELATIVE = r"x\d*\.?\d+"  # a flag's value
+HORIZON = ("--num-iterations", "--target-flops", "--target-param-data-ratio")  # what sets the length of a run
+OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step")         # the lab's to set
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and what it is run with: the whole command line but for the seed."""
+    name: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    about: str
+    match: str
+    variants: dict[str, str]  # name -> flags
+    missing: list[str]        # names of those left out, as a flag of theirs is not implemented
+
+
+def profiles() -> list[str]:
+    return sorted(p.stem for p in (HERE / "profiles").glob("*.flags"))
+
+
+def templates() -> list[str]:
+    return sorted(p.stem for p in (HERE / "templates").glob("*.json"))
+
+
+def read_profile(name: str) -> list[str]:
+    """The flags of a profile that ships with the lab, or of a file; none of the profile ''."""
+    if not name:
+        return []
+    path = HERE / "profiles" / f"{name}.flags"
+    path = path if path.exists() else Path(name).expanduser()
+    try:
+        return shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    except (OSError, ValueError) as e:
+        raise UserError(f"no profile {name!r} ({e}): choose one of {', '.join(profiles())}, or name a file of flags") from None
+
+
+def read_template(name: str) -> Template:
+    """A template of the lab, by its letter or name, or one of a file. UserError where it says what is not known."""
+    shipped = [t for t in templates() if name in (t, t.split("-")[0])]
+    path = HERE / "templates" / f"{shipped[0]}.json" if shipped else Path(name).expanduser()
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        unknown = set(read) - {"about", "match", "grid", "variants", "if_implemented"}
+        if unknown or read.get("match", "steps") not in MATCHES:
+            raise ValueError(f"unknown key {unknown.pop()!r}" if unknown else f"match must be one of {', '.join(MATCHES)}")
+        names, values = list(read.get("grid", {})), list(read.get("grid", {}).values())
+        grid = [dict(zip(names, combination)) for combination in itertools.product(*values)] if names else []
+        variants = {"_".join(_short(k, v) for k, v in cell.items()): " ".join(f"{k}={v}" for k, v in cell.items())
+                    for cell in grid}
+        variants |= {key: str(flags) for key, flags in read.get("variants", {}).items()}
+        if bad := [key for key in variants if not re.fullmatch(NAME, key)]:
+            raise ValueError(f"a variant's name is made of letters, digits, '.', '_', '+' and '-', not {bad[0]!r}")
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(f"template {name!r}: {e}. The lab has {', '.join(templates())}; "
+                        "what a template may say is in nanochat/lab/plan.py") from None
+    known = {"--" + field.replace("_", "-") for field in config_of([]).flat()}
+    missing = [key for key, flags in variants.items() if read.get("if_implemented")
+               and any(word.split("=")[0] not in known for word in flags.split())]
+    return Template(read.get("about", path.stem), read.get("match", "steps"),
+                    {key: flags for key, flags in variants.items() if key not in missing}, missing)
+
+
+def _short(flag: str, value) -> str:
+    return f"{flag.strip('-').replace('-multiplier', '')}-{value}"
+
+
+def make_variants(profile: list[str], baseline: str, candidates: dict[str, str], match: str) -> tuple[Variant, list[Variant]]:
+    """The baseline, and the candidates that differ from it. Every flag is checked; UserError names the variant.
+
+    Candidates have their flags on top of the baseline's. Under `steps` all are given the baseline's number of steps.
+    """
+    base, = named_variants(profile, baseline, {"baseline": ""}, match)
+    same = config_of(base.flags).flat()
+    return base, [v for v in named_variants(profile, baseline, candidates, match) if config_of(v.flags).flat() != same]
+
+
+def named_variants(profile: list[str], baseline: str, texts: dict[str, str], match: str) -> list[Variant]:
+    """A variant for each of `texts`, also where two are the same; what they have in common need not be a run of its own."""
+    common, found = [*profile, *_words("baseline", baseline)], []
+    if match == "steps":
+        common.append(f"--num-iterations={horizon_of(checked('baseline', common)).num_iterations}")
+    for name, text in texts.items():
+        own = _words(name, text)
+        if match != "free" and (lengths := [f.split("=")[0] for f in own if f.split("=")[0] in HORIZON]):
+            raise UserError(f"{name} sets {lengths[0]}, but its length is given by --match {match}: use --match free")
+        found.append(Variant(name, (*common, *resolve(name, own, common))))
+        checked(name, found[-1].flags)
+    return found
+
+
+def _words(name: str, text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{name}: {e} in {text!r}") from None
+    if taken := [w for w in words if w.split("=")[0] in OWN]:
+        raise UserError(f"{name}: {taken[0]} is the lab's to set: leave it out")
+    return words
+
+
+def checked(name: str, flags):
+    try:
+        return config_of(flags)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
+
+
+def horizon_of(config):
+    """Steps, batch and rates of a run with this Config, on one rank, with the vocabulary it asks for."""
+    return config.plan(config.model.shape(config.data.vocab_size))
+
+
+def resolve(variant: str, flags: list[str], baseline: list[str]) -> list[str]:
+    """`flags` with those relative to the baseline's flags (`--name=xNUMBER`) replaced by values.
+
+    A batch is rounded to what divides into micro-batches, which shrink for it; its learning rate and weight decay follow by
+    the transfer laws (nanochat/horizon.py). A data ratio carries along a number of steps that was given.
+    """
+    if not any(re.fullmatch(RELATIVE, flag.partition("=")[2]) for flag in flags):
+        return flags
+    config, found = checked("baseline", baseline), []
+    values = config.flat()
+    for flag in flags:
+        name, _, text = flag.partition("=")
+        if not re.fullmatch(RELATIVE, text):
+            found.append(flag)
+            continue
+        factor, value = float(text[1:]), values.get(name.strip("-").replace("-", "_"))
+        if name == "--total-batch-size":
+            found += _batch(factor, config)
+        elif not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise UserError(f"{variant}: {flag}: {name} has no value that could be multiplied")
+        elif isinstance(value, int):
+            found.append(f"{name}={max(1, round(value * factor))}")
+        else:
+            found.append(f"{name}={value * factor:.10g}")
+            if name == "--target-param-data-ratio" and config.horizon.num_iterations > 0:
+                found.append(f"--num-iterations={max(1, round(config.horizon.num_iterations * factor))}")
+    return found
+
+
+def about_batch(flags: list[str]) -> str:
+    """A sentence on the batch that `--total-batch-size=x...` multiplies, and on the one that the transfer law predicts."""
+    batch, law = (horizon_of(checked("baseline", [*flags, *more])).total_batch_size for more in ([], ["--total-batch-size=-1"]))
+    return f"batch: x1 is the baseline's {batch:,} tokens" + (
+        "" if batch == law else f"; the law predicts {law:,} (leave out --total-batch-size to start from there)")
+
+
+def _batch(factor: float, config) -> list[str]:
+    """Flags of a batch `factor` times the baseline's, in rows that a micro-batch of at most its size divides."""
+    most, length = config.horizon.device_batch_size, config.model.max_seq_len
+    unit = max(1, most // 4)  # rows; finer micro-batches would slow the step down for a reason of their own
+    rows = max(1, round(horizon_of(config).total_batch_size * factor / length / unit)) * unit
+    micro = max(n for n in range(1, most + 1) if rows % n == 0)
+    return [f"--total-batch-size={rows * length}", f"--device-batch-size={micro}"]
+
+
+def shorter(variant: Variant, share: float, name: str) -> Variant:
+    """The variant with `share` of its steps, annealed to their end."""
+    steps = horizon_of(config_of(variant.flags)).num_iterations
+    return Variant(name, (*variant.flags, f"--num-iterations={max(1, round(steps * share))}"))
+
+
+def pilot(variant: Variant, share: float) -> Variant:
+    """A shorter one to measure a rate by. The full steps at the start of dynamic suffix training are fewer alike, or it would
+    be slower than what it stands for."""
+    found, suffix = shorter(variant, share, f"pilot-{variant.name}"), config_of(variant.flags).features["suffix"]
+    if suffix.block_update_schedule != "dynamic_suffix":
+        return found
+    return Variant(found.name, (*found.flags, f"--dyn-warmup-steps={round(suffix.dyn_warmup_steps * share)}"))
+
+
+def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match: str) -> Variant:
+    """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds."""
+    if match == "flops":
+        flops = baseline_row["flops_per_token"] * baseline_row["tokens_seen"]
+        return Variant(variant.name, (*variant.flags, "--num-iterations=-1", f"--target-flops={flops:.17g}"))
+    seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
+    steps = max(1, math.floor(baseline_row["train_time_sec"] / seconds))
+    return Variant(variant.name, (*variant.flags, f"--num-iterations={steps}"))
+
+
+def interleaved(variants: list, index: int) -> list:
+    """The order in which the `index`-th seed runs its variants: A B, then B A, so that drift falls on both alike."""
+    return variants[::-1] if index % 2 else list(variants)

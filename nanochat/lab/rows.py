@@ -1,0 +1,124 @@
+"""One run, one row: the columns of the execution plan (section 3.4) in its order, further ones behind them.
+
+`runs.csv` is made anew from the rows that the cells keep (`cells/*/row.json`), under the folder's claim, and renamed into
+place. So several writers lose nothing, a reader never sees half a line, and a cell that is run again replaces its row.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+from nanochat.common import UserError, format_table, write_atomic
+from nanochat.config import parse_config
+from nanochat.features import FEATURES
+from nanochat.flags import flag_name
+from nanochat.lab.claim import held
+
+SCHEMA_VERSION = 1
+PLAN_COLUMNS = (
+    "timestamp", "git_commit", "experiment_name", "seed", "depth", "max_seq_len", "device_batch_size", "total_batch_size",
+    "target_param_data_ratio", "warmdown_ratio", "warmdown_shape", "target_metric_name", "target_metric_threshold",
+    "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "extrapolation_method", "tok_per_sec_median",
+    "dt_median_ms", "wall_time_sec", "final_train_loss", "min_val_bpb", "peak_mem_mib", "status")
+FROM_RESULT = (
+    "exit_code", "error", "git_dirty", "host", "device", "dtype", "torch_version", "model_dim", "num_params", "flops_per_token",
+    "num_iterations", "steps_done", "tokens_seen", "train_time_sec", "compile_time_sec", "eval_time_sec", "tok_per_sec_avg",
+    "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
+MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_target_sec_low", "time_to_target_sec_high",
+                "killed_at", "worker", "command")
+COLUMNS = PLAN_COLUMNS + MORE_COLUMNS
+
+
+def config_of(flags: list[str]):
+    """The Config of base_train's `flags`. UserError for wrong ones, before anything is started."""
+    return parse_config(FEATURES, list(flags))
+
+
+def number(value) -> float | None:
+    """A finite number, or None: result.json spells infinities and NaN as strings, and leaves out what is not known."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def read_result(path: Path) -> dict:
+    """A result.json; {} where there is none or it cannot be read."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int) -> dict:
+    """The row of a run, `val_curve` included; a run that left no result.json is `failed`, with its exit status as the error."""
+    config, known = config_of(flags), dict.fromkeys(COLUMNS)
+    steps = result.get("steps_done")
+    row = known | {
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "experiment_name": f"{experiment}/{variant}",
+        "seed": seed, "depth": config.model.depth, "max_seq_len": config.model.max_seq_len,
+        "device_batch_size": config.horizon.device_batch_size,
+        "total_batch_size": result["tokens_seen"] // steps if steps else max(config.horizon.total_batch_size, 0) or None,
+        "target_param_data_ratio": config.horizon.target_param_data_ratio, "warmdown_ratio": config.optim.warmdown_ratio,
+        "warmdown_shape": config.optim.warmdown_shape, "target_metric_name": config.eval.target_metric_name,
+        "target_metric_threshold": config.eval.target_metric_threshold,
+        "status": "failed", "exit_code": exit_code, "error": f"exit status {exit_code}, no result.json",
+        "schema_version": SCHEMA_VERSION, "variant": variant, "cell": cell, "worker": f"{platform.node()}:{os.getpid()}",
+    }
+    row |= {name: result[name] for name in (*PLAN_COLUMNS, *FROM_RESULT, "command") if name in result and name not in (
+        "timestamp", "experiment_name", "seed", "depth", "total_batch_size")}
+    return row | {"val_curve": result.get("val_curve") or []}
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of all cells of an experiment's folder, oldest first."""
+    rows = [row for path in (folder / "cells").glob("*/row.json") if (row := read_result(path))]
+    return sorted(rows, key=lambda row: row["timestamp"])
+
+
+def known_of(folder: Path, row: dict) -> dict:
+    """All that is known of a run: its row, the rest of its result.json, and its flags: switches, and those that were given
+    (another's default may mean nothing without its switch)."""
+    given = {word.split("=")[0] for word in row["flags"]}
+    flags = {name: value for name, value in config_of(row["flags"]).flat().items()
+             if isinstance(value, bool) or flag_name(name) in given}
+    result = read_result(folder / "cells" / row["cell"] / "result.json")
+    return flags | {name: value for known in (result, row) for name, value in known.items() if value is not None}
+
+
+def table_of(columns: str, runs: list[dict]) -> str:
+    """Runs as text. Columns are "name", "name=field", or either with ":format" of its numbers, separated by spaces."""
+    parsed = {}  # name -> (field, format)
+    for column in columns.split():
+        name, _, form = column.partition(":")
+        name, _, field = name.partition("=")
+        parsed[name] = (field or name, form)
+
+    def cell(value, form):
+        return format(value, form) if form and isinstance(value, (int, float)) else value
+    return format_table([{name: cell(run.get(field), form) for name, (field, form) in parsed.items()} for run in runs])
+
+
+def write_csv(folder: Path) -> None:
+    """Write the folder's runs.csv from its cells."""
+    with held(folder / ".csv.claim"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read_rows(folder))
+        write_atomic(folder / "runs.csv", text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a runs.csv as strings. UserError where it is of another schema."""
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    if any(row.get("schema_version") != str(SCHEMA_VERSION) for row in rows):
+        raise UserError(f"{path} is of another schema version than {SCHEMA_VERSION}: make it anew with `lab report`")
+    return rows

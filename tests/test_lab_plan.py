@@ -1,0 +1,134 @@
+"""Profiles, templates and variants: what they expand to, and what is refused before anything runs."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, strategies as st
+
+from nanochat.common import UserError
+from nanochat.lab.plan import (about_batch, interleaved, make_variants, matched, named_variants, pilot, profiles, read_profile,
+                               read_template, shorter, templates)
+from nanochat.lab.rows import config_of
+
+SMOKE = read_profile("cpu-smoke")
+
+
+@pytest.mark.parametrize("profile", profiles())
+@pytest.mark.parametrize("template", templates())
+def test_every_template_fits_every_profile(profile, template):
+    read = read_template(template)
+    base, found = make_variants(read_profile(profile), "", read.variants, read.match)
+    flat = config_of(base.flags).flat()
+    assert len({v.flags for v in found}) == len(found) and all(config_of(v.flags).flat() != flat for v in found)
+
+
+def test_the_baseline_profile_is_the_plans():
+    config = config_of(read_profile("d12")).flat()
+    assert [config[n] for n in ("depth", "head_dim", "window_pattern", "max_seq_len", "device_batch_size", "total_batch_size",
+                                "eval_every", "eval_tokens", "num_iterations")] == [
+        12, 128, "L", 512, 16, 16384, 100, 524288, 1500]
+
+
+def test_template_b():
+    read = read_template("B")
+    _, found = make_variants(SMOKE, "", read.variants, read.match)
+    pairs = {(c.warmdown_ratio, c.warmdown_shape) for c in (config_of(v.flags).optim for v in found)}
+    assert pairs == {(r, s) for r in (0.2, 0.3, 0.4, 0.5) for s in ("linear", "cosine")} and len(found) == 8
+
+
+def test_template_d_is_relative_to_the_profiles_rates_and_leaves_out_the_baseline():
+    base, found = make_variants(SMOKE, "", read_template("D").variants, "steps")
+    nominal = config_of(base.flags).optim
+    factors = {(round(o.lr_multiplier / nominal.lr_multiplier, 6), round(o.wd_multiplier / nominal.wd_multiplier, 6))
+               for o in (config_of(v.flags).optim for v in found)}
+    assert factors == {(lr, wd) for lr in (0.9, 1.0, 1.1) for wd in (0.7, 1.0, 1.4)} - {(1.0, 1.0)} and len(found) == 8
+
+
+@given(factor=st.sampled_from(["0.5", "0.7", "1.4", "2"]))
+def test_a_relative_batch_divides_and_carries_the_law_along(factor):
+    """LR goes with the square root of the batch, and tau = B / (eta lambda D) is kept (arXiv 2405.13698)."""
+    base, (other,) = make_variants(SMOKE, "", {"x": f"--total-batch-size=x{factor}"}, "flops")
+    plans = [c.plan(c.model.shape(512)) for c in (config_of(base.flags), config_of(other.flags))]
+    ratio = plans[1].total_batch_size / plans[0].total_batch_size
+    assert ratio == pytest.approx(float(factor), rel=0.13)
+    assert plans[1].lr_scale / plans[0].lr_scale == pytest.approx(math.sqrt(ratio))
+    assert plans[1].weight_decay / plans[0].weight_decay == pytest.approx(math.sqrt(ratio))
+
+
+def test_a_relative_data_ratio_changes_the_steps_too():
+    base, (less,) = make_variants(SMOKE, "", {"less": "--target-param-data-ratio=x0.8"}, "free")
+    assert config_of(less.flags).horizon.num_iterations == round(0.8 * config_of(base.flags).horizon.num_iterations)
+
+
+def test_shorter_and_matched_runs():
+    base, (other,) = make_variants(SMOKE, "", {"deep": "--depth=4"}, "free")
+    assert config_of(shorter(base, 0.94, "x").flags).horizon.num_iterations == 94
+    row = {"train_time_sec": 10.0, "steps_done": 100, "tokens_seen": 51200, "flops_per_token": 1000}
+    pilot = {"train_time_sec": 8.0, "steps_done": 40}
+    assert config_of(matched(other, row, pilot, "time").flags).horizon.num_iterations == 50
+    horizon = config_of(matched(other, row, None, "flops").flags).horizon
+    assert horizon.target_flops == 51200 * 1000 and horizon.num_iterations == -1
+
+
+def test_named_variants_are_kept_also_where_they_are_the_same():
+    found = named_variants(SMOKE, "--depth=3", {"a": "", "b": "", "c": "--lr-multiplier=x2"}, "free")
+    assert [v.name for v in found] == ["a", "b", "c"] and found[0].flags == found[1].flags
+    a, c = (config_of(v.flags) for v in found[1:])
+    assert a.model.depth == c.model.depth == 3 and c.optim.lr_multiplier == 2 * a.optim.lr_multiplier
+    assert make_variants(SMOKE, "", {"a": ""}, "free")[1] == []  # in a comparison it would be nothing
+
+
+def test_a_pilot_warms_up_for_the_same_share_of_its_steps():
+    text = "--block-update-schedule=dynamic_suffix --dyn-warmup-steps=30"
+    suffix, plain = (pilot(v, 0.5) for v in named_variants(SMOKE, "", {"suffix": text, "plain": ""}, "free"))
+    assert (suffix.name, plain.name) == ("pilot-suffix", "pilot-plain")
+    assert config_of(suffix.flags).features["suffix"].dyn_warmup_steps == 15
+    assert {config_of(v.flags).horizon.num_iterations for v in (suffix, plain)} == {50}
+
+
+def test_what_a_relative_batch_multiplies_is_said():
+    assert "x1 is the baseline's 512 tokens; the law predicts" in about_batch(SMOKE)
+    law = [flag for flag in SMOKE if not flag.startswith("--total-batch-size")]
+    assert "the law" not in about_batch(law)
+
+
+def test_seeds_are_paired_and_drift_falls_on_both_alike():
+    order = [v for i in range(4) for v in interleaved(["A", "B"], i)]
+    assert order == list("ABBAABBA")
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--no-such-flag", "unknown flag"), ("--seed=3", "lab's to set"), ("--model-tag=x", "lab's to set"),
+    ("--num-iterations=5", "--match free"), ("--depth=0", "at least 1"), ("'open", "quotation"),
+    ("--total-batch-size=100", "whole number of micro-batches"),
+    ("--warmdown-shape=x2", "multiplied")])
+def test_wrong_candidates_are_refused_by_name(flags, says):
+    with pytest.raises(UserError) as refusal:
+        make_variants(SMOKE, "", {"mine": flags}, "steps")
+    assert says in str(refusal.value) and "mine" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"match": "seeds"}', '{"variant": {}}', '{"variants": {"a b": "--depth=2"}}'])
+def test_a_wrong_template_is_refused(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(UserError, match="template"):
+        read_template(str(tmp_path / "mine.json"))
+
+
+def test_a_template_of_ones_own(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"grid": {"--depth": [2, 4]}, "variants": {"wide": "--aspect-ratio=32"}}))
+    read = read_template(str(tmp_path / "mine.json"))
+    assert read.match == "steps" and set(read.variants.values()) == {"--depth=2", "--depth=4", "--aspect-ratio=32"}
+
+
+def test_variants_that_are_not_implemented_are_left_out_where_the_template_says_so(tmp_path):
+    content = {"if_implemented": True, "variants": {"a": "--fused-everything", "b": "--depth=3"}}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    read = read_template(str(tmp_path / "mine.json"))
+    assert read.missing == ["a"] and list(read.variants) == ["b"]
+
+
+def test_an_unknown_profile_names_those_there_are():
+    with pytest.raises(UserError, match="cpu-smoke"):
+        read_profile("tpu")
