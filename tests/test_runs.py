@@ -22,6 +22,7 @@ from scripts.lab import Experiment, JudgeFlags, LabFlags, TableFlags
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = sorted(p for p in (ROOT / "runs").glob("*.sh") if p.name != "_lib.sh")
 BASH = shutil.which("bash")
+PYTEST = ["-m", "pytest", "--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile"]
 STEPS = ["scripts.tok_train", "nanochat.dataset", "scripts.base_train", "scripts.base_eval", "scripts.sample"]
 
 # Writes its arguments to $CALLS, one call a line, separated by tabs; exits 3 when the call contains $FAIL_AT.
@@ -519,7 +520,8 @@ def test_skipping_setup_uses_the_interpreter_at_hand(sandbox):
 
 def test_the_test_command_passes_its_arguments_to_pytest(sandbox):
     process, calls = sandbox.launch("test.sh", "-k 'one or two' -x")
-    assert process.returncode == 0 and calls == [["-m", "pytest", "-k", "one or two", "-x"]]
+    assert process.returncode == 0 and calls[-1] == [*PYTEST, "-k", "one or two", "-x"]
+    assert sandbox.launch("test.sh", "-x", FAIL_AT="xdist")[1][-1] == ["-m", "pytest", "-x"]
     assert sandbox.launch("test.sh", FAIL_AT="pytest")[0].returncode == 3
 
 
@@ -527,4 +529,4 @@ def test_ci_runs_the_test_command_and_nothing_more(sandbox):
     shutil.copytree(ROOT / ".ci", sandbox.root / ".ci")
     process, calls = sandbox.run(".ci/run", cwd=sandbox.root, SKIP_SETUP="1", PYTHON=str(sandbox.python))
     assert process.returncode == 0, process.stderr
-    assert calls == [["-m", "pytest"]]
+    assert calls[-1] == PYTEST
