@@ -8,15 +8,15 @@ line is answered before it is loaded.
 
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+SHORT = 0.004  # seconds: calls that take less are best timed several at once, see `time_in_turn`
 UPDATE = "update: "  # how the profile's ranges of the optimizer's rules begin
 CATEGORIES = ("gemms", "attention", "loss", "norms_elementwise", "embedding", "muon", "adamw", "other", "host")
 # Which kernel belongs where: the first line with a pattern in the kernel's name, or in that of an operator around it.
@@ -57,15 +58,17 @@ class AttemptFlags:
                       choices=("auto", "bfloat16", "float32"))
     seed: int = flag(42, "seed of whatever is random", low=0)
     json_out: str | None = flag(None, "write the result here; a missing folder is made", metavar="PATH")
+    plot: bool = flag(True, "draw the result beside --json-out, if matplotlib is installed")
+
+    presets = {}  # each attempt's own: preset -> values of flags
 
     def validate(self) -> list[str]:
         return unwritable(self.json_out)
 
-    def filled(self, presets: dict[str, dict]) -> "AttemptFlags":
-        """These flags, with the preset's value for each that was left out (None)."""
-        chosen = presets[self.preset]
-        missing = [f.name for f in fields(self) if f.name in chosen and getattr(self, f.name) is None]
-        return replace(self, **{name: chosen[name] for name in missing})
+    def filled(self) -> "AttemptFlags":
+        """These flags, with the preset's value for each that was left out."""
+        chosen = self.presets[self.preset].items()
+        return replace(self, **{name: value for name, value in chosen if getattr(self, name) in (None, [])})
 
     def open_device(self) -> "tuple[torch.device, torch.dtype]":
         from nanochat.device import init_device, pick_compute_dtype
@@ -98,13 +101,14 @@ def timed(device: "torch.device", call: Callable, *arguments) -> tuple[float, An
 
 
 def time_in_turn(variants: dict[str, Callable[[], None]], device: "torch.device", repeats: int, warmup: int = 2,
-                 at_least: float = 0.0) -> dict[str, list[float]]:
+                 at_least: float = 0.0, label: str = "timing") -> dict[str, list[float]]:
     """Seconds of each call, variant by variant, all of them in turn `repeats` times after `warmup` rounds not counted.
 
     at_least: calls that take less than so many seconds are timed several at a time, as many as take that long.
+    label: what the progress says.
     """
     times, calls = {name: [] for name in variants}, dict.fromkeys(variants, 1)
-    progress = Progress("timing", total=(repeats + warmup) * len(variants))
+    progress = Progress(label, total=(repeats + warmup) * len(variants))
     for round_ in range(warmup + repeats):
         for name, call in variants.items():
             seconds, _ = timed(device, lambda: [call() for _ in range(calls[name])])
@@ -119,9 +123,9 @@ def time_in_turn(variants: dict[str, Callable[[], None]], device: "torch.device"
 
 
 def spread(values: list[float]) -> dict:
-    """Median, quartiles and number of values."""
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return {"median": statistics.median(values), "q1": low, "q3": high, "n": len(values)}
+    """Median, quartiles and number of values, with six digits: clocks do not have more to say."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {name: float(f"{v:.6g}") for name, v in (("median", middle), ("q1", low), ("q3", high))} | {"n": len(values)}
 
 
 def speedup(seconds: list[float], baseline: list[float]) -> dict:
@@ -135,7 +139,8 @@ def latency_ms(seconds: list[float]) -> dict:
     return {"mean_ms": 1000 * statistics.fmean(seconds), "p50_ms": 1000 * statistics.median(seconds), "p90_ms": 1000 * p90}
 
 
-def gemm(device: "torch.device", dtype: "torch.dtype", m: int = 4096, n: int = 4096, k: int = 1024) -> tuple[Callable[[], None], int]:
+def gemm(device: "torch.device", dtype: "torch.dtype", m: int = 4096, n: int = 4096,
+         k: int = 1024) -> tuple[Callable[[], None], int]:
     """A matrix product on random data to time as this machine's peak, and its FLOPs."""
     import torch
     generator = torch.Generator().manual_seed(0)
@@ -252,9 +257,11 @@ def unwritable(path: str | None) -> list[str]:
     if target.is_dir():
         return [f"--json-out {path} is a folder: name a file in it"]
     nearest = next(folder for folder in target.parents if folder.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK):
-        return []
-    return [f"--json-out {path}: cannot write in {nearest}. Choose another place"]
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as e:
+        return [f"--json-out {path}: cannot write in {nearest} ({e.strerror}). Choose another place"]
+    return []
 
 
 def check_writable(path: str | None) -> None:
@@ -266,7 +273,8 @@ def write_json(path: str | None, content: dict) -> None:
     if path:
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1)  # a list of numbers, and a dict without others in it, is a line
+        write_atomic(target, re.sub(r"[\[{][^][{}]*[]}]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
 
 
 def save(path: str | None, content: dict, draw: Callable | None = None) -> None:

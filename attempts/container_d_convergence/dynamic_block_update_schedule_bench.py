@@ -70,10 +70,11 @@ class BenchFlags(bench.AttemptFlags):
     warmdown_ratio: float = flag(0.0, "share of the steps over which the rate goes down to 0", low=0, high=1)
     eval_every: int = flag(-1, "steps between validations; -1 is a tenth of --steps")
     val_batches: int = flag(4, "held-out batches that validation averages over", low=1)
-    plot: bool = flag(True, "draw the curves beside --json-out, if matplotlib is installed")
 
-    def filled(self, presets=PRESETS) -> "BenchFlags":
-        flags = super().filled(presets)
+    presets = PRESETS
+
+    def filled(self) -> "BenchFlags":
+        flags = super().filled()
         return replace(flags, lr=3e-4 * (1024 / flags.dmodel) ** 0.5 if flags.lr == -1 else flags.lr,
                        eval_every=max(1, flags.steps // 10) if flags.eval_every == -1 else flags.eval_every)
 
@@ -326,7 +327,8 @@ def number(value: float) -> float | None:
 
 def trace(run: Training) -> dict:
     return {"train_loss": [number(loss) for loss in run.losses], "active_layers": run.active, "step_kind": run.kinds,
-            "seconds": run.seconds, "validation": [[step, seconds, number(loss)] for step, seconds, loss in run.validations],
+            "seconds": [float(f"{s:.7g}") for s in run.seconds],
+            "validation": [[step, seconds, number(loss)] for step, seconds, loss in run.validations],
             "relevance": run.relevance, "steps_planned": run.plans}
 
 
