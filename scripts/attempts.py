@@ -10,6 +10,7 @@ Each attempt is a process of its own, so that none finds the memory or the cache
 
 import ast
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -139,7 +140,7 @@ def tables(results: dict, width: int) -> str:
 
 def show(paths: list[str], flags: ShowFlags) -> int:
     """A table per attempt; where several files are of one attempt, one field side by side, and the last over the first."""
-    files = [Path(path).expanduser() for path in paths] or sorted(RESULTS.rglob("*.json"))
+    files = [Path(path).expanduser() for path in paths] or sorted(Path(os.path.relpath(path)) for path in RESULTS.rglob("*.json"))
     if not files:
         raise UserError(f"nothing is stored in {RESULTS}: name files, or measure with `run all --record`")
     by_script = {}

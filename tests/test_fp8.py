@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from nanochat.setup import Run
 from nanochat.shape import GPTConfig, shape_of_depth
 from nanochat.train import evaluate, run_to_the_end, train_step
 from test_gpt import TINY, batch, tiny_model
+from triton_kernels import compiled_for_hopper, interpreted
 
 ROOT = Path(__file__).parent.parent
 CACHED = Float8LinearConfig(cache_weights=True)
@@ -305,16 +305,11 @@ print("equal")
 
 def test_the_triton_kernel_in_the_interpreter():
     """Bit for bit, on numbers that are exact in FP8: the interpreter's own rounding is not the hardware's."""
-    pytest.importorskip("triton", reason="triton is not installed: its kernel is not run here")
-    done = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    assert done.stdout == "equal\n", done.stderr
+    interpreted(TRITON)
 
 
 PTX = """
 from nanochat.fp8 import _cast_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 types = dict(x="*bf16", largest="*fp32", q="*fp8e5", q_t="*fp8e5", inverse="*fp32", M="i32", N="i32", format_max="fp32",
              floor="fp32")
 source = ASTSource(_cast_kernel, {**types, "TRANSPOSE": "constexpr", "TILE": "constexpr"}, {"TRANSPOSE": True, "TILE": 128},
@@ -325,10 +320,9 @@ print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm["ptx"])
 
 def test_the_triton_kernel_compiles_for_hopper():
     """It rounds to nearest, divides exactly, and reads and writes 16 bytes at a time, the transposed copy too."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run([sys.executable, "-c", PTX], cwd=ROOT, capture_output=True, text=True)
-    assert "cvt.rn.satfinite.e5m2x2.f32" in done.stdout and "div.rn.f32" in done.stdout, done.stderr
-    assert done.stdout.count("ld.global.v4.b32") == done.stdout.count("st.global.v4.b32") == 128 * 128 * 2 // (256 * 16)
+    ptx = compiled_for_hopper(PTX)
+    assert "cvt.rn.satfinite.e5m2x2.f32" in ptx and "div.rn.f32" in ptx
+    assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v4.b32") == 128 * 128 * 2 // (256 * 16)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The loss by chunks against the plain one and against float64: values, both gradients, memory, compiled, over an FP8 head."""
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +22,7 @@ from nanochat.losses import (CHUNK_BYTES, FP16_SCALE, KERNELS, ChunkedCrossEntro
                              loss_plainly, softcapped_cross_entropy)
 from nanochat.native import why_not_native
 from test_gpt import TINY, batch, tiny_model
+from triton_kernels import compiled_for_hopper, interpreted
 
 ROOT = Path(__file__).parent.parent
 native = pytest.mark.skipif(why_not_native("loss") is not None, reason=str(why_not_native("loss")))
@@ -244,16 +244,11 @@ print("equal")
 
 
 def test_the_triton_kernel_in_the_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed: its kernel is not run here")
-    done = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    assert done.stdout == "equal\n", done.stderr
+    interpreted(TRITON)
 
 
 PTX = """
 from nanochat.losses import BLOCK, _loss_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 types = dict(logits="*bf16", targets="*i64", losses="*fp32", width="i32", vocab="i32", cap="fp32", scale="fp32")
 source = ASTSource(_loss_kernel, {**types, "BLOCK": "constexpr"}, {"BLOCK": BLOCK},
                    {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 3, 4)})
@@ -263,9 +258,8 @@ print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm["ptx"])
 
 def test_the_triton_kernel_compiles_for_hopper():
     """It reads and writes 16 bytes at a time."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run([sys.executable, "-c", PTX], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.count("ld.global.v4.b32") == 2 and done.stdout.count("st.global.v4.b32") == 1, done.stderr
+    ptx = compiled_for_hopper(PTX)
+    assert ptx.count("ld.global.v4.b32") == 2 and ptx.count("st.global.v4.b32") == 1
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

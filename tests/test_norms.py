@@ -1,10 +1,6 @@
 """Fused sums and norms against float64, against the plain ones, compiled, in the model, and as Triton kernels."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +14,8 @@ from nanochat.features.fused_rmsnorm import FusedRmsnorm
 from nanochat.norms import (EPS, add_norm, add_norm_backward, fused_add_norm, fused_mix_norm, kernels_for, mix_norm,
                             mix_norm_backward, rms_norm, sum_and_norm)
 from test_gpt import TINY, batch, tiny_model
+from triton_kernels import compiled_for_hopper, interpreted
 
-ROOT = Path(__file__).parent.parent
 LOW = [pytest.param(torch.bfloat16, 2**-8, id="bf16"), pytest.param(torch.float16, 2**-11, id="fp16")]
 MIX, ADD = pytest.param(True, id="mix"), pytest.param(False, id="add")
 
@@ -237,16 +233,11 @@ print("equal")
 
 
 def test_the_triton_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="triton is not installed: its kernels are not run here")
-    done = subprocess.run([sys.executable, "-c", TRITON], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"},
-                          capture_output=True, text=True)
-    assert done.stdout == "equal\n", done.stderr
+    interpreted(TRITON)
 
 
 PTX = """
 from nanochat.norms import _backward_kernel, _forward_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 row, number = "*bf16", "*fp32"
 forward = dict(x=row, y=row, a=number, b=number, mixed=row, normed=row, r=number, width="i32", eps="fp32")
 backward = dict(x=row, y=row, a=number, b=number, r=number, d_mixed=row, d_normed=row, dx=row, dy=row, sums=number,
@@ -265,6 +256,5 @@ for kernel, types, absent in ((_forward_kernel, forward, "a b"), (_backward_kern
 def test_the_triton_kernels_compile_for_hopper():
     """Each tensor is read once and written once, 16 bytes at a time: x, y | x', n and x, y, dx', dn | dx, dy with the two
     scalars, x, y | x', n and x', dx', dn | d without."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run([sys.executable, "-c", PTX], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == "2 2 2 2 4 2 3 1".split(), done.stderr
+    ptx = compiled_for_hopper(PTX)
+    assert ptx.split() == "2 2 2 2 4 2 3 1".split()
