@@ -94,6 +94,9 @@ class CycleFlags:
 
 
 COMMANDS = ("run", "compare", "gate", "sweep", "noise", "miniseries", "report", "cycle")
+NOT_FOR = {  # flags that a command has no use for
+    "run": "max_seeds calibrate control horizons depths change log", "compare": "depths", "gate": "depths",
+    "sweep": "candidate match depths", "noise": "candidate match max_seeds control horizons depths change log"}
 POSITIONAL = {"sweep": "TEMPLATE", "report": "DIR", "cycle": "ACTION"}
 
 
@@ -171,7 +174,10 @@ class Experiment:
         self.path = Path(flags.out).expanduser() if flags.out else get_base_dir() / "lab" / f"{command}-{digest(given)}"
 
     def check(self) -> None:
-        command, flags, problems = self.command, self.flags, []
+        command, flags = self.command, self.flags
+        given, usual = (vars(lab) | vars(judge) for lab, judge in ((flags, self.judging), (LabFlags(), JudgeFlags())))
+        problems = [f"--{name.replace('_', '-')} is not for lab {command}" for name in NOT_FOR.get(command, "").split()
+                    if given[name] != usual[name]]
         if command in ("compare", "gate", "miniseries") and not flags.candidate:
             problems.append(f"lab {command} needs --candidate")
         if len(set(flags.seeds)) < len(flags.seeds):

@@ -140,6 +140,8 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
     (["run", "--variant", "a b=--fp8"], "NAME"), (["run", "--variant", "a=", "a="], "twice"),
     (["run", "--variant", "a=--no-such"], "a: unknown flag"), (["run", "--variant", "a=", "--candidate=--depth=3"], "not both"),
     (["run", "--variant", "a=", "b=--num-iterations=5", "--match=time"], "--match free"),
+    (["run", "--control", "--horizons", ".5", ".6", ".7"], "--control is not for lab run"),
+    (["sweep", "B", "--match=time"], "--match is not for lab sweep"), (["noise", "--candidate=--fp8"], "not for lab noise"),
     (["sweep", "Z"], "A-theory"), (["judge"], "not a command"),
     (["miniseries", "--candidate=--fp8", "--depths", "4"], "--depths"),
     (["compare", "--candidate=--warmdown-shape=linear"], "nothing to compare")])
