@@ -148,13 +148,20 @@ def test_pairs_are_of_one_seed_and_of_runs_that_ended_well():
     assert [(b["seed"], c["seed"]) for b, c in pairs_of(base, other)] == [(2, 2)]
 
 
-@pytest.mark.parametrize("fields", [{"status": "diverged"}, {"status": "oom"}, {"skipped_steps": 1}, {"rollbacks": 1}])
+@pytest.mark.parametrize("fields", [{"status": "diverged"}, {"status": "oom"}, {"skipped_steps": 1}, {"rollbacks": 1},
+                                    {"min_val_bpb": 0.98, "val_bpb": 1.0}])
 def test_instability_is_a_reject_however_good_the_rest(fields):
     rng = random.Random(0)
     base = [simulate(rng, s) for s in (1, 2)]
     other = [simulate(rng, 1, pace=0.5), simulate(rng, 2, pace=0.5, **fields)]
-    assert gate_stable(other).outcome == "fail"
+    assert gate_stable(base, other).outcome == "fail"
     assert judge(base, other, [], resumed=True).decision == "reject"
+
+
+def test_overfitting_is_not_the_candidates_fault_where_the_baseline_does_it_too():
+    rng = random.Random(0)
+    rose, kept = ([simulate(rng, s, min_val_bpb=lowest, val_bpb=1.0) for s in (1, 2)] for lowest in (0.97, 0.995))
+    assert [gate_stable(*rows).outcome for rows in ((rose, rose), (kept, rose), (rose, kept))] == ["pass", "fail", "pass"]
 
 
 @pytest.mark.parametrize("lost, outcome", [(0.0049, "pass"), (0.0051, "fail"), (-0.1, "pass")])

@@ -59,7 +59,7 @@ class Folder:
                  processes: int = 1, show_output: bool = False):
         self.path, self.name, self.home = path, name, home
         self.keep_checkpoints, self.processes, self.show_output = keep_checkpoints, processes, show_output
-        self.prepared = False
+        self.prepared = self.noted = False
         try:
             (path / "cells").mkdir(parents=True, exist_ok=True)
             home.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,8 @@ class Folder:
         """Say so where finished cells are of other code than what is here now: they are not run again."""
         here = git_state()[0]
         others = {row["git_commit"] for cell in cells if (row := self.row(cell))} - {here, None}
-        if here and others:
+        if here and others and not self.noted:
+            self.noted = True
             print0(f"note: cells in {self.path} were run at commit {', '.join(sorted(c[:9] for c in others))}, here is {here[:9]}; "
                    "another --out runs all of them anew")
 

@@ -109,12 +109,21 @@ def net_gain(pairs: list[tuple[dict, dict]], worth: Slope | None, looks: int = 1
 # --- the gates -----------------------------------------------------------------------------------------------------
 
 
-def gate_stable(candidate: list[dict]) -> Gate:
-    """7.1, 3: every candidate run ended well, took every step, and never went back."""
+def gate_stable(baseline: list[dict], candidate: list[dict]) -> Gate:
+    """7.1, 3: every candidate run ended well, took every step, never went back, and kept what it had reached."""
     trouble = [f"seed {r['seed']}: {r['status']}" for r in candidate if not good(r)]
     trouble += [f"seed {r['seed']}: {r['skipped_steps'] or 0} steps skipped, {r['rollbacks'] or 0} rollbacks"
                 for r in candidate if good(r) and (r.get("skipped_steps") or r.get("rollbacks"))]
+    usual = {r["seed"] for r in baseline if went_up(r)}  # the baseline overfits too
+    trouble += [f"seed {r['seed']}: validation rose from {r['min_val_bpb']:.4f} to {r['val_bpb']:.4f}"
+                for r in candidate if went_up(r) and r["seed"] not in usual]
     return Gate("no instability", "fail" if trouble else "pass", "; ".join(trouble) or f"{len(candidate)} runs ended well")
+
+
+def went_up(row: dict) -> bool:
+    """Whether validation ended more than 1 % above its lowest."""
+    lowest, last = number(row.get("min_val_bpb")), number(row.get("val_bpb"))
+    return lowest is not None and last is not None and last > (1 + LOSS_BAND) * lowest
 
 
 def gate_matched(pairs: list[tuple[dict, dict]], match: str) -> Gate | None:
@@ -205,7 +214,7 @@ def judge(baseline: list[dict], candidate: list[dict], calibration: list[dict], 
     killed run went on as it should; None where that was not tried, which leaves the gate open.
     """
     pairs, worth = pairs_of(baseline, candidate), worth_of_a_step(calibration)
-    stable = gate_stable(candidate)
+    stable = gate_stable(baseline, candidate)
     if stable.outcome == "fail":
         return Verdict("reject", f"{stable.name}: {stable.detail}", (stable,))
     if not pairs:
