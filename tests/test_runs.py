@@ -69,7 +69,7 @@ class Sandbox:
         self.calls_file.write_text("")
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.root.parent),
                        "CALLS": str(self.calls_file), **environment}
-        process = subprocess.run([BASH, "-c", command], cwd=cwd or self.root, env=environment, text=True, timeout=60,
+        process = subprocess.run([BASH, "-c", command], cwd=cwd or self.root, env=environment, text=True, timeout=300,
                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return process, [line.split("\t")[:-1] for line in self.calls_file.read_text().splitlines()]
 
