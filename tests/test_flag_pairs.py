@@ -5,7 +5,6 @@ are tried one by one for what refuses them; those that nothing refuses are packe
 parsed and planned as `--explain` does. What fails only in threes is found where the packing happens to hold it.
 """
 
-import os
 import random
 from dataclasses import MISSING, fields
 from itertools import combinations
