@@ -78,7 +78,7 @@ class ChunkedCrossEntropy:
                 return softcapped_cross_entropy(x, lm_head, targets, vocab_size, reduction)
             compiled = torch.compiler.is_compiling()
             if type(lm_head).forward is self.plain.forward:
-                gradients = chunked_gradients(rows.detach(), lm_head.weight.detach(), wanted, vocab_size, chunk, compiled)
+                gradients = chunked_gradients(rows.detach(), lm_head.weight_in(x.dtype).detach(), wanted, vocab_size, chunk, compiled)
             else:
                 gradients = gradients_through(lm_head, rows.detach(), wanted, vocab_size, chunk, compiled)
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)
@@ -120,10 +120,9 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
                       compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses (0-d fp32), and its gradients dx (N, C) in the dtype of x and dW (V, C) fp32.
 
-    x (N, C); weight (V, C) fp32, whose rows from `vocab_size` on are padding; targets (N,) int64. `compiled`: whether what
-    is plain PyTorch in it shall be compiled, as compilers do not look inside.
+    x (N, C); weight (V, C) in the dtype of x, whose rows from `vocab_size` on are padding; targets (N,) int64. `compiled`:
+    whether what is plain PyTorch in it shall be compiled, as compilers do not look inside.
     """
-    weight = weight.to(x.dtype)
     total, dx, dw = _room_for_gradients(x, weight)
     logits, scale = x.new_empty(min(chunk, len(x)), len(weight)), FP16_SCALE if x.dtype == torch.float16 else 1.0
     for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):

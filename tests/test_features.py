@@ -23,6 +23,7 @@ from nanochat.train import run_to_the_end
 ROOT = Path(__file__).parent.parent
 SWITCHED_ON = {
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
+    "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
     "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
     "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
@@ -161,6 +162,20 @@ def test_deferring_changes_no_number_and_no_row(base):
         at_once, later = train(base, "at-once", *other), train(base, "later", *other, "--deferred-loss-logging")
         assert rows(at_once) == rows(later) and final_bytes(at_once) == final_bytes(later)
         assert later.features.defers == (other == ["--no-compile"])
+
+
+@pytest.mark.parametrize("others", ([], ["--chunked-ce"], SWITCHED_ON["suffix"],
+                                    ["--fp8", "--fp8-emulate", "--fp8-min-dim=16", "--fp8-include-regex=mlp"]), ids=str)
+def test_casting_once_changes_no_bit(base, others):
+    """Beside other rooms too; and each layer that multiplies in bf16 is one of these, none where nothing needs a cast."""
+    flags = ["--no-compile", "--dtype=bfloat16", *others]
+    each, once = train(base, "cast-each", *flags), train(base, "cast-once", *flags, "--cast-once")
+    assert steps_of(each) == steps_of(once) and final_bytes(each) == final_bytes(once)
+    kinds = [type(layer).__name__ for layer in once.model.linears().values()]
+    assert "Linear" not in kinds and kinds.count("CastOnceLinear") == len(kinds) - kinds.count("Float8Linear") > 0
+    if not others:
+        in_fp32 = train(base, "cast-none", "--no-compile", "--dtype=float32", "--cast-once")
+        assert {type(layer).__name__ for layer in in_fp32.model.linears().values()} == {"Linear"}
 
 
 def test_the_compile_cache_serves_another_process(base, tmp_path):

@@ -46,7 +46,8 @@ class Feature:
         """Look at the gradients of the whole step before the optimizer does."""
 
     def after_update(self) -> None:
-        """The optimizer has changed the weights; what is done here counts as training time."""
+        """The weights are others: the optimizer has changed them, and what is done here counts as training time, or they
+        came from a checkpoint."""
 
     def after_step(self, step: int, loss: float, time) -> None:
         """Take note of the step's mean loss in nats, and of the time it took (nanochat/clock.py, StepTime)."""
@@ -134,11 +135,12 @@ class Features:
                 room.load_state_dict(state[room.name])
 
 
-from nanochat.features.chunked_ce import ChunkedCe  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.cast_once import CastOnce  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.chunked_ce import ChunkedCe  # noqa: E402
 from nanochat.features.compile_cache import CompileCache  # noqa: E402
 from nanochat.features.deferred_loss import DeferredLoss  # noqa: E402
 from nanochat.features.fp8 import Fp8  # noqa: E402
 from nanochat.features.fused_rmsnorm import FusedRmsnorm  # noqa: E402
 from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (Fp8, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm)
+FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm)

@@ -81,7 +81,6 @@ class Fp8(Feature):
         self.tokens = config.horizon.device_batch_size * config.model.max_seq_len  # of a micro-batch
         self.compile = config.run.compile
         self.plain, self.fp8 = {}, {}  # the layers converted by name: as they were, and what took their place
-        self.cast = False              # whether the FP8 weights are those of now
         self.checked = 0               # tensors that --fp8-debug found finite
 
     def on_model(self, model, horizon) -> None:
@@ -111,20 +110,14 @@ class Fp8(Feature):
         self.plain = {name: self.model.get_submodule(name) for name in names}
         convert(self.model, names, self.config, self.model.get_device())
         self.fp8 = {name: self.model.get_submodule(name) for name in names}
-        self.cast = False
+        self.after_update()
         if self.config.fp8_debug:
             self._watch()
-
-    def before_step(self, step: int) -> dict:
-        if not self.cast:
-            self.after_update()
-        return {}
 
     def after_update(self) -> None:
         from nanochat.fp8 import refresh_weights
         if self.config.fp8_backend == "custom":
             refresh_weights(self.fp8.values())
-        self.cast = True
 
     @contextmanager
     def eval_context(self, model):
