@@ -14,8 +14,9 @@ Optimizations enter through four seams and nowhere else: `Linear` modules (swapp
 `active_start=a` trains only the suffix of blocks [a, n): what is before runs without gradient, so its activations are
 not kept, and what crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the smear and the
 frozen blocks then get no gradient at all (`.grad` stays None), which the optimizer takes as "leave alone". With
-`detach_x0=False` the embedding is trained as well, by what reaches it from the suffix through x0. The smear is not: two
-numbers for all tokens, pushed on by a gradient that does not know what the prefix makes of them, ran away (dev/LOG.md).
+`detach_x0=False` the embedding is trained as well, by what reaches it from the suffix through x0. The smear is not, nor
+are the scalars that weigh x0 and the stream: a few numbers for all tokens, pushed on by a gradient that does not know
+what the prefix would make of them, ran away (dev/LOG.md).
 """
 
 from collections.abc import Callable
@@ -135,6 +136,19 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """x, to which no gradient flows back. Unlike a detached x it asks for one, as x itself would, so that the compiled blocks
+    of steps that train x serve here too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
 class GPT(nn.Module):
     """Build on the meta device, then `to_empty(device=...)`, then `init_weights()`: parameters are made once, in place.
 
@@ -219,11 +233,15 @@ class GPT(nn.Module):
         assert start + T <= self.max_seq_len, f"{start + T} positions, but rotary ones end at {self.max_seq_len}"
         assert 0 <= active_start < self.config.n_layer
         cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
+        lambdas = self.resid_lambdas, self.x0_lambdas
+        if active_start > 0:
+            lambdas = tuple(map(_WithoutGradient.apply, lambdas))
         with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
             x0 = self._embed(idx, kv_cache, train_smear=active_start == 0)
         with torch.no_grad() if active_start > 0 else nullcontext():
-            x, mid = self._run_blocks(range(active_start), x0, x0, None, idx, cos, sin, kv_cache, start)
-        x, mid = self._run_blocks(range(active_start, self.config.n_layer), x, x0, mid, idx, cos, sin, kv_cache, start)
+            x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, cos, sin, kv_cache, start)
+        suffix = range(active_start, self.config.n_layer)
+        x, mid = self._run_blocks(suffix, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start)
         if kv_cache is not None:
             kv_cache.advance(T)
         x = self.kernels.norm(x - self.backout_lambda.to(x.dtype) * mid)
@@ -242,13 +260,13 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], smear_gate.to(x.dtype)))  # (B, T, 1)
         return x + smear_lambda.to(x.dtype) * gate * previous
 
-    def _run_blocks(self, layers, x, x0, mid, idx, cos, sin, kv_cache, start):
+    def _run_blocks(self, layers, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start):
         """Run the given layers; returns the stream and what it was after layer n // 2 (None before that)."""
+        resid_lambdas, x0_lambdas = lambdas
         for i in layers:
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
             cache = None if kv_cache is None else (*kv_cache.get_layer_cache(i), start)
-            x = self.transformer.h[i](x, x0, self.resid_lambdas[i], self.x0_lambdas[i], ve, cos, sin,
-                                      self.window_sizes[i], cache)
+            x = self.transformer.h[i](x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin, self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:
                 mid = x
         return x, mid
@@ -264,16 +282,15 @@ class GPT(nn.Module):
         tables = list(self.value_embeds.parameters())
         smear_and_backout = [self.smear_gate, self.smear_lambda, self.backout_lambda]
 
-        def adamw(params, lr, betas, weight_decay=0.0, per_layer=False, eps=1e-10):
-            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                        skip_zero_gradients=per_layer)
+        def adamw(params, lr, betas, weight_decay=0.0, eps=1e-10):
+            return dict(kind="adamw", params=params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
         groups = [
             adamw([self.lm_head.weight], unembedding_lr * scale, (0.8, 0.96), 0.01),
             adamw([self.transformer.wte.weight], embedding_lr * scale, (0.8, 0.995), 0.001),
             adamw(tables, 0.5 * embedding_lr * scale, (0.8, 0.995), 0.01),
-            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05, per_layer=True, eps=SCALAR_EPS),
-            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), per_layer=True, eps=SCALAR_EPS),
+            adamw([self.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05, eps=SCALAR_EPS),
+            adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), eps=SCALAR_EPS),
             adamw(smear_and_backout, 0.2, (0.8, 0.95), eps=SCALAR_EPS),
         ]
         matrices = list(self.transformer.h.parameters())

@@ -33,17 +33,17 @@ COMPILE_FROM = 2**14  # elements: smaller parameters are updated eagerly, as a g
 TINY = 1e-20  # keeps a division by the norm of an all-zero row or matrix finite, and matters to nothing else
 
 
-def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, where: Tensor,
+def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, finite: Tensor,
                  decay, step_size, one_minus_beta1, one_minus_beta2, bias2_sqrt, eps) -> None:
-    """One AdamW step in place, computed in fp32 whatever the dtype of `p`, for the elements `where` (bool, 0-d or of p's
-    shape) is true; the last six are scalars of this step."""
+    """One AdamW step in place, computed in fp32 whatever the dtype of `p`, if `finite` (0-d bool); the last six are scalars
+    of this step."""
     grad = grad.float()
     new_avg = torch.lerp(exp_avg, grad, one_minus_beta1)
     new_avg_sq = torch.lerp(exp_avg_sq, grad.square(), one_minus_beta2)
     new = p.float() * decay - step_size * new_avg / (new_avg_sq.sqrt() / bias2_sqrt + eps)
-    p.copy_(torch.where(where, new.to(p.dtype), p))
-    exp_avg.copy_(torch.where(where, new_avg, exp_avg))
-    exp_avg_sq.copy_(torch.where(where, new_avg_sq, exp_avg_sq))
+    p.copy_(torch.where(finite, new.to(p.dtype), p))
+    exp_avg.copy_(torch.where(finite, new_avg, exp_avg))
+    exp_avg_sq.copy_(torch.where(finite, new_avg_sq, exp_avg_sq))
 
 
 def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,9 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Groups are tagged `kind`: `adamw` (lr, betas, eps, weight_decay) or `muon` (lr, momentum, beta2, weight_decay).
 
     All parameters of a Muon group have one shape: those that have a gradient are stacked and updated as one batch.
-    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables. An AdamW group
-    with `skip_zero_gradients` holds small vectors with an element per layer: those of frozen layers, whose gradient is
-    exactly zero, are left alone as a whole parameter without gradient would be.
+    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables.
 
     names: parameter -> name, for `named_state`.   muon_dtype: what the orthogonalization multiplies in.
     compile: fuse each rule with torch.compile, for parameters large enough to pay for their graph. A batch of another
@@ -126,8 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
             step = state["step"].item()
             scalars = (1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
                        (1 - beta2**step) ** 0.5, eps)
-            where = finite & (p.grad != 0) if group.get("skip_zero_gradients") else finite
-            tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"], where
+            tensors = p, p.grad, state["exp_avg"], state["exp_avg_sq"], finite
             if self._compiles(p):
                 self._compiled_adamw(*tensors, *_on_host(scalars))
             else:

@@ -142,15 +142,12 @@ def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
     run = train(base, "frozen", *SWITCHED_ON["alternate"], "--save-every=1")
     (before, state_before, _), (after, state_after, _) = (load_checkpoint(run.run_dir, step) for step in (3, 4))
     for name in before:
-        frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear"))
+        frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear",
+                                  "x0_lambdas", "resid_lambdas"))
         changed = not torch.equal(before[name], after[name])
         assert changed != frozen, name
         for key in (k for k in state_before if k.startswith(name + "/")):
             assert not frozen or torch.equal(state_before[key], state_after[key]), key
-    for name in ("x0_lambdas", "resid_lambdas"):  # an element per layer
-        pairs = [(before[name], after[name])] + [(state_before[f"{name}/{k}"], state_after[f"{name}/{k}"])
-                                                 for k in ("exp_avg", "exp_avg_sq")]
-        assert all(torch.equal(old[:2], new[:2]) and (old[2:] != new[2:]).all() for old, new in pairs)
 
 
 def test_deferring_changes_no_number_and_no_row(base):
