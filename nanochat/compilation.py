@@ -6,8 +6,8 @@ here each variant of the forward is rehearsed once before it is trained with, fo
 made, or found not to be possible, in which case this one variant runs uncompiled and the run says so.
 
 A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so
-that a dozen serve every `active_start`. On a CPU at d6 parts are 2 % slower, and the first compile takes 27 s instead of
-69, each further start at most 23 s instead of 26 (dev/LOG.md).
+that a dozen serve any depth and every `active_start`. On a CPU parts are 2 % slower, and a d12 start takes 51 s of
+compiling instead of 100, from a warm cache 6 instead of 27 (dev/LOG.md).
 """
 
 import torch

@@ -90,7 +90,8 @@ class Run:
             before = checkpoint and checkpoint[2]["user_config"]["device_batch_size"]
             possible = micro_batches(config.horizon.device_batch_size)
             take_micro_batch(self, before if before in possible else choose_micro_batch(self))
-        self.forward = CompiledModel(self.model, whole=not self.features.varies_forward) if self.compile else self.model
+        self.in_parts = config.run.compile_parts or self.features.varies_forward
+        self.forward = CompiledModel(self.model, whole=not self.in_parts) if self.compile else self.model
 
         rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
         packing = rows.report(groups=1)
@@ -151,7 +152,8 @@ class Run:
 
     def rounded_by(self) -> dict:
         """What the last bits of the result depend on."""
-        return {"device": device_name(self.device), "torch": torch.__version__, "compiled": self.compile,
+        return {"device": device_name(self.device), "torch": torch.__version__,
+                "compiled": self.compile and ("in parts" if self.in_parts else "whole"),
                 "rows per micro-batch": self.config.horizon.device_batch_size, "ranks": self.ranks.world_size}
 
     def start_loader(self) -> None:

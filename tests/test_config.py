@@ -59,6 +59,7 @@ def test_every_problem_is_in_one_message():
     (["--warmdown-ratio=1.5"], "at most 1"),
     (["--tracker", "none", "wandb"], "excludes the others"),
     (["--compile-cache-dir=x", "--no-compile"], "leave one of them out"),
+    (["--compile-parts", "--no-compile"], "leave one of them out"),
     (["--depth"], "expected one argument"),
     (["--matrix-lr=nan"], "must be a number"),
     (["--target-param-data-ratio=-1"], "no horizon"),

@@ -156,6 +156,14 @@ def test_compiled_training_follows_eager(plain, base):
         assert compiled == pytest.approx(eager, rel=1e-3)
 
 
+def test_compiled_in_parts_training_follows_eager(plain, base):
+    run_dir, rows = run_here(base, "parts", "--compile-parts")
+    for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:3]:
+        assert compiled == pytest.approx(eager, rel=1e-3)
+    whole = result(base / "base_checkpoints/alone")
+    assert result(run_dir)["compiled_graphs"] > whole["compiled_graphs"] and result(run_dir)["eager_fallbacks"] == 0
+
+
 @pytest.mark.parametrize("micro", ["1", "2", "8"])
 def test_micro_batches_change_neither_the_data_nor_the_metric(plain, base, micro):
     """fp32, so that only the order of summation differs; three steps at a high rate blow that up, so the metric is

@@ -52,7 +52,7 @@ PRESETS = {
     "cpu-d4": f"{CPU} --depth=4 --device-batch-size=8", "cpu-d6": f"{CPU} --depth=6 --device-batch-size=8",
     "gpu-d12": f"{GPU} --depth=12 --device-batch-size=16", "gpu-d24": f"{GPU} --depth=24 --device-batch-size=8",
 }
-VARIANTS = {"compiled": "", "eager": "--no-compile", "parts": ""}  # flags; in parts as where a room varies the forward
+VARIANTS = {"compiled": "", "eager": "--no-compile", "parts": "--compile-parts"}  # flags
 TAKES_FLAGS = ("--with", "--against", "--against-regex")  # whose value may begin with a dash
 
 
@@ -100,10 +100,9 @@ def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
 class Variant:
     """A run, past what its first steps do only once. Called, it takes a step."""
 
-    def __init__(self, name: str, config: Config, base_dir):
+    def __init__(self, config: Config, base_dir):
         import torch
 
-        from nanochat.compilation import CompiledModel
         from nanochat.setup import Run
         from nanochat.train import settle
         held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # by the variants before this one
@@ -111,8 +110,6 @@ class Variant:
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir / "bench" / f"vocabulary_{config.data.vocab_size}")
         self.run = Run(config)
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)  # for the other trainer
-        if name == "parts" and self.run.compile:
-            self.run.forward = CompiledModel(self.run.model, whole=False)
         bench.name_updates(self.run.optimizer)
         for _ in range(2):
             self()
@@ -133,7 +130,7 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     torch._inductor.config.cpp.enable_kernel_profile = True  # names a CPU's compiled kernels; asks for new graphs
     base_dir, variants, rounds = get_base_dir(), {}, []
     for name, config in configs.items():
-        variants[name] = Variant(name, config, base_dir)
+        variants[name] = Variant(config, base_dir)
     first = next(iter(variants.values())).run
     device = first.device
     # so large that the rate no longer grows, so often that launching is not what is timed
