@@ -153,8 +153,10 @@ class GPT(nn.Module):
     """Build on the meta device, then `to_empty(device=...)`, then `init_weights()`: parameters are made once, in place.
 
     `compute_dtype` is the dtype of activations and matrix products, and of the embedding tables (except fp16, whose
-    gradients need fp32 tables); every other parameter is fp32.
+    gradients need fp32 tables); every other parameter is fp32. `momentum_dtype`: see MuonAdamW.
     """
+
+    momentum_dtype = torch.float32
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -302,4 +304,4 @@ class GPT(nn.Module):
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
         orthogonalize_in = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
         return MuonAdamW(groups, names={p: name for name, p in self.named_parameters()},
-                         muon_dtype=orthogonalize_in, compile=compile)
+                         muon_dtype=orthogonalize_in, momentum_dtype=self.momentum_dtype, compile=compile)

@@ -61,8 +61,8 @@ class ChunkedCrossEntropy:
     """`softcapped_cross_entropy` by chunks of tokens. Without gradients each chunk is the plain one.
 
     chunk_tokens: tokens of a chunk, 0 to choose by the size of their logits.
-    plain: the class of heads whose forward is x W^T and no more. Their products are made here. A head with a forward of
-    its own is called for each chunk, so that it multiplies as it does, in FP8 say.
+    plain: the class of heads whose forward is x W^T and no more, with W from `weight_in(dtype)`. Their products are made
+    here. A head with a forward of its own is called for each chunk, so that it multiplies as it does, in FP8 say.
 
     The gradients of single losses (`none`) are not known ahead: where they are wanted, all is the plain one.
     """
@@ -78,7 +78,8 @@ class ChunkedCrossEntropy:
                 return softcapped_cross_entropy(x, lm_head, targets, vocab_size, reduction)
             compiled = torch.compiler.is_compiling()
             if type(lm_head).forward is self.plain.forward:
-                gradients = chunked_gradients(rows.detach(), lm_head.weight_in(x.dtype).detach(), wanted, vocab_size, chunk, compiled)
+                weight = lm_head.weight_in(x.dtype).detach()
+                gradients = chunked_gradients(rows.detach(), weight, wanted, vocab_size, chunk, compiled)
             else:
                 gradients = gradients_through(lm_head, rows.detach(), wanted, vocab_size, chunk, compiled)
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)

@@ -21,6 +21,8 @@ wait to learn of it. In a compiled rule the choice is part of the last pass over
 import torch
 from torch import Tensor
 
+from nanochat.shape import MUON_BATCH
+
 # (a, b, c) of X <- a X + (b A + c A A) X with A = X X^T: five iterations, safety 2e-2, cushion 2 (arXiv 2505.16932).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -30,6 +32,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 COMPILE_FROM = 2**14  # elements: smaller parameters are updated eagerly, as a graph for each would cost seconds
+FP32_BELOW = 2**10    # elements: the first moments of smaller parameters are always fp32, as they hardly take memory
 TINY = 1e-20  # keeps a division by the norm of an all-zero row or matrix finite, and matters to nothing else
 
 
@@ -38,7 +41,7 @@ def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, f
     """One AdamW step in place, computed in fp32 whatever the dtype of `p`, if `finite` (0-d bool); the last six are scalars
     of this step."""
     grad = grad.float()
-    new_avg = torch.lerp(exp_avg, grad, one_minus_beta1)
+    new_avg = torch.lerp(exp_avg.float(), grad, one_minus_beta1)
     new_avg_sq = torch.lerp(exp_avg_sq, grad.square(), one_minus_beta2)
     new = p.float() * decay - step_size * new_avg / (new_avg_sq.sqrt() / bias2_sqrt + eps)
     p.copy_(torch.where(finite, new.to(p.dtype), p))
@@ -61,13 +64,13 @@ def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
 
 def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, finite: Tensor,
                 momentum, lr, weight_decay, beta2, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """One Muon step for K matrices of one shape: (12, 768, 3072) say. Returns new params, momenta and second moments; the
-    old ones unless `finite` (0-d bool).
+    """One Muon step for K matrices of one shape: (12, 768, 3072) say. Returns new params, momenta and second moments, in
+    fp32; the old ones unless `finite` (0-d bool).
 
     `second` is (K, m, 1) for m >= n, else (K, 1, n). lr: spectral norm per update.
     """
     before = params, momenta, second
-    momenta = torch.lerp(momenta, grads, 1 - momentum)
+    momenta = torch.lerp(momenta.float(), grads, 1 - momentum)
     g = polar_factor(torch.lerp(grads, momenta, momentum), dtype)
     m, n = g.shape[-2:]
     g = g * (min(m, n) ** 0.5 / g.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
@@ -86,21 +89,23 @@ def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups are tagged `kind`: `adamw` (lr, betas, eps, weight_decay) or `muon` (lr, momentum, beta2, weight_decay).
 
-    All parameters of a Muon group have one shape: those that have a gradient are stacked and updated as one batch.
-    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Moments are fp32, also those of bf16 tables.
+    All parameters of a Muon group have one shape: those that have a gradient are stacked and updated as one batch, or as
+    several of MUON_BATCH elements: the temporaries of an update are some twenty times its matrices.
+    A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Second moments are fp32, also those of bf16 tables.
 
     names: parameter -> name, for `named_state`.   muon_dtype: what the orthogonalization multiplies in.
+    momentum_dtype: in which first moments are kept between steps; they are computed in fp32.
     compile: fuse each rule with torch.compile, for parameters large enough to pay for their graph. A batch of another
     size reuses the graph (the batch is dynamic).
     """
 
     def __init__(self, param_groups: list[dict], names: dict[Tensor, str] | None = None,
-                 muon_dtype: torch.dtype = torch.float32, compile: bool = False):
+                 muon_dtype: torch.dtype = torch.float32, momentum_dtype: torch.dtype = torch.float32, compile: bool = False):
         super().__init__(param_groups, defaults={})
         assert all(g["kind"] in ("adamw", "muon") for g in self.param_groups)
         assert all(len({p.shape for p in g["params"]}) <= 1 for g in self.param_groups if g["kind"] == "muon")
         self.names = names or {}
-        self.muon_dtype = muon_dtype
+        self.muon_dtype, self.momentum_dtype = muon_dtype, momentum_dtype
         self.compile = compile
         self._compiled_adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)  # compiles when first called
         self._compiled_muon = torch.compile(muon_update, fullgraph=True)
@@ -111,10 +116,13 @@ class MuonAdamW(torch.optim.Optimizer):
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
-            if active:
-                if finite is None:
-                    finite = torch.ones((), dtype=torch.bool, device=active[0].device)
-                (self._step_adamw if group["kind"] == "adamw" else self._step_muon)(group, active, finite)
+            if active and finite is None:
+                finite = torch.ones((), dtype=torch.bool, device=active[0].device)
+            if active and group["kind"] == "adamw":
+                self._step_adamw(group, active, finite)
+            elif active:
+                for batch in batches(active, max(1, MUON_BATCH // active[0].numel())):
+                    self._step_muon(group, batch, finite)
 
     def _step_adamw(self, group: dict, active: list[Tensor], finite: Tensor) -> None:
         lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
@@ -150,13 +158,14 @@ class MuonAdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor, group: dict) -> dict:
         """The state of one parameter, made at its first update."""
         state = self.state[p]
+        momentum_dtype = self.momentum_dtype if p.numel() >= FP32_BELOW else torch.float32
         if not state and group["kind"] == "adamw":
             state["step"] = torch.zeros((), dtype=torch.int64)  # on the host: reading it never waits for the device
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, dtype=momentum_dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         elif not state:
             rows, cols = p.shape
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=momentum_dtype)
             state["second_momentum"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)
         return state
 
@@ -176,6 +185,12 @@ class MuonAdamW(torch.optim.Optimizer):
             name, _, slot = key.rpartition("/")
             p, group = owner[name]
             self._state(p, group)[slot].copy_(tensor)
+
+
+def batches(items: list, most: int) -> list[list]:
+    """The items in as few runs of at most `most` as it takes, of lengths that differ by one at most."""
+    count = -(-len(items) // most)
+    return [items[len(items) * i // count:len(items) * (i + 1) // count] for i in range(count)]
 
 
 def _on_host(scalars: tuple[float, ...]) -> list[Tensor]:

@@ -11,10 +11,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.shape import GPTConfig, param_counts
+from nanochat.shape import MUON_BATCH, GPTConfig, param_counts
 
 # Fitted on CPUs, d3 to d12: bytes per logit; elements of the width per token, for each layer and once; fp32 numbers per
-# element of the largest update by Muon (all matrices of a shape at once) and by AdamW.
+# element of the largest update by Muon (a batch of matrices) and by AdamW.
 EAGER = dict(logit=40, per_layer=22, once=87, muon=28, adamw=18)
 COMPILED = dict(logit=7, per_layer=14, once=113, muon=20, adamw=10)
 MARGIN = 0.8  # share of the memory at hand that a plan may take
@@ -40,11 +40,12 @@ def plan_memory(shape: GPTConfig, rows: int, bytes_per_element: int, compiled: b
     counts, fit = param_counts(shape), COMPILED if compiled else EAGER
     tables, matrices = counts["wte"] + counts["value_embeds"], counts["block_matrices"]
     weights = tables * bytes_per_element + (counts["total"] - tables) * 4
-    tokens = rows * shape.sequence_len
+    tokens, matrix = rows * shape.sequence_len, 4 * shape.n_embd**2  # the largest one, of an MLP
+    at_once = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix
     return Plan(
         weights=weights, gradients=weights,
         moments=8 * (counts["total"] - matrices) + 4 * matrices,  # AdamW keeps two, Muon one and a vector
-        update=4 * max(fit["muon"] * 4 * shape.n_layer * shape.n_embd**2, fit["adamw"] * counts["lm_head"]),
+        update=4 * max(fit["muon"] * at_once, fit["adamw"] * counts["lm_head"]),
         activations=tokens * shape.n_embd * bytes_per_element * (shape.n_layer * fit["per_layer"] + fit["once"]),
         logits=tokens * shape.vocab_size * fit["logit"])
 

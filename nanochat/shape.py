@@ -9,6 +9,7 @@ from dataclasses import dataclass
 VE_GATE_CHANNELS = 12     # the value-embedding gate reads this many channels of the block's input
 SMEAR_GATE_CHANNELS = 24  # the smear gate reads this many channels of the embedding
 VOCAB_MULTIPLE = 64       # the vocabulary is padded to a multiple of this, which matrix units like
+MUON_BATCH = 2**25        # elements of matrices that Muon updates at once, or a matrix if that is larger
 WINDOW_TILE = 128         # short windows are rounded up to a multiple of this, as attention kernels work in tiles
 
 

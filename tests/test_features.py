@@ -23,6 +23,7 @@ from nanochat.train import run_to_the_end
 ROOT = Path(__file__).parent.parent
 SWITCHED_ON = {
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
+    "bf16_momentum": ["--no-compile", "--bf16-momentum"],
     "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
     "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64

@@ -1,6 +1,7 @@
 """MuonAdamW against torch.optim.AdamW, against an exact SVD, and on parameters that have no gradient."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -110,6 +111,55 @@ def test_a_batch_is_updated_as_its_members_would_be(compile):
             optimizer.step()
     for p, q in zip(together, alone):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@COMPILE
+def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
+    """Five matrices at once, and by two or one, while some of them have no gradient."""
+    sets = [parameters(*[(6, 4)] * 5) for _ in range(3)]
+    optimizers = [MuonAdamW([muon_group(params)], compile=compile) for params in sets]
+    for step, frozen in enumerate((0, 2, 0, 4)):
+        for params, optimizer, size in zip(sets, optimizers, (2**25, 48, 1)):
+            monkeypatch.setattr(optim, "MUON_BATCH", size)
+            give_gradients(params, step)
+            for p in params[:frozen]:
+                p.grad = None
+            optimizer.step()
+    for others in sets[1:]:
+        for p, q in zip(sets[0], others):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@COMPILE
+def test_momentum_in_bf16_is_rounded_only_between_steps(compile, monkeypatch):
+    """The first step is that of fp32 to the bit, what it keeps is rounded; after twenty the paths differ by rounding. Small
+    parameters keep fp32, and so does every second moment."""
+    monkeypatch.setattr(optim, "FP32_BELOW", 20)
+    shapes = (6, 4), (6, 4), (5, 7), (3,)
+    exact, rounded = parameters(*shapes), parameters(*shapes)
+    optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:3]), adamw_group(ps[3:])], names=dict(zip(ps, "abcd")),
+                            momentum_dtype=dtype, compile=compile)
+                  for ps, dtype in ((exact, torch.float32), (rounded, torch.bfloat16))]
+    start = copy.deepcopy(exact)
+    for step in range(20):
+        for params, optimizer in zip((exact, rounded), optimizers):
+            give_gradients(params, step)
+            optimizer.step()
+        if step == 0:
+            assert all(torch.equal(p, q) for p, q in zip(exact, rounded))
+            states = optimizers[0].named_state(), optimizers[1].named_state()
+            halved = {k for k, v in states[1].items() if v.dtype == torch.bfloat16}
+            assert halved == {"a/momentum_buffer", "b/momentum_buffer", "c/exp_avg"}
+            assert all(torch.equal(states[0][k].to(v.dtype), v) for k, v in states[1].items())
+    for p, q, before in zip(exact, rounded, start):
+        assert (p - q).norm() < 0.02 * (p - before).norm()
+
+
+def test_batches_are_few_and_even():
+    for n, most in itertools.product(range(1, 30), range(1, 12)):
+        parts = optim.batches(list(range(n)), most)
+        assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // most)
+        assert max(map(len, parts)) <= most and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @COMPILE

@@ -24,8 +24,9 @@ try() {  # name command...
 if "$PYTHON" -c 'import torchao' 2> /dev/null; then ours_and_others='custom torchao baseline'; else ours_and_others='custom baseline'; fi
 try tests "$PYTHON" -m pytest tests/test_fp8.py tests/test_flash_attention.py tests/test_losses.py tests/test_norms.py tests/test_optim.py tests/test_gpt.py
 try fp8_layers "$PYTHON" -m dev.bench.fp8_linear --preset gpu-d12 gpu-d20 gpu-d24 gpu-d26 --modes eager compiled --json-out "$RESULTS/fp8_layers.json"
-try step_d12 "$PYTHON" -m dev.bench.train_step --preset gpu-d12 --with=--chunked-ce --with='--chunked-ce --fused-rmsnorm' \
-    --with='--chunked-ce --deferred-loss-logging' --json-out "$RESULTS/step_d12.json"
+try step_d12 "$PYTHON" -m dev.bench.train_step --preset gpu-d12 --variants compiled parts --with=--chunked-ce \
+    --with='--chunked-ce --fused-rmsnorm' --with='--chunked-ce --deferred-loss-logging' --with='--chunked-ce --cast-once' \
+    --json-out "$RESULTS/step_d12.json"
 try step_d24 "$PYTHON" -m dev.bench.train_step --preset gpu-d24 --with=--chunked-ce --json-out "$RESULTS/step_d24.json"
 try fp8_debug bash runs/fpi_debug.sh
 try fp8_d12 env FP8_VARIANTS="$ours_and_others" bash runs/fp8_compare.sh

@@ -135,7 +135,8 @@ class Features:
                 room.load_state_dict(state[room.name])
 
 
-from nanochat.features.cast_once import CastOnce  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.bf16_momentum import Bf16Momentum  # noqa: E402  (rooms need Feature, defined above)
+from nanochat.features.cast_once import CastOnce  # noqa: E402
 from nanochat.features.chunked_ce import ChunkedCe  # noqa: E402
 from nanochat.features.compile_cache import CompileCache  # noqa: E402
 from nanochat.features.deferred_loss import DeferredLoss  # noqa: E402
@@ -143,4 +144,4 @@ from nanochat.features.fp8 import Fp8  # noqa: E402
 from nanochat.features.fused_rmsnorm import FusedRmsnorm  # noqa: E402
 from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm)
+FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm, Bf16Momentum)
