@@ -19,7 +19,7 @@ def plot_run(run_dir: Path) -> str:
 def _plot_run(run_dir: Path) -> str:
     rows = read_metrics(run_dir / "metrics.jsonl")
     steps = [r for r in rows if r["loss"] is not None]
-    evals = [r for r in rows if r["val_bpb"] is not None]
+    evals = [r | {"val_bpb": float(r["val_bpb"])} for r in rows if r["val_bpb"] is not None]  # "NaN" is a string there
     if not steps:
         return "no plot: no step was finished"
     try:

@@ -137,7 +137,6 @@ class Run:
         self.tally.load_state_dict(state["tally"])
         self.scaler.load_state_dict(state["scaler"])
         self.features.load_state_dict(state["features"])
-        self.features.after_update()
         set_rng_state(state["rng"], self.device)
         if others := differences(state["rounded_by"], self.rounded_by()):
             print0(f"note: the bits may differ from here on: {', '.join(others)}")
@@ -169,6 +168,7 @@ class Run:
         if dist.is_initialized():
             dist.barrier()  # rank 0 alone writes
         self._resume()
+        self.features.after_update()
         self.clock.load_state_dict(clock)
         self.tally.rollbacks = rollbacks
         self.start_loader()

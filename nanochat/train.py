@@ -31,6 +31,7 @@ def train(run: Run) -> None:
     """The loop. A checkpoint due is written before evaluation and sampling; one is made should these fail or be cut short.
     So whatever they do costs no training."""
     flags = run.config.eval
+    run.features.after_update()  # of a checkpoint, or whatever has been done to the weights since the model was made
     while True:
         stop_if_told(run)
         step, last = run.step, run.step >= run.horizon.num_iterations or run.out_of_time()

@@ -572,6 +572,7 @@ def test_a_nan_is_caught_before_the_optimizer(base):
     before = copy.deepcopy(run.model.state_dict())
     assert run_to_the_end(run) == 1
     assert json.loads((run.run_dir / "result.json").read_text())["status"] == "diverged"
+    assert not run.tally.dts, "a step was taken"
     assert all(torch.equal(before[n], t) or n == "transformer.h.1.mlp.c_fc.weight" for n, t in run.model.state_dict().items())
     assert not any(moment.any() for name, moment in run.optimizer.named_state().items() if not name.endswith("/step"))
 

@@ -18,6 +18,7 @@ from nanochat.config import parse_config
 from nanochat.device import cpu_multiplies_bf16
 from nanochat.features import FEATURES
 from nanochat.metrics import RESULT_FIELDS, ROW_COLUMNS, read_metrics
+from nanochat.plot import plot_run
 from nanochat.setup import Run
 from nanochat.train import run_to_the_end
 
@@ -160,8 +161,7 @@ def test_compiled_in_parts_training_follows_eager(plain, base):
     run_dir, rows = run_here(base, "parts", "--compile-parts")
     for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:3]:
         assert compiled == pytest.approx(eager, rel=1e-3)
-    whole = result(base / "base_checkpoints/alone")
-    assert result(run_dir)["compiled_graphs"] > whole["compiled_graphs"] and result(run_dir)["eager_fallbacks"] == 0
+    assert result(run_dir)["compiled_graphs"] >= 4 and result(run_dir)["eager_fallbacks"] == 0  # two kinds of blocks at least
 
 
 @pytest.mark.parametrize("micro", ["1", "2", "8"])
@@ -331,3 +331,10 @@ def test_core_samples_and_what_is_missing(base, capsys):
     (bundle / "core.yaml").unlink()
     run_here(base, "no-core", "--no-compile", "--num-iterations=1", "--core-metric-every=1")
     assert "CORE left out" in capsys.readouterr().out
+
+
+def test_a_validation_that_is_not_finite_is_no_reason_for_no_plot(plain, tmp_path):
+    rows = [json.loads(line) for line in (plain[0] / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["val_bpb"], rows[-1]["val_bpb"] = "NaN", "Infinity"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plot_run(tmp_path) == f"loss plot: {tmp_path / 'loss.png'}" and (tmp_path / "loss.png").stat().st_size > 10_000

@@ -46,8 +46,8 @@ class Feature:
         """Look at the gradients of the whole step before the optimizer does."""
 
     def after_update(self) -> None:
-        """The weights are others: the optimizer has changed them, and what is done here counts as training time, or they
-        came from a checkpoint."""
+        """The weights are others: the optimizer has changed them, and what is done here counts as training time, or training
+        begins, or goes back to a checkpoint."""
 
     def after_step(self, step: int, loss: float, time) -> None:
         """Take note of the step's mean loss in nats, and of the time it took (nanochat/clock.py, StepTime)."""
