@@ -6,7 +6,7 @@ here each variant of the forward is rehearsed once before it is trained with, fo
 made, or found not to be possible, in which case this one variant runs uncompiled and the run says so.
 
 A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so
-that a dozen serve any depth and every `active_start`. On a CPU parts are 2 % slower, and a d12 start takes 51 s of
+that a dozen serve any depth and every `active_start`. On a CPU parts are 1-2 % slower, and a d12 start takes 51 s of
 compiling instead of 100, from a warm cache 6 instead of 27 (dev/LOG.md).
 """
 

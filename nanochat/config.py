@@ -31,7 +31,7 @@ class RunFlags(DeviceFlags):
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0)
     compile: bool = flag(True, "compile the model and the optimizer", free=True)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
-                               "its steps take up to 2 % longer", free=True)
+                               "its steps take up to 3 % longer", free=True)
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
                                  metavar="STEP|latest", free=True)
     allow_change: bool = flag(False, "resume with flags or text that change what is computed", free=True)

@@ -90,7 +90,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """Groups are tagged `kind`: `adamw` (lr, betas, eps, weight_decay) or `muon` (lr, momentum, beta2, weight_decay).
 
     All parameters of a Muon group have one shape: those that have a gradient are stacked and updated as one batch, or as
-    several of MUON_BATCH elements: the temporaries of an update are some twenty times its matrices.
+    several of at most MUON_BATCH elements: the temporaries of an update are some twenty times its matrices.
     A Muon group's lr is multiplied by max(1, rows/cols)^0.5. Second moments are fp32, also those of bf16 tables.
 
     names: parameter -> name, for `named_state`.   muon_dtype: what the orthogonalization multiplies in.

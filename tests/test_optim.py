@@ -116,7 +116,9 @@ def test_a_batch_is_updated_as_its_members_would_be(compile):
 @COMPILE
 def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
     """Five matrices at once, and by two or one, while some of them have no gradient."""
-    sets = [parameters(*[(6, 4)] * 5) for _ in range(3)]
+    sets, sizes = [parameters(*[(6, 4)] * 5) for _ in range(3)], []
+    if not compile:
+        monkeypatch.setattr(optim, "muon_update", lambda *args: sizes.append(len(args[0])) or muon_update(*args))
     optimizers = [MuonAdamW([muon_group(params)], compile=compile) for params in sets]
     for step, frozen in enumerate((0, 2, 0, 4)):
         for params, optimizer, size in zip(sets, optimizers, (2**25, 48, 1)):
@@ -125,6 +127,7 @@ def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
             for p in params[:frozen]:
                 p.grad = None
             optimizer.step()
+    assert compile or sizes[:9] == [5, 1, 2, 2, 1, 1, 1, 1, 1]
     for others in sets[1:]:
         for p, q in zip(sets[0], others):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

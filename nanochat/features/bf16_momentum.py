@@ -1,6 +1,6 @@
 """Keep the optimizer's first moments in bf16: two bytes less per parameter, of 12 to 16 with weights, gradients and moments.
 
-Each step computes them in fp32 and rounds what it keeps. A first moment moves by 4 to 20 % towards the gradient each step,
+Each step computes them in fp32 and rounds what it keeps. A first moment moves by 3 to 20 % towards the gradient each step,
 which bf16's eight bits resolve. AdamW's second moment moves by as little as 0.5 %, which they do not: it would stand still.
 """
 
