@@ -156,7 +156,8 @@ def test_what_is_refused_names_the_flag_and_exits_with_2(values):
 
 
 SWITCHES = ["bf16_momentum", "cast_once", "chunked_ce", "deferred_loss_logging", "fp8", "fp8_emulate",
-            "fp8_skip_lm_head", "fp8_skip_attn_qk", "fp8_weight_grad_bf16", "fp8_no_allow_in_graph", "block_update_schedule", "suffix_detach_x0",
+            "fp8_skip_lm_head", "fp8_skip_attn_qk", "fp8_weight_grad_bf16", "fp8_no_allow_in_graph", "block_update_schedule",
+            "suffix_detach_x0",
             "dyn_relevance_metric", "dyn_adapt_budget", "dyn_final_recovery_mode", "on_divergence", "auto_batch", "dtype",
             "window_pattern", "warmdown_shape", "save_every", "keep_last", "sample_every", "tracker"]
 ALWAYS = dict(num_iterations=5, warmup_steps=2, dyn_warmup_steps=1, dyn_freeze_start_frac=0.0, dyn_final_full_frac=0.2,
