@@ -8,6 +8,9 @@ made, or found not to be possible, in which case this one variant runs uncompile
 A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so
 that a dozen serve any depth and every `active_start`. On a CPU parts are 1-2 % slower, and a d12 start takes 51 s of
 compiling instead of 100, from a warm cache 6 instead of 27 (dev/LOG.md).
+
+What the forward pass keeps for the backward one is the compiler's choice. By default it keeps all that a product of the
+backward pass reads; of a model with `recompute_activations` only what cannot be had again without one.
 """
 
 import torch
@@ -26,13 +29,18 @@ class CompiledModel:
         self.forward = (compile_whole if whole else compile_parts)(model, backend)
         self.works: dict[tuple, bool] = {}  # variants that were rehearsed, and whether their graphs could be made
 
+    def rehearsed(self, options: dict) -> bool:
+        """Whether `rehearse` has seen these options."""
+        return tuple(sorted(options.items())) in self.works
+
     def rehearse(self, x: torch.Tensor, y: torch.Tensor, **options) -> None:
         """Make the graphs of forward(x, y, **options) and its backward, the first time these options are seen."""
-        variant = tuple(sorted(options.items()))
-        if variant in self.works:
+        if self.rehearsed(options):
             return
+        variant = tuple(sorted(options.items()))
         try:
-            self.forward(x, y, **options).backward()
+            with torch._functorch.config.patch(ban_recompute_materialized_backward=not self.model.recompute_activations):
+                self.forward(x, y, **options).backward()
             self.works[variant] = True
         except Exception as e:  # whatever a compiler raises
             if isinstance(cause_of(e), torch.OutOfMemoryError):

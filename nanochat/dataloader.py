@@ -251,8 +251,8 @@ def val_batches(split: Split, row_len: int, batch_size: int, num_tokens: int, ra
 def _inputs_and_targets(rows: np.ndarray, device):
     """(B, T + 1) int64 -> two contiguous tensors (B, T), in pinned memory for a CUDA device."""
     import torch
-    rows = torch.from_numpy(rows)
-    tensors = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    # copied, as torch calls slices of a single row contiguous whatever their strides, and compilers do not
+    tensors = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
     return tuple(t.pin_memory() for t in tensors) if torch.device(device).type == "cuda" else tensors
 
 

@@ -153,10 +153,12 @@ class GPT(nn.Module):
     """Build on the meta device, then `to_empty(device=...)`, then `init_weights()`: parameters are made once, in place.
 
     `compute_dtype` is the dtype of activations and matrix products, and of the embedding tables (except fp16, whose
-    gradients need fp32 tables); every other parameter is fp32. `momentum_dtype`: see MuonAdamW.
+    gradients need fp32 tables); every other parameter is fp32. `momentum_dtype`: see MuonAdamW. `recompute_activations`:
+    see nanochat/compilation.py.
     """
 
     momentum_dtype = torch.float32
+    recompute_activations = False
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()

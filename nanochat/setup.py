@@ -177,13 +177,14 @@ class Run:
 
     def rehearse(self, options: dict) -> None:
         """Compile what forward(..., **options) needs, the first time it is asked for, on a batch of zeros."""
-        if not self.compile:
+        if not self.compile or self.forward.rehearsed(options):
             return
         shape = self.config.horizon.device_batch_size, self.model.config.sequence_len
-        zeros = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        # two tensors: one for both would make a graph of its own, good for nothing else
+        x, y = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
         failed = self.forward.eager_fallbacks
         with self.signals.raised(self.step == self.saved_step and self.ranks.world_size == 1), self.clock.compiling():
-            self.forward.rehearse(zeros, zeros, **options)
+            self.forward.rehearse(x, y, **options)
         if self.signals.received and self.forward.eager_fallbacks > failed:
             # a terminal's Ctrl-C ends the C++ compiler too: what trains uncompiled because of that would be other bits
             raise Interrupted(self.signals.received)

@@ -103,7 +103,7 @@ def train_step(run: Run) -> None:
             run.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
             lap("backward")
-        stop = torch.full((), run.signals.received, device=run.device)
+        stop = torch.full((), float(run.signals.received), device=run.device)
         average_over_ranks(run.model, loss, stop)
         run.scaler.unscale_(run.optimizer)
         names, norms = gradient_norms(run.model)
@@ -118,7 +118,8 @@ def train_step(run: Run) -> None:
             run.features.after_update()
         run.model.zero_grad(set_to_none=True)
         lap("update")
-    launched = Unsettled(run.step, run.lr_multiplier, loss, names, norms, stop, run.loader.checksum(), run.clock.last)
+        results = on_its_way(torch.cat([loss[None], stop[None], norms]))
+    launched = Unsettled(run.step, run.lr_multiplier, names, results, run.loader.checksum(), run.clock.last)
     before, run.unsettled = run.unsettled, launched
     if before:
         settle_step(run, before)
@@ -151,15 +152,19 @@ def gradient_norms(model) -> tuple[list[str], torch.Tensor]:
     return names, torch.stack(norms)
 
 
+def on_its_way(results: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, which is there when the step has ended. Read any later from a CUDA device, it would queue up behind
+    the steps launched since, and wait for them."""
+    return results.to("cpu", non_blocking=True)  # into pinned memory
+
+
 class Unsettled(NamedTuple):
     """A step whose results may still be on their way from the device."""
     step: int
     lr_multiplier: float
-    loss: torch.Tensor           # 0-d fp32
-    names: list[str]             # parameters trained
-    norms: torch.Tensor          # of their gradients
-    stop: torch.Tensor           # 0-d int64: the signal that a rank got, else 0
-    checksum: int                # of its tokens
+    names: list[str]              # of the n parameters trained
+    results: torch.Tensor         # (2 + n,) fp32: loss, the signal that a rank got (else 0), norms of the gradients
+    checksum: int                 # of its tokens
     time: Callable[[], StepTime]  # waits for the step's end
 
 
@@ -172,7 +177,9 @@ def settle(run: Run) -> None:
 
 def settle_step(run: Run, done: Unsettled) -> None:
     """Wait for a step's results and record them. Diverged where they are not finite, unless such steps are skipped."""
-    dt, loss, norms, run.stop = done.time(), done.loss.item(), done.norms.tolist(), int(done.stop.item())
+    dt = done.time()
+    loss, stop, *norms = done.results.tolist()
+    run.stop = int(stop)
     bad = [name for name, norm in zip(done.names, norms) if not math.isfinite(norm)]
     if math.isfinite(loss) and (not bad or run.scaler.is_enabled()):
         run.features.after_step(done.step, loss, dt)

@@ -81,3 +81,28 @@ def test_more_variants_than_torch_keeps_by_itself():
 
 def test_the_first_line_that_says_something():
     assert first_line(RuntimeError("\n  \n no compiler \n more")) == "no compiler" and first_line(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_recomputed_activations_are_not_kept(whole):
+    """By the partitioner alone, without a compiler that rounds otherwise: the same bits, and less kept for the backward pass."""
+    kept, results = {}, {}
+    for recompute in (False, True):
+        model = tiny_model()
+        model.recompute_activations = recompute
+        compiled = CompiledModel(model, whole, backend="aot_eager")
+        compiled.rehearse(*batch(seed=9), active_start=0)
+        sizes, own = {}, {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+        def keep(tensor):
+            if tensor.data_ptr() not in own:
+                sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results[recompute] = gradients(compiled, model, 0)
+        assert compiled.eager_fallbacks == 0
+        kept[recompute] = sum(sizes.values())
+        torch._dynamo.reset()
+    assert kept[True] < 0.75 * kept[False], kept
+    (loss, grads), (expected_loss, expected) = results[True], results[False]
+    assert torch.equal(loss, expected_loss) and all(torch.equal(grads[name], expected[name]) for name in expected)

@@ -29,6 +29,7 @@ SWITCHED_ON = {
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
     "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
     "compile_cache": ["--compile", "--compile-cache-dir={tmp}"],
+    "recompute": ["--compile", "--recompute-activations"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
                "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-final-full-frac=0.13",
                "--dyn-min-active-layers=1", "--dyn-adapt-budget"],

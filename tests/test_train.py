@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.compilation import CompiledModel, graphs_compiled
 from nanochat.config import parse_config
 from nanochat.device import cpu_multiplies_bf16
 from nanochat.features import FEATURES
@@ -103,6 +104,17 @@ def test_the_same_command_gives_the_same_bits_in_another_process(plain, base):
     done = cli(base, "--no-compile", "--model-tag=again")
     assert done.returncode == 0, done.stderr
     assert losses(read_metrics(base / "base_checkpoints/again/metrics.jsonl")) == losses(plain[1])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_training_goes_through_the_graph_that_was_rehearsed(base, rows):
+    torch._dynamo.reset()
+    run = Run(parse_config(FEATURES, flags(base, "--model-tag=graphs", "--no-compile", "--num-iterations=2",
+                                           f"--device-batch-size={rows}")), FEATURES)
+    run.compile, run.forward = True, CompiledModel(run.model, whole=True, backend="eager")
+    graphs = graphs_compiled()
+    assert run_to_the_end(run) == 0
+    assert graphs_compiled() == graphs + 1
 
 
 def test_another_seed_gives_others(plain, base):

@@ -142,6 +142,8 @@ from nanochat.features.compile_cache import CompileCache  # noqa: E402
 from nanochat.features.deferred_loss import DeferredLoss  # noqa: E402
 from nanochat.features.fp8 import Fp8  # noqa: E402
 from nanochat.features.fused_rmsnorm import FusedRmsnorm  # noqa: E402
+from nanochat.features.recompute import Recompute  # noqa: E402
 from nanochat.features.suffix import Suffix  # noqa: E402
 
-FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm, Bf16Momentum)
+FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, DeferredLoss, CompileCache, ChunkedCe, FusedRmsnorm, Bf16Momentum,
+                                       Recompute)

@@ -1,0 +1,35 @@
+"""Keep less of the forward pass for the backward one, and compute again there what takes no matrix product: norms, rotary
+positions, the squared ReLU. A selective form of activation checkpointing (arXiv 2205.05198).
+
+torch.compile keeps by itself what a product of the backward pass reads: relu(h)^2 beside h, each norm's output beside its
+input, 18 numbers per element of the width, token and layer. Of these 10 are enough (dev/LOG.md), for a pass more over the
+rest. No product and no attention is computed twice.
+"""
+
+from dataclasses import dataclass
+
+from nanochat.features import Feature
+from nanochat.flags import flag
+
+
+class Recompute(Feature):
+    name = "recompute"
+
+    @dataclass
+    class Config:
+        """Activations"""
+        recompute_activations: bool = flag(
+            False, "compute norms, rotary positions and squared ReLUs again in the backward pass instead of keeping them", free=True)
+
+    @classmethod
+    def enabled(cls, config) -> bool:
+        return config.features[cls.name].recompute_activations
+
+    @classmethod
+    def validate(cls, config) -> list[str]:
+        if cls.enabled(config) and not config.run.compile:
+            return ["--recompute-activations is done by the compiler, and has no effect under --no-compile: leave one of them out"]
+        return []
+
+    def on_model(self, model, horizon) -> None:
+        model.recompute_activations = True
