@@ -50,11 +50,20 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
     device = torch.device(device_type, ranks.local_rank) if device_type == "cuda" else torch.device(device_type)
     keep_large_buffers()
     if device_type == "cuda":
+        let_segments_grow()
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        on_gpus = device_type == "cuda"
+        dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
     return device, ranks
+
+
+def let_segments_grow() -> None:
+    """Let torch's CUDA allocator lengthen what it has instead of taking new pieces that leave holes: 8 % less memory held in a
+    d12 run (dev/LOG.md). Before the first allocation; settings of the user's own stay."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_large_buffers() -> None:

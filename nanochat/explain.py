@@ -1,9 +1,12 @@
 """`--explain`: what a command line would do, computed from the flags alone, before any text is read. No torch."""
 
+import shutil
+
 from nanochat.common import UserError, format_table
 from nanochat.config import Config
+from nanochat.features import FEATURES, Features
 from nanochat.horizon import Horizon
-from nanochat.planner import plan_memory
+from nanochat.planner import How, plan_memory
 from nanochat.schedules import lr_multiplier, muon_momentum, weight_decay_multiplier
 from nanochat.shape import GPTConfig, param_counts, window_sizes
 from nanochat.tokenizer import get_tokenizer
@@ -43,7 +46,8 @@ def explain(config: Config, shape: GPTConfig, horizon: Horizon, vocabulary: str)
 def memory(config: Config, shape: GPTConfig) -> str:
     """What a step needs on one device, in words."""
     rows, element = config.horizon.device_batch_size, 4 if config.run.dtype == "float32" else 2
-    plan = plan_memory(shape, rows, element, config.run.compile)
+    cuda = config.run.device_type == "cuda" or (not config.run.device_type and shutil.which("nvidia-smi") is not None)
+    plan = plan_memory(shape, rows, How(element, config.run.compile, cuda, **Features(config, FEATURES).memory()))
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(plan).items())
     return f"{plan.total / 2**30:.2f} GiB with {rows} rows per micro-batch ({parts})"
 

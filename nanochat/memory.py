@@ -24,7 +24,12 @@ def advice(run) -> str:
     """What to do after `run` ran out of memory."""
     on_gpu = run.device.type == "cuda"
     limit = torch.cuda.get_device_properties(run.device).total_memory if on_gpu else planner.host_memory(available=False)
-    return planner.advice(run.model.config, run.config.horizon.device_batch_size, limit, run.dtype.itemsize, run.compile)
+    return planner.advice(run.model.config, run.config.horizon.device_batch_size, limit, how(run))
+
+
+def how(run) -> planner.How:
+    """What the planner wants to know of a run."""
+    return planner.How(run.dtype.itemsize, run.compile, cuda=run.device.type == "cuda", **run.features.memory())
 
 
 def choose_micro_batch(run) -> int:
@@ -37,7 +42,7 @@ def choose_micro_batch(run) -> int:
         fits = next((n for n in candidates if on_every_rank(survives(run, n), run.device)), None)
     else:
         available = planner.host_memory(available=True) // run.ranks.world_size  # the ranks share the machine
-        fits = planner.largest_fit(run.model.config, candidates, available, run.dtype.itemsize, run.compile)
+        fits = planner.largest_fit(run.model.config, candidates, available, how(run))
     if fits is None:
         raise UserError(f"--auto-batch: no micro-batch fits. {advice(run)}")
     print0(f"--auto-batch: {fits} rows per micro-batch")

@@ -2,22 +2,48 @@
 
 Weights, gradients and moments follow from the shape. The rest is fitted to measured peaks: what a token leaves for the
 backward pass, the logits with all that the plain loss makes of them, and the temporaries of the largest update, which come
-when the others are gone. It is the estimate of a plain run: chunked cross-entropy needs far fewer logits, frozen blocks
-fewer activations. On CPUs it was within a factor of 1.5 of the measured peak (dev/RELIABILITY.md); for GPUs it has not been
-compared with anything.
+when the others are gone. Frozen blocks and FP8 are not counted. How near it comes to what was measured: dev/RELIABILITY.md.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.shape import MUON_BATCH, GPTConfig, param_counts
 
-# Fitted on CPUs, d3 to d12: bytes per logit; elements of the width per token, for each layer and once; fp32 numbers per
-# element of the largest update by Muon (a batch of matrices) and by AdamW.
-EAGER = dict(logit=40, per_layer=22, once=87, muon=28, adamw=18)
-COMPILED = dict(logit=7, per_layer=14, once=113, muon=20, adamw=10)
 MARGIN = 0.8  # share of the memory at hand that a plan may take
+
+
+@dataclass(frozen=True)
+class How:
+    """What decides the memory of a run, beside its shape and its rows."""
+    bytes_per_element: int     # of activations and tables: 2 or 4
+    compiled: bool
+    cuda: bool = False         # on a CUDA device, else on a CPU
+    chunked_ce: bool = False
+    recompute: bool = False    # --recompute-activations, which is done by the compiler
+    momentum_bytes: int = 4    # of a number of the first moments
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fitted to peaks: d3 to d12 on CPUs, d8 to d20 on CUDA (dev/LOG.md)."""
+    logit: float          # bytes per logit under the plain loss
+    per_layer: float      # elements of the width that a token leaves for the backward pass, for each layer
+    once: float           # and beside them
+    recomputed: float     # per_layer under --recompute-activations
+    cast: float           # bytes per element of the blocks' matrices, for copies that are kept for the backward pass
+    muon: float           # fp32 numbers per element of the largest update by Muon (a batch of matrices)
+    adamw: float          # and by AdamW
+
+
+FITS = {  # (on CUDA, compiled)
+    (False, False): Fit(logit=40, per_layer=22, once=87, recomputed=22, cast=0, muon=28, adamw=18),
+    (False, True): Fit(logit=7, per_layer=14, once=113, recomputed=14, cast=0, muon=20, adamw=10),
+    (True, False): Fit(logit=17, per_layer=19, once=7, recomputed=19, cast=2, muon=28, adamw=18),
+    (True, True): Fit(logit=2.2, per_layer=19, once=7, recomputed=11, cast=2, muon=20, adamw=10),
+}
+CHUNK = {False: 2**23, True: 2**28}  # bytes of a chunk's logits, nanochat/losses.py
 
 
 @dataclass(frozen=True)
@@ -35,19 +61,24 @@ class Plan:
         return self.weights + self.gradients + self.moments + max(self.update, self.activations + self.logits)
 
 
-def plan_memory(shape: GPTConfig, rows: int, bytes_per_element: int, compiled: bool) -> Plan:
-    """Memory of a step with micro-batches of `rows`, activations and tables in elements of 2 or 4 bytes."""
-    counts, fit = param_counts(shape), COMPILED if compiled else EAGER
+def plan_memory(shape: GPTConfig, rows: int, how: How) -> Plan:
+    """Memory of a step with micro-batches of `rows`."""
+    counts, fit = param_counts(shape), FITS[how.cuda, how.compiled]
     tables, matrices = counts["wte"] + counts["value_embeds"], counts["block_matrices"]
-    weights = tables * bytes_per_element + (counts["total"] - tables) * 4
+    weights = tables * how.bytes_per_element + (counts["total"] - tables) * 4
     tokens, matrix = rows * shape.sequence_len, 4 * shape.n_embd**2  # the largest one, of an MLP
     at_once = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix
+    activations = how.bytes_per_element * tokens * shape.n_embd * (
+        shape.n_layer * (fit.recomputed if how.recompute else fit.per_layer) + fit.once)
+    logits = fit.logit * tokens * shape.vocab_size
+    if how.chunked_ce:  # a chunk, and the head's gradient in fp32, some three times
+        logits = min(logits, CHUNK[how.cuda] + 12 * counts["lm_head"])
     return Plan(
         weights=weights, gradients=weights,
-        moments=8 * (counts["total"] - matrices) + 4 * matrices,  # AdamW keeps two, Muon one and a vector
-        update=4 * max(fit["muon"] * at_once, fit["adamw"] * counts["lm_head"]),
-        activations=tokens * shape.n_embd * bytes_per_element * (shape.n_layer * fit["per_layer"] + fit["once"]),
-        logits=tokens * shape.vocab_size * fit["logit"])
+        moments=how.momentum_bytes * counts["total"] + 4 * (counts["total"] - matrices),  # AdamW keeps two, Muon one and a vector
+        update=int(4 * max(fit.muon * at_once, fit.adamw * counts["lm_head"])),
+        activations=int(activations + fit.cast * matrices),
+        logits=int(logits))
 
 
 def micro_batches(rows: int) -> list[int]:
@@ -55,22 +86,26 @@ def micro_batches(rows: int) -> list[int]:
     return [n for n in range(rows, 0, -1) if rows % n == 0]
 
 
-def largest_fit(shape: GPTConfig, candidates: list[int], available: int, bytes_per_element: int, compiled: bool) -> int | None:
+def largest_fit(shape: GPTConfig, candidates: list[int], available: int, how: How) -> int | None:
     """The first of the candidates (rows, largest first) whose plan leaves a margin in `available` bytes, or None."""
-    return next((n for n in candidates
-                 if plan_memory(shape, n, bytes_per_element, compiled).total <= MARGIN * available), None)
+    return next((n for n in candidates if plan_memory(shape, n, how).total <= MARGIN * available), None)
 
 
-def advice(shape: GPTConfig, rows: int, limit: int, bytes_per_element: int, compiled: bool) -> str:
+def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
     """What to do after micro-batches of `rows` did not fit into `limit` bytes: flags that would, by estimate."""
-    def needs(shape, n):
-        return f"{plan_memory(shape, n, bytes_per_element, compiled).total / 2**30:.2g} GiB"
-    fitting = largest_fit(shape, micro_batches(rows)[1:], limit, bytes_per_element, compiled)
-    have = f"--device-batch-size {rows} needs about {needs(shape, rows)}, of {limit / 2**30:.2g} GiB"
-    if fitting:
-        return (f"{have}. Take --device-batch-size {fitting}: about {needs(shape, fitting)}, and the result stays the same, as "
-                "more micro-batches are accumulated (--auto-batch chooses by itself).")
-    return (f"{have}" + (f", and even --device-batch-size 1 about {needs(shape, 1)}" if rows > 1 else "")
+    def needs(n, how):
+        return f"{plan_memory(shape, n, how).total / 2**30:.2g} GiB"
+    have = f"--device-batch-size {rows} needs about {needs(rows, how)}, of {limit / 2**30:.2g} GiB"
+    thrifty = replace(how, chunked_ce=True, recompute=how.compiled)
+    flags = [flag for flag, off in {"--chunked-ce": not how.chunked_ce,
+                                    "--recompute-activations": how.compiled and not how.recompute}.items() if off]
+    if flags and largest_fit(shape, [rows], limit, thrifty):
+        return f"{have}. Add {' '.join(flags)}: about {needs(rows, thrifty)}, at a little more time per step."
+    for how, added in ((how, []), (thrifty, flags)):
+        if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, how):
+            return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, how)}, and the "
+                    "result stays the same, as more micro-batches are accumulated (--auto-batch chooses by itself).")
+    return (f"{have}" + (f", and even --device-batch-size 1 about {needs(1, how)}" if rows > 1 else "")
             + ". Shorten --max-seq-len, or lower --depth or --vocab-size.")
 
 

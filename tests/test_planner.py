@@ -1,6 +1,8 @@
 """The memory planner: counts against a real model, its order, what fits, and --auto-batch. And a peak measured here."""
 
+import re
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from nanochat.device import peak_resident
 from nanochat.features import FEATURES
 from nanochat.memory import choose_micro_batch, out_of_memory, survives
 from nanochat.metrics import read_metrics
-from nanochat.planner import MARGIN, advice, host_memory, largest_fit, micro_batches, plan_memory
+from nanochat.planner import MARGIN, How, advice, host_memory, largest_fit, micro_batches, plan_memory
 from nanochat.setup import Run
 from nanochat.shape import shape_of_depth
 from nanochat.train import run_to_the_end
@@ -28,27 +30,39 @@ def test_weights_gradients_and_moments_are_those_of_the_model(dtype):
     optimizer = model.setup_optimizer()
     model(*torch.randint(0, 300, (2, 2, 64))).backward()
     optimizer.step()
-    plan = plan_memory(SHAPE, 2, dtype.itemsize, compiled=False)
+    plan = plan_memory(SHAPE, 2, How(dtype.itemsize, compiled=False))
     assert plan.weights == sum(p.nbytes for p in model.parameters()) == sum(p.grad.nbytes for p in model.parameters())
     assert plan.gradients == plan.weights
     moments = sum(t.nbytes for t in optimizer.named_state().values())
     assert plan.moments == pytest.approx(moments, rel=0.02)  # Muon's second moment, a vector per matrix, is left out
 
 
-@given(rows=st.integers(1, 200), available=st.integers(2**20, 2**36), compiled=st.booleans())
-def test_the_largest_fit_fits_and_the_next_does_not(rows, available, compiled):
+HOWS = st.builds(How, st.sampled_from([2, 4]), *[st.booleans()] * 4, st.sampled_from([2, 4]))
+
+
+@given(rows=st.integers(1, 200), available=st.integers(2**20, 2**36), how=HOWS)
+def test_the_largest_fit_fits_and_the_next_does_not(rows, available, how):
     def fits(n):
-        return plan_memory(SHAPE, n, 2, compiled).total <= MARGIN * available
-    best = largest_fit(SHAPE, micro_batches(rows), available, 2, compiled)
+        return plan_memory(SHAPE, n, how).total <= MARGIN * available
+    best = largest_fit(SHAPE, micro_batches(rows), available, how)
     for n in micro_batches(rows):
         assert rows % n == 0 and fits(n) == (best is not None and n <= best)
 
 
-@given(rows=st.integers(1, 64), limit=st.integers(2**20, 2**34))
-def test_advice_names_flags_that_fit_by_the_same_estimate(rows, limit):
-    text = advice(SHAPE, rows, limit, 2, compiled=False)
-    smaller = [n for n in micro_batches(rows)[1:] if plan_memory(SHAPE, n, 2, False).total <= MARGIN * limit]
-    assert (f"Take --device-batch-size {smaller[0]}:" in text) if smaller else ("--max-seq-len" in text and "--depth" in text)
+@given(rows=st.integers(1, 64), limit=st.integers(2**20, 2**34), how=HOWS)
+def test_advice_names_flags_that_fit_by_the_same_estimate(rows, limit, how):
+    """Whatever it says to add or to take, put on the command line, fits; it says neither only where nothing does."""
+    text = advice(SHAPE, rows, limit, how)
+    added = replace(how, chunked_ce=how.chunked_ce or "--chunked-ce" in text,
+                    recompute=how.recompute or "--recompute-activations" in text)
+    taken = re.search(r"Take --device-batch-size (\d+)", text)
+    if taken or added != how:
+        assert plan_memory(SHAPE, int(taken[1]) if taken else rows, added).total <= MARGIN * limit
+        assert not taken or int(taken[1]) < rows and rows % int(taken[1]) == 0
+    else:
+        thriftiest = replace(how, chunked_ce=True, recompute=how.compiled)
+        assert "--max-seq-len" in text and "--depth" in text
+        assert all(plan_memory(SHAPE, n, thriftiest).total > MARGIN * limit for n in micro_batches(rows)[1:])
 
 
 def test_host_memory_knows_the_limit_of_the_process():
@@ -82,7 +96,7 @@ def flags(base, tag, *extra):
 
 
 def needs(run, rows):
-    return plan_memory(run.model.config, rows, 4, compiled=False).total / MARGIN
+    return plan_memory(run.model.config, rows, How(4, compiled=False)).total / MARGIN
 
 
 def test_auto_batch_keeps_the_step_and_takes_what_fits(base, monkeypatch):
@@ -129,7 +143,7 @@ def watch_peak(run):
     """Print, when the run ends, the resident memory that training has added."""
     start, finish = peak_resident(), run.finish
     model = run.model.config
-    plan = plan_memory(model, run.config.horizon.device_batch_size, 4, compiled=False)
+    plan = plan_memory(model, run.config.horizon.device_batch_size, How(4, compiled=False))
 
     def finishing(*arguments):
         added = peak_resident() - start

@@ -16,6 +16,7 @@ class Feature:
     varies_forward = False    # True where before_step's answers differ: the model is then compiled in parts, whose few
                               # graphs serve every variant, instead of whole, a graph for each
     defers = False            # True to read a step's results while the next one runs
+    memory: dict = {}         # how it changes what a step needs: fields of nanochat/planner.py's How
 
     @dataclass
     class Config:
@@ -90,6 +91,9 @@ class Features:
     def defers(self) -> bool:
         """Whether results are read a step late. Not where they decide the next step."""
         return any(room.defers for room in self.rooms) and not self.varies_forward
+
+    def memory(self) -> dict:
+        return {key: value for room in self.rooms for key, value in room.memory.items()}
 
     def on_model(self, model, horizon) -> None:
         for room in self.rooms:

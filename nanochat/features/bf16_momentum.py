@@ -12,6 +12,7 @@ from nanochat.flags import flag
 
 class Bf16Momentum(Feature):
     name = "bf16_momentum"
+    memory = {"momentum_bytes": 2}
 
     @dataclass
     class Config:

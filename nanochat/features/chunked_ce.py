@@ -14,6 +14,7 @@ from nanochat.flags import flag
 
 class ChunkedCe(Feature):
     name = "chunked_ce"
+    memory = {"chunked_ce": True}
 
     @dataclass
     class Config:

@@ -14,6 +14,7 @@ from nanochat.flags import flag
 
 class Recompute(Feature):
     name = "recompute"
+    memory = {"recompute": True}
 
     @dataclass
     class Config:
