@@ -6,8 +6,8 @@ here each variant of the forward is rehearsed once before it is trained with, fo
 made, or found not to be possible, in which case this one variant runs uncompiled and the run says so.
 
 A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so
-that a dozen serve any depth and every `active_start`. On a CPU parts are 1-2 % slower, and a d12 start takes 51 s of
-compiling instead of 100, from a warm cache 6 instead of 27 (dev/LOG.md).
+that a dozen serve any depth and every `active_start`. On a CPU parts are 1-2 % slower, and a d12 start takes 39 s of
+compiling instead of 75, from a warm cache 5 instead of 13 (dev/LOG.md).
 
 What the forward pass keeps for the backward one is the compiler's choice. By default it keeps all that a product of the
 backward pass reads; of a model with `recompute_activations` only what cannot be had again without one.

@@ -39,7 +39,7 @@ class Fit:
 
 FITS = {  # (on CUDA, compiled)
     (False, False): Fit(logit=40, per_layer=22, once=87, recomputed=22, cast=0, muon=28, adamw=18),
-    (False, True): Fit(logit=7, per_layer=14, once=113, recomputed=14, cast=0, muon=20, adamw=10),
+    (False, True): Fit(logit=7, per_layer=14, once=113, recomputed=6, cast=0, muon=20, adamw=10),
     (True, False): Fit(logit=17, per_layer=19, once=7, recomputed=19, cast=2, muon=28, adamw=18),
     (True, True): Fit(logit=2.2, per_layer=19, once=7, recomputed=11, cast=2, muon=20, adamw=10),
 }
@@ -94,8 +94,8 @@ def largest_fit(shape: GPTConfig, candidates: list[int], available: int, how: Ho
 def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
     """What to do after micro-batches of `rows` did not fit into `limit` bytes: flags that would, by estimate."""
     def needs(n, how):
-        return f"{plan_memory(shape, n, how).total / 2**30:.2g} GiB"
-    have = f"--device-batch-size {rows} needs about {needs(rows, how)}, of {limit / 2**30:.2g} GiB"
+        return gib(plan_memory(shape, n, how).total)
+    have = f"--device-batch-size {rows} needs about {needs(rows, how)}, of {gib(limit)}"
     thrifty = replace(how, chunked_ce=True, recompute=how.compiled)
     flags = [flag for flag, off in {"--chunked-ce": not how.chunked_ce,
                                     "--recompute-activations": how.compiled and not how.recompute}.items() if off]
@@ -107,6 +107,10 @@ def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
                     "result stays the same, as more micro-batches are accumulated (--auto-batch chooses by itself).")
     return (f"{have}" + (f", and even --device-batch-size 1 about {needs(1, how)}" if rows > 1 else "")
             + ". Shorten --max-seq-len, or lower --depth or --vocab-size.")
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB" if size < 10 * 2**30 else f"{size / 2**30:,.0f} GiB"
 
 
 def host_memory(available: bool) -> int:

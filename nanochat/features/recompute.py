@@ -2,8 +2,8 @@
 positions, the squared ReLU. A selective form of activation checkpointing (arXiv 2205.05198).
 
 torch.compile keeps by itself what a product of the backward pass reads: relu(h)^2 beside h, each norm's output beside its
-input, 18 numbers per element of the width, token and layer. Of these 10 are enough (dev/LOG.md), for a pass more over the
-rest. No product and no attention is computed twice.
+input, about 19 numbers per layer, token and element of the width. Of these 11 are enough (dev/LOG.md), for a few passes more
+over memory. No product and no attention is computed twice. FP8 layers keep what they have quantized all the same.
 """
 
 from dataclasses import dataclass
