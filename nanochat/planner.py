@@ -99,14 +99,15 @@ def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
     thrifty = replace(how, chunked_ce=True, recompute=how.compiled)
     flags = [flag for flag, off in {"--chunked-ce": not how.chunked_ce,
                                     "--recompute-activations": how.compiled and not how.recompute}.items() if off]
-    if flags and largest_fit(shape, [rows], limit, thrifty):
+    expected = not largest_fit(shape, [rows], limit, how)  # else the memory went to something that no flag saves
+    if flags and expected and largest_fit(shape, [rows], limit, thrifty):
         return f"{have}. Add {' '.join(flags)}: about {needs(rows, thrifty)}, at a little more time per step."
-    for how, added in ((how, []), (thrifty, flags)):
-        if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, how):
-            return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, how)}, and the "
+    for run, added in ((how, []), (thrifty, flags)):
+        if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, run):
+            return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, run)}, and the "
                     "result stays the same, as more micro-batches are accumulated (--auto-batch chooses by itself).")
-    return (f"{have}" + (f", and even --device-batch-size 1 about {needs(1, how)}" if rows > 1 else "")
-            + ". Shorten --max-seq-len, or lower --depth or --vocab-size.")
+    least = " ".join(["--device-batch-size 1", *flags])
+    return f"{have}, and even {least} about {needs(1, thrifty)}. Shorten --max-seq-len, or lower --depth or --vocab-size."
 
 
 def gib(size: int) -> str:

@@ -56,7 +56,7 @@ def test_advice_names_flags_that_fit_by_the_same_estimate(rows, limit, how):
     added = replace(how, chunked_ce=how.chunked_ce or "--chunked-ce" in text,
                     recompute=how.recompute or "--recompute-activations" in text)
     taken = re.search(r"Take --device-batch-size (\d+)", text)
-    if taken or added != how:
+    if "and even" not in text:
         assert plan_memory(SHAPE, int(taken[1]) if taken else rows, added).total <= MARGIN * limit
         assert not taken or int(taken[1]) < rows and rows % int(taken[1]) == 0
     else:
