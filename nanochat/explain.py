@@ -46,6 +46,7 @@ def explain(config: Config, shape: GPTConfig, horizon: Horizon, vocabulary: str)
 def memory(config: Config, shape: GPTConfig) -> str:
     """What a step needs on one device, in words."""
     rows, element = config.horizon.device_batch_size, 4 if config.run.dtype == "float32" else 2
+    # torch, which would know what there is, is not loaded for this
     cuda = config.run.device_type == "cuda" or (not config.run.device_type and shutil.which("nvidia-smi") is not None)
     plan = plan_memory(shape, rows, How(element, config.run.compile, cuda, **Features(config, FEATURES).memory()))
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(plan).items())

@@ -19,7 +19,7 @@ class How:
     """What decides the memory of a run, beside its shape and its rows."""
     bytes_per_element: int     # of activations and tables: 2 or 4
     compiled: bool
-    cuda: bool = False         # on a CUDA device, else on a CPU
+    cuda: bool = False         # on a CUDA device, else on a CPU, whose fit Apple GPUs share for want of their own
     chunked_ce: bool = False
     recompute: bool = False    # --recompute-activations, which is done by the compiler
     momentum_bytes: int = 4    # of a number of the first moments
@@ -102,9 +102,9 @@ def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
     expected = not largest_fit(shape, [rows], limit, how)  # else the memory went to something that no flag saves
     if flags and expected and largest_fit(shape, [rows], limit, thrifty):
         return f"{have}. Add {' '.join(flags)}: about {needs(rows, thrifty)}, at a little more time per step."
-    for run, added in ((how, []), (thrifty, flags)):
-        if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, run):
-            return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, run)}, and the "
+    for way, added in ((how, []), (thrifty, flags)):
+        if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, way):
+            return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, way)}, and the "
                     "result stays the same, as more micro-batches are accumulated (--auto-batch chooses by itself).")
     least = " ".join(["--device-batch-size 1", *flags])
     return f"{have}, and even {least} about {needs(1, thrifty)}. Shorten --max-seq-len, or lower --depth or --vocab-size."

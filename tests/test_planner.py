@@ -137,7 +137,21 @@ def test_trying_a_micro_batch_leaves_no_trace(base):
     assert run_to_the_end(run) == 0
 
 
-# --- against a measurement ------------------------------------------------------------------------------------------
+# --- against measurements ------------------------------------------------------------------------------------------
+
+# Peaks of torch's CUDA allocator in MiB (dev/LOG.md): depth, rows of 2048 tokens, then plain, chunked, chunked and recomputed
+CUDA_PEAKS = [(8, 8, 5198, 4542, 3453), (12, 4, 7057, 6960, 5566), (12, 16, 16906, 15305, 10570), (16, 8, 17730, None, 12674),
+              (20, 4, 19639, 19598, 15628)]
+
+
+@pytest.mark.parametrize("depth, rows, plain, chunked, recomputed", CUDA_PEAKS)
+def test_the_estimate_is_near_the_peaks_on_cuda(depth, rows, plain, chunked, recomputed):
+    shape = shape_of_depth(depth, 64, 128, sequence_len=2048, vocab_size=32768)
+    how = How(2, compiled=True, cuda=True)
+    for way, peak in ((how, plain), (replace(how, chunked_ce=True), chunked),
+                      (replace(how, chunked_ce=True, recompute=True), recomputed)):
+        assert peak is None or plan_memory(shape, rows, way).total / 2**20 == pytest.approx(peak, rel=0.05)
+
 
 def watch_peak(run):
     """Print, when the run ends, the resident memory that training has added."""

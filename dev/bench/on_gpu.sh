@@ -26,8 +26,7 @@ try tests "$PYTHON" -m pytest tests/test_fp8.py tests/test_flash_attention.py te
 try fp8_layers "$PYTHON" -m dev.bench.fp8_linear --preset gpu-d12 gpu-d20 gpu-d24 gpu-d26 --modes eager compiled --json-out "$RESULTS/fp8_layers.json"
 try step_d12 "$PYTHON" -m dev.bench.train_step --preset gpu-d12 --variants compiled parts --with=--chunked-ce \
     --with='--chunked-ce --fused-rmsnorm' --with='--chunked-ce --deferred-loss-logging' --with='--chunked-ce --cast-once' \
-    --with='--chunked-ce --recompute-activations' \
-    --json-out "$RESULTS/step_d12.json"
+    --with='--chunked-ce --recompute-activations' --json-out "$RESULTS/step_d12.json"
 try step_d24 "$PYTHON" -m dev.bench.train_step --preset gpu-d24 --with=--chunked-ce --json-out "$RESULTS/step_d24.json"
 try fp8_debug bash runs/fpi_debug.sh
 try fp8_d12 env FP8_VARIANTS="$ours_and_others" bash runs/fp8_compare.sh
