@@ -9,7 +9,6 @@ sizes are known before it exists, so impossible flags are refused before it is t
 import copy
 import hashlib
 import math
-import os
 import subprocess
 import sys
 import time
@@ -19,21 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat import bench
-from nanochat.common import Progress, UserError, get_base_dir
+from nanochat.cli.paths import ROOT, child_environment, get_base_dir, list_steps, located, resolve, runs_dir, step_dir
+from nanochat.common import Progress, UserError
 from nanochat.flags import flag, parse
 from nanochat.shape import GPTConfig, shape_of_depth
 
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 # preset -> depth, aspect ratio, head size, T, vocabulary, characters of text, rows, tokens a step, steps, learning rate
 SMALL = {
     "smoke": (2, 64, 32, 128, 1024, 3_000_000, 16, 2048, 100, 4),
     "default": (4, 64, 64, 256, 2048, 6_000_000, 8, 2048, 120, 4),
     "gpu": (12, 64, 128, 1024, 8192, 40_000_000, 16, 65536, 300, 2),
 }
-STEP_DIR = "step_{:06d}"  # as checkpoint_manager names them; importing it would load torch
 
 
 @dataclass
@@ -50,11 +48,11 @@ class ModelFlags:
 
     def folder(self) -> Path:
         """The folder of the run that --checkpoint names: a path if it is one, else a name under base_checkpoints."""
-        path = Path(self.checkpoint).expanduser()
-        return path.resolve() if path.is_dir() else get_base_dir() / "base_checkpoints" / self.checkpoint
+        path = resolve(self.checkpoint)
+        return path if path.is_dir() else runs_dir() / self.checkpoint
 
     def steps(self) -> list[int]:
-        found = sorted(int(p.name[5:]) for p in self.folder().glob("step_*") if p.name[5:].isdigit())
+        found = list_steps(self.folder())
         return found if self.step is None else [s for s in found if s == self.step]
 
     def _which(self) -> str:
@@ -66,7 +64,7 @@ class ModelFlags:
             depth, ratio, head_dim, T, vocab = SMALL[preset][:5]
             return shape_of_depth(depth, ratio, head_dim, sequence_len=T, vocab_size=vocab, window_pattern="L")
         from nanochat.integrity import read_json
-        path = self.folder() / STEP_DIR.format(self.steps()[-1]) / "state.json"
+        path = step_dir(self.folder(), self.steps()[-1]) / "state.json"
         try:
             return GPTConfig(**read_json(path)["model_config"])
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -90,11 +88,12 @@ def train_small(preset: str, device_type: str) -> Path:
     base = get_base_dir() / "attempts" / preset
     tag = "small-" + hashlib.blake2b(" ".join(flags).encode(), digest_size=4).hexdigest()
     folder = base / "base_checkpoints" / tag
-    if (folder / STEP_DIR.format(steps)).is_dir():
+    if step_dir(folder, steps).is_dir():
         return folder
     print(f"training a small model first (d{depth}, {steps} steps); it is kept in {folder}", flush=True)
-    command = [sys.executable, "-m", "scripts.base_train", *flags, f"--model-tag={tag}", f"--device-type={device_type}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)}, stdin=subprocess.DEVNULL,
+    command = [sys.executable, "-m", "scripts.base_train", *flags, f"--model-tag={tag}", f"--device-type={device_type}",
+               *(["--resume-from-step=latest"] if list_steps(folder) else [])]  # one that was stopped half-way
+    done = subprocess.run(command, cwd=ROOT, env=child_environment(base), stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-15:])
@@ -140,7 +139,7 @@ class Subject:
         from nanochat.tokenizer import get_token_bytes
         self.model, tokenizer, state = load_model("base", device, "eval", str(folder), step, dtype_name(dtype))
         self.device, self.dtype, self.shape = device, dtype, self.model.config
-        self.tokens, self.token_bytes = TokenDataset.open(Path(state["tokens"])), get_token_bytes(device, tokenizer)
+        self.tokens, self.token_bytes = TokenDataset.open(located(state["tokens"])), get_token_bytes(device, tokenizer)
         self.model.kernels.attention = make_attention(device, dtype, self.shape.head_dim, self.shape.sequence_len,
                                                       self.model.window_sizes)
         self.rows = max(1, 2048 // self.shape.sequence_len)  # of a batch

@@ -12,15 +12,14 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanochat.cli.paths import output_problem, resolve
 from nanochat.common import Progress, UserError, write_atomic
 from nanochat.flags import flag, raise_problems
 
@@ -253,15 +252,8 @@ def unwritable(path: str | None) -> list[str]:
     """Why no result could be written to `--json-out PATH`, if so. Missing folders will be made, so the nearest one counts."""
     if not path:
         return []
-    target = Path(path).expanduser().resolve()
-    if target.is_dir():
-        return [f"--json-out {path} is a folder: name a file in it"]
-    nearest = next(folder for folder in target.parents if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except OSError as e:
-        return [f"--json-out {path}: cannot write in {nearest} ({e.strerror}). Choose another place"]
-    return []
+    trouble = output_problem(path, make_folders=True)
+    return [f"--json-out {trouble}"] if trouble else []
 
 
 def check_writable(path: str | None) -> None:
@@ -271,7 +263,7 @@ def check_writable(path: str | None) -> None:
 
 def write_json(path: str | None, content: dict) -> None:
     if path:
-        target = Path(path).expanduser()
+        target = resolve(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1)  # a list of numbers, and a dict without others in it, is a line
         write_atomic(target, re.sub(r"[\[{][^][{}]*[]}]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
@@ -290,7 +282,7 @@ def save(path: str | None, content: dict, draw: Callable | None = None) -> None:
     except ImportError:
         print("plot left out: pip install matplotlib")
         return
-    picture = Path(path).expanduser().with_suffix(".png")
+    picture = resolve(path).with_suffix(".png")
     figure = Figure(figsize=(11, 4), layout="constrained")
     draw(figure, content)
     figure.savefig(picture, dpi=100)

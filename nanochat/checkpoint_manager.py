@@ -9,7 +9,8 @@
 Where the text stands is not among it: a batch is a function of (seed, step, rank), see nanochat/dataloader.py.
 
 The folder is written under a hidden name, synced and renamed, so a crash leaves the old state or the new one; it is
-deleted the other way round. Nothing is pickled: a checkpoint can hold numbers and JSON, not code.
+deleted the other way round. One that a resumed run writes again replaces it only if the weights are the same, else the one that
+was there is set aside as step_000600~1. Nothing is pickled: a checkpoint can hold numbers and JSON, not code.
 
 `CheckpointWriter` writes beside training: a step waits only for the copy of its tensors to host memory.
 """
@@ -27,34 +28,16 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, get_base_dir, print0
+from nanochat.cli.paths import list_steps, list_tags, runs_dir, step_dir
+from nanochat.common import UserError, print0, set_aside
 from nanochat.integrity import check_file, read_json, read_sealed, seal, sync_folder, write_hashed
 from nanochat.shape import GPTConfig
+from nanochat.training.run_folder import delete_replaced
 
 SCHEMA_VERSION = 2
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 LARGEST_SIZE = 2**24  # of a model: beyond this a checkpoint is not believed
 ROW_BYTES = 1024  # of metrics.jsonl, generously: what a step writes besides checkpoints
-
-
-def runs_dir() -> Path:
-    return get_base_dir() / "base_checkpoints"
-
-
-def step_dir(run_dir: Path, step: int) -> Path:
-    return run_dir / f"step_{step:06d}"
-
-
-def list_steps(run_dir: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending. Whether it is sound, `load_checkpoint` finds out."""
-    matches = (re.fullmatch(r"step_(\d+)", p.name) for p in run_dir.glob("step_*"))
-    return sorted(int(m[1]) for m in matches if m)
-
-
-def list_tags(folder: Path) -> list[str]:
-    """Runs that have a checkpoint, the most recently trained last."""
-    runs = [p for p in folder.glob("*") if not p.name.endswith("~") and list_steps(p)]
-    return [p.name for p in sorted(runs, key=lambda p: step_dir(p, list_steps(p)[-1]).stat().st_mtime)]
 
 
 # ---- writing
@@ -76,16 +59,34 @@ def save_checkpoint(run_dir: Path, step: int, model_tensors: dict, optimizer_ten
         write_hashed(writing / MANIFEST, [seal({"schema_version": SCHEMA_VERSION, "files": files}).encode()])
         sync_folder(writing)
         if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(target, replaced)
         os.rename(writing, target)
         sync_folder(run_dir)
-        shutil.rmtree(replaced, ignore_errors=True)
+        retire(replaced, target)
     except OSError as e:
         shutil.rmtree(writing, ignore_errors=True)
         raise UserError(f"could not save the checkpoint of step {step} in {run_dir}: {e.strerror or e}. It needs {needed:,} "
                         f"bytes, and {free_bytes(run_dir):,} are free. Make room; earlier checkpoints are as they were.") from e
     return target
+
+
+def retire(replaced: Path, target: Path) -> None:
+    """Delete the folder of a checkpoint that `target` replaces, if there is one, where the weights are the same; else keep it as
+    target~1, target~2, ..."""
+    if not replaced.exists():
+        return
+    if _weights_digest(replaced) == _weights_digest(target) is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        set_aside(replaced, target.name)
+
+
+def _weights_digest(folder: Path) -> str | None:
+    """The checksum of a checkpoint's weights by its manifest; None where that cannot be read."""
+    try:
+        return read_sealed(folder / MANIFEST, SCHEMA_VERSION)["files"][MODEL]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def safetensors_blocks(tensors: dict) -> Iterator[bytes | memoryview]:
@@ -122,11 +123,14 @@ class CheckpointWriter:
     written is reported at once and training goes on, as stopping would save nothing: there is time to make room until
     the next one. If the last one could not be written, `close` raises its UserError.
 
-    keep_last: how many checkpoints to keep, besides the best by validation; -1 keeps all.   report: takes a line of text.
+    keep_last: how many of the run's own checkpoints to keep, besides the best by validation; -1 keeps all.
+    report: takes a line of text.
+    own: steps of the checkpoints that the run has written so far, which only grow.
     """
 
     def __init__(self, run_dir: Path, keep_last: int = -1, report: Callable[[str], None] = print0):
         self.run_dir, self.keep_last, self.report = run_dir, keep_last, report
+        self.own: set[int] = set()
         self.thread = ThreadPoolExecutor(1, "checkpoints")
         self.pending: Future | None = None
         self.error: UserError | None = None  # why the last checkpoint is not there
@@ -135,6 +139,8 @@ class CheckpointWriter:
     def save(self, step: int, model_tensors: dict, optimizer_tensors: dict, state: dict, val_bpb: dict[int, float]) -> None:
         """Begin to write a checkpoint. `val_bpb`: bits per byte of the steps evaluated so far."""
         self.wait()
+        self.own.add(step)
+        state = state | {"own_steps": sorted(self.own)}
         copies = [{name: self._copy(file, name, t) for name, t in tensors.items()}
                   for file, tensors in ((MODEL, model_tensors), (OPTIMIZER, optimizer_tensors))]
         if torch.cuda.is_initialized():
@@ -168,18 +174,19 @@ class CheckpointWriter:
             return e if isinstance(e, UserError) else UserError(f"could not save the checkpoint of step {step}: {e!r}")
         self.report(f"step {step} | saved {folder}")
         try:
+            delete_replaced(self.run_dir)
             if self.keep_last > 0:
-                delete_old(self.run_dir, step, self.keep_last, val_bpb)
+                delete_old(self.run_dir, step, self.keep_last, val_bpb, self.own)
         except OSError as e:
             self.report(f"an old checkpoint could not be deleted: {e}")
 
 
-def delete_old(run_dir: Path, newest: int, keep_last: int, val_bpb: dict[int, float]) -> None:
-    """Delete checkpoints but for the last `keep_last` up to the step `newest`, and of those evaluated the best.
+def delete_old(run_dir: Path, newest: int, keep_last: int, val_bpb: dict[int, float], own: set[int]) -> None:
+    """Delete checkpoints of the run's `own` but for the last `keep_last` up to the step `newest`, and of those evaluated the best.
 
-    Later ones, of a future that a resume went back from, are not touched.
+    Later ones, of a future that a resume went back from, are not touched, nor any that the run has not written.
     """
-    steps = [step for step in list_steps(run_dir) if step <= newest]
+    steps = [step for step in list_steps(run_dir) if step <= newest and step in own]
     evaluated = [step for step in steps if math.isfinite(val_bpb.get(step, math.inf))]
     best = min(evaluated, key=val_bpb.get, default=None)
     for step in steps[:-keep_last]:
@@ -193,20 +200,19 @@ def finish_what_was_killed(run_dir: Path) -> None:
     """Undo or finish what a killed writer left half done. Only for who alone writes in this folder."""
     for hidden in run_dir.glob(".step_*.replaced"):
         target = run_dir / hidden.stem[1:]
-        if not target.exists():
+        if target.exists():
+            retire(hidden, target)
+        else:
             os.rename(hidden, target)
-    for kind in ("writing", "replaced", "deleting"):
+    for kind in ("writing", "deleting"):
         for hidden in run_dir.glob(f".step_*.{kind}"):
             shutil.rmtree(hidden, ignore_errors=True)
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints after `step` to NAME~, where a resume with other flags leads to another future."""
+    """Rename the checkpoints after `step` to NAME~1, NAME~2, ..., where a resume with other flags leads to another future."""
     for later in (step_dir(run_dir, s) for s in list_steps(run_dir) if s > step):
-        aside = later.with_name(later.name + "~")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(later, aside)
-        print0(f"{later.name} belongs to the run as it was: it is now {aside.name}")
+        print0(f"{later.name} belongs to the run as it was: it is now {set_aside(later).name}")
 
 
 # ---- room on the disk
@@ -250,7 +256,7 @@ def load_checkpoint(run_dir: Path, step: int | str, with_optimizer: bool = True)
     """
     steps = list_steps(run_dir)
     if not steps:
-        tags = ", ".join(list_tags(run_dir.parent))
+        tags = ", ".join(list_tags(run_dir.parent, set_aside=True))
         raise UserError(f"no checkpoint in {run_dir}. Train one first, or name the run with --model-tag"
                         + (f" (there are: {tags})." if tags else "."))
     if step != "latest" and int(step) not in steps:

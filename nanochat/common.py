@@ -1,15 +1,21 @@
-"""What every part of the house needs and none owns: user errors, the base directory, printing, progress. No torch."""
+"""What every part of the repository needs and none owns: user errors, small files, printing, progress. No torch."""
 
 import os
 import shutil
 import sys
 import time
-from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A problem the user can mend. The message says what is wrong and what to do; `cli` turns it into exit status 2."""
+    """A problem the user can mend. The message says what is wrong and what to do; `cli` turns it into exit status 2.
+
+    Ranks of one run meet the same problem, which rank 0 prints."""
+
+
+class RankError(UserError):
+    """One that a single rank has met: that rank prints it."""
 
 
 class Diverged(Exception):
@@ -17,19 +23,14 @@ class Diverged(Exception):
 
 
 def get_base_dir() -> Path:
-    """Where tokenizers, tokens and runs live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Made if missing."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot use the base directory {path}: {e.strerror}. "
-                        "Set NANOCHAT_BASE_DIR to a folder you can write to.") from None
-    return path
+    """The base directory (nanochat/cli/paths.py), under the public nanochat's name for it."""
+    from nanochat.cli import paths
+    return paths.get_base_dir()
 
 
 def is_main_rank() -> bool:
     """True on rank 0 of a torchrun job, and in any other process."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -42,40 +43,17 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def set_aside(path: Path, name: str | None = None) -> Path:
+    """Rename a file or folder to the first free one of NAME~1, NAME~2, ..., by default of its own name; returns where it is."""
+    aside = next(aside for n in count(1) if not os.path.lexists(aside := path.with_name(f"{name or path.name}~{n}")))
+    os.rename(path, aside)
+    return aside
+
+
 def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only. Where the output cannot be written (a log on a full disk), the work goes on in silence; that
-    the reader of a pipe went away is for the caller to judge."""
-    if not is_main_rank():
-        return
-    try:
+    """Print on rank 0 only. (nanochat/cli/output.py makes the streams tolerant.)"""
+    if is_main_rank():
         print(*args, flush=True, **kwargs)
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        silence_output(e)
-
-
-def silence_output(why: OSError) -> None:
-    """From now on, what is printed goes nowhere; said once on the error output, where that still works."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    with suppress(OSError):
-        print(f"the output cannot be written any more ({why}): going on in silence", file=sys.stderr, flush=True)
-
-
-def cli(main) -> None:
-    """Run a script's `main()`; a UserError becomes one message and exit status 2, Ctrl-C exit status 130."""
-    try:
-        status = main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        status = 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
 
 
 def format_duration(seconds: float) -> str:

@@ -4,15 +4,15 @@
 command line is answered at once.
 """
 
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
+from nanochat.cli.launch_environment import world_size
+from nanochat.cli.paths import output_problem, portable_source
 from nanochat.flags import default_of, flag, flag_name, parse
 from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
-from nanochat.sources import SourceFlags
+from nanochat.sources import TokenizerFlags
 
 
 @dataclass
@@ -34,6 +34,8 @@ class RunFlags(DeviceFlags):
                                "its steps take up to 3 % longer", free=True)
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
                                  metavar="STEP|latest", free=True)
+    overwrite: bool = flag(False, "start anew under the name of a run that has weights; those are deleted when the new run has its "
+                           "first checkpoint, not before", free=True)
     allow_change: bool = flag(False, "resume with flags or text that change what is computed", free=True)
     on_divergence: str = flag("stop", "after a step whose loss or gradients are not finite, which is never taken: stop; skip "
                               "it; or roll back to the last checkpoint and go on with other data",
@@ -49,8 +51,10 @@ class RunFlags(DeviceFlags):
             problems.append(f"--resume-from-step must be a step, 'latest' or -1, got {self.resume_from_step!r}")
         if self.model_tag is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.model_tag):
             problems.append(f"--model-tag names a folder: letters, digits, '.', '_', '+' and '-' only, got {self.model_tag!r}")
-        if self.result_json and not Path(self.result_json).expanduser().parent.is_dir():
-            problems.append(f"--result-json {self.result_json}: there is no such folder. Make it first, or choose another")
+        if self.result_json and (trouble := output_problem(self.result_json)):
+            problems.append(f"--result-json {trouble}")
+        if self.overwrite and self.resume_from_step != "-1":
+            problems.append("--overwrite starts anew, and --resume-from-step goes on: leave one of them out")
         if self.compile_parts and not self.compile:
             problems.append("--compile-parts says how to compile, and --no-compile not to: leave one of them out")
         if "none" in self.tracker and len(self.tracker) > 1:
@@ -59,10 +63,9 @@ class RunFlags(DeviceFlags):
 
 
 @dataclass
-class DataFlags(SourceFlags):
+class DataFlags(TokenizerFlags):
     """The text"""
     val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data", metavar="SOURCE")
-    vocab_size: int = flag(32768, "size of the tokenizer to train where there is none yet", low=265, high=2**24, free=True)
 
 
 @dataclass
@@ -154,6 +157,9 @@ class EvalFlags:
         return problems
 
 
+SOURCES = ("data", "val_data")  # flags that name text
+
+
 @dataclass
 class Config:
     """Every flag of a run: `config.model.depth`, `config.optim.matrix_lr`; a feature's under `config.features[name]`."""
@@ -166,15 +172,16 @@ class Config:
     features: dict = field(default_factory=dict)
 
     def flat(self) -> dict:
-        """Flag name (with underscores) -> value, for records."""
+        """Flag name (with underscores) -> value, for records: sources inside the base directory are relative to it."""
         groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
-        return {name: value for group in [*groups, *self.features.values()] for name, value in asdict(group).items()}
+        flat = {name: value for group in [*groups, *self.features.values()] for name, value in asdict(group).items()}
+        return flat | {name: portable_source(flat[name]) for name in SOURCES if flat[name]}
 
     def changed_since(self, before: dict) -> list[str]:
         """["--depth 4 -> 6", ...]: the flags that differ from `before`, which `flat` gave, and decide what is computed. One
         that was not there yet had its default."""
-        groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
-        pairs = [(f, before.get(f.name, default_of(f)), getattr(group, f.name))
+        groups, now = [getattr(self, f.name) for f in fields(self) if f.name != "features"], self.flat()
+        pairs = [(f, before.get(f.name, default_of(f)), now[f.name])
                  for group in [*groups, *self.features.values()] for f in fields(group) if not f.metadata["free"]]
         return [f"{flag_name(f.name)} {old} -> {new}" for f, old, new in pairs if old != new]
 
@@ -195,14 +202,14 @@ class Config:
 def validate(config: Config) -> list[str]:
     """Clashes between flags of different groups, in words."""
     problems = []
-    horizon, world_size = config.horizon, int(os.environ.get("WORLD_SIZE", "1"))
-    micro = horizon.device_batch_size * config.model.max_seq_len * world_size
+    horizon, ranks = config.horizon, world_size()
+    micro = horizon.device_batch_size * config.model.max_seq_len * ranks
     if config.run.on_divergence == "rollback" and config.eval.save_every <= 0:
         problems.append("--on-divergence rollback goes back to a checkpoint: give --save-every a number")
     if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "
-            f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {world_size} "
+            f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {ranks} "
             f"ranks): use {nearest_batch_sizes(horizon.total_batch_size, micro)}, or change --device-batch-size")
     return problems
 

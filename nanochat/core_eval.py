@@ -33,7 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.common import Progress, UserError, get_base_dir, is_main_rank, print0
+from nanochat.cli.paths import get_base_dir, resolve
+from nanochat.common import Progress, UserError, is_main_rank, print0
 from nanochat.device import all_reduce_sum
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -71,7 +72,7 @@ def find_bundle(bundle_dir: str | Path | None = None, url: str = BUNDLE_URL) -> 
 
 
 def _find_bundle(bundle_dir, url: str) -> Path:
-    folder = Path(bundle_dir).expanduser() if bundle_dir else get_base_dir() / "eval_bundle"
+    folder = resolve(bundle_dir) if bundle_dir else get_base_dir() / "eval_bundle"
     if (folder / "core.yaml").is_file():
         return folder
     if bundle_dir or folder.exists():

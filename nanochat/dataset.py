@@ -1,9 +1,7 @@
 """Text of any source, prepared once as tokens on disk: `python -m nanochat.dataset --data SOURCE`.
 
-Split. About one document in twenty goes to validation, chosen by a hash of its text, until validation holds VAL_CHARS
-characters. So a document never changes sides, and once validation is full, text that is appended leaves it as it is.
-The first document always trains. A corpus too small for the hash to pick any gives its last document to validation,
-or, where it has only one, that document's last twentieth. What is in validation is dropped from training.
+Split. About a twentieth of any text validates, never less than half of that nor more than 8 million characters, and text
+that is appended leaves it as it is: nanochat/data/split.py. What is in validation is dropped from training.
 
 On disk. `$NANOCHAT_BASE_DIR/tokens/<name>/` holds per split shards of token ids (`.bin`: uint16, or uint32 for
 vocabularies beyond 65536, each document with a BOS in front), the documents' lengths (`.lengths.npy`), and
@@ -29,102 +27,104 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import Progress, UserError, cli, format_table, get_base_dir, print0, write_atomic
+from nanochat.cli.paths import get_base_dir, writable_base_dir
+from nanochat.cli.program import cli
+from nanochat.common import Progress, UserError, format_table, print0, write_atomic
+from nanochat.data.reading import describe_left_out
+from nanochat.data.split import VAL_CHARS, section_end, separate_documents, split_documents
 from nanochat.flags import flag, parse
 from nanochat.integrity import file_digest, read_json, read_sealed, seal
-from nanochat.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity, text_digest
+from nanochat.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
-VAL_EVERY = 20  # one document in so many goes to validation ...
-VAL_CHARS = 8_000_000  # ... until validation holds this many characters
 SHARD_TOKENS = 100_000_000
 ENCODE_CHARS = 4_000_000  # characters handed to the encoder's threads at once
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CHECKED = "checked.json"  # beside the manifest: which files were compared with it, see the module's docstring
-
-
-# ---- training and validation
-
-def split_documents(texts: Iterable[str], counts: Counts | None = None) -> Iterator[tuple[str, str]]:
-    """("train" | "val", text) for each document, by the rule in the module's docstring; a stream, so at any scale."""
-    counts = Counts() if counts is None else counts
-    texts = iter(texts)
-    held = next(texts, None)  # not given out before it is known whether validation will need it
-    if held is None:
-        return
-    first, alone, val_chars, val_digests = text_digest(held), True, 0, set()
-    for text in texts:
-        digest = text_digest(text)
-        if digest == first or digest in val_digests:
-            counts.duplicates += 1
-            continue
-        alone = False
-        if val_chars < VAL_CHARS and int.from_bytes(digest, "little") % VAL_EVERY == 0:
-            val_chars += len(text)
-            val_digests.add(digest)
-            yield "val", text
-            if held is not None:
-                yield "train", held
-                held = None
-        elif held is None:
-            yield "train", text
-        else:
-            yield "train", held
-            held = text
-    if held is not None and alone:
-        cut = _cut_for_validation(held)
-        yield "train", held[:cut]
-        yield "val", held[cut:]
-    elif held is not None:
-        yield "val", held
-
-
-def separate_documents(train: Iterable[str], val: Iterable[str], counts: Counts) -> Iterator[tuple[str, str]]:
-    """Like `split_documents` for an explicit validation source, whose documents come first."""
-    val_digests = set()
-    for text in val:
-        val_digests.add(text_digest(text))
-        yield "val", text
-    for text in train:
-        if text_digest(text) in val_digests:
-            counts.duplicates += 1
-        else:
-            yield "train", text
-
-
-def _cut_for_validation(text: str) -> int:
-    """Where the last twentieth of a text begins: at a line's start if one is near."""
-    cut = len(text) - max(1, len(text) // VAL_EVERY)
-    if cut == 0:
-        raise UserError("the whole corpus is one character: give more text.")
-    return text.rfind("\n", cut - len(text) // VAL_EVERY, cut) + 1 or cut
+LEARNED_CHARS = 20_000_000  # enough text for a tokenizer: where it has less, --doc-cap does not count
+PIECE = 1000  # characters of a long document that a tokenizer learns from at a time, or a tenth of --doc-cap
 
 
 # ---- tokenizer and tokens
 
 def train_tokenizer(source: str, vocab_size: int, *, text_column: str = "text", skip_bad: bool = False,
                     max_chars: int = 2_000_000_000, doc_cap: int = 10_000, counts: Counts | None = None) -> Tokenizer:
-    """A tokenizer learned from the training documents of a source, the first `doc_cap` characters of each.
+    """A tokenizer learned from the training documents of a source, `doc_cap` characters of each.
 
-    The cap keeps a few very long documents from deciding the merges. Where the source has little text, the vocabulary
-    is smaller than `vocab_size`, which is said.
+    The cap keeps a few very long documents from deciding the merges; where less than LEARNED_CHARS are learned from, more
+    of the long ones is taken. Where the source has too little text, the vocabulary is smaller than `vocab_size`, which is
+    said.
     """
     counts = Counts() if counts is None else counts
     documents = iter_documents(source, text_column=text_column, skip_bad=skip_bad, max_chars=max_chars, counts=counts)
     progress = Progress(f"reading {source} for the tokenizer", total=expected_bytes(source, max_chars), unit="B")
+    read = trained_on = learned = 0  # characters
+
+    def counted():
+        nonlocal read
+        for text in documents:
+            read += len(text)
+            progress.update(len(text))
+            yield text
+
+    def training():
+        nonlocal trained_on
+        for name, text in split_documents(counted(), counts):
+            if name == "train":
+                trained_on += len(text)
+                yield text
 
     def texts():
-        for name, text in split_documents(documents, counts):
-            progress.update(len(text))
-            if name == "train":
-                yield text[:doc_cap]
+        nonlocal learned
+        for text in learning_sample(training(), doc_cap):
+            learned += len(text)
+            yield text
         progress.close()
         print0("merging the most frequent pairs ...")
 
     tokenizer = Tokenizer.train_from_iterator(texts(), vocab_size)
-    if tokenizer.get_vocab_size() < vocab_size:
-        print0(f"the text has pairs for a vocabulary of {tokenizer.get_vocab_size()} only, not {vocab_size}")
+    if (found := tokenizer.get_vocab_size()) < vocab_size:
+        more = [name for name, cut in (("--doc-cap", learned < trained_on), ("--max-chars", read == max_chars)) if cut]
+        if more:
+            print0(f"there are pairs for a vocabulary of {found} only, not {vocab_size}, in the {learned:,} characters that "
+                   f"were learned from; a larger {' or '.join(more)} takes more of the text")
+        else:
+            print0(f"the text has pairs for a vocabulary of {found} only, not {vocab_size}")
     return tokenizer
+
+
+def learning_sample(texts: Iterable[str], doc_cap: int) -> Iterator[str]:
+    """What a tokenizer learns from: documents of up to `doc_cap` characters whole, and of a longer one about so many, in
+    pieces from all over it. If that is less than LEARNED_CHARS in all, more of the pieces, until it is."""
+    reserve, stride, seen, size, learned = [], 1, 0, 0, 0  # every stride-th of the pieces left out, so that memory is bounded
+    piece_size = min(PIECE, max(doc_cap // 10, 100))
+    for text in texts:
+        if len(text) <= doc_cap:
+            learned += len(text)
+            yield text
+            continue
+        taken = start = 0
+        while start < len(text):
+            end = section_end(text, start, piece_size)
+            piece, start = text[start:end], end
+            if taken < doc_cap * end / len(text):
+                taken += len(piece)
+                yield piece
+                continue
+            if seen % stride == 0:
+                reserve.append(piece)
+                size += len(piece)
+            seen += 1
+            while size > LEARNED_CHARS and len(reserve) > 1:
+                reserve, stride = reserve[::2], 2 * stride
+                size = sum(map(len, reserve))
+        learned += taken
+    share, passed, taken = min(1, max(0, LEARNED_CHARS - learned) / max(size, 1)), 0, 0
+    for piece in reserve:
+        passed += len(piece)
+        if taken < share * passed:
+            taken += len(piece)
+            yield piece
 
 
 def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None = None, text_column: str = "text",
@@ -339,20 +339,26 @@ class TokenDataset:
         return hashlib.blake2b(json.dumps(splits).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> str:
-        """The splits as an aligned table, and what was left out."""
+        """The splits as an aligned table (a long document counts once for each part), and what was read and left out."""
         rows = [{"split": name, "documents": s["docs"], "tokens": s["tokens"], "text bytes": s["text_bytes"],
                  "bytes/token": round(s["text_bytes"] / (s["tokens"] - s["docs"]), 3), "shards": len(s["shards"])}
                 for name, s in self.manifest["splits"].items()]
         counts = self.manifest["counts"]
-        left_out = [f"{counts[kind]} {kind}" for kind in ("empty", "unreadable", "duplicates") if counts[kind]]
-        return format_table(rows) + (f"\nleft out: {', '.join(left_out)}" if left_out else "")
+        files = f" in {counts['files']} files" if counts["files"] else ""
+        return f"{format_table(rows)}\nread: {counts['documents']} documents{files}\n{self.left_out()}".rstrip("\n")
+
+    def left_out(self) -> str:
+        """What the source has that is in neither split, in one line; "" if nothing."""
+        found = describe_left_out(self.manifest["counts"])
+        return f"left out: {found}" if found else ""
 
     def _check_manifest(self) -> None:
         """ValueError, KeyError, TypeError or AttributeError for what `prepare_tokens` never writes."""
         manifest = self.manifest
         if manifest["dtype"] not in ("uint16", "uint32") or set(manifest["splits"]) != {"train", "val"} or \
-                not {"empty", "unreadable", "duplicates"} <= set(manifest["counts"]) or not 0 <= self.bos < self.vocab_size:
+                set(manifest["counts"]) != set(asdict(Counts())) or not 0 <= self.bos < self.vocab_size:
             raise ValueError("it is not of a token dataset")
+        describe_left_out(manifest["counts"])
         for split in manifest["splits"].values():
             if not split["tokens"] > split["docs"] > 0 <= split["text_bytes"] or {len(s) for s in split["shards"]} != {2}:
                 raise ValueError("the numbers of a split cannot be")
@@ -415,6 +421,7 @@ class PrepareFlags(SourceFlags):
 
 def main() -> None:
     flags, = parse([PrepareFlags], prog="python -m nanochat.dataset", description="Prepare text as tokens on disk.")
+    writable_base_dir()
     folder = prepare_tokens(flags.data, get_tokenizer(), val_source=flags.val_data, force=flags.force, **flags.reading())
     dataset = TokenDataset.open(folder)
     if flags.verify:

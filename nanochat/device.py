@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError
+from nanochat.common import RankError, UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -50,12 +50,19 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
     device = torch.device(device_type, ranks.local_rank) if device_type == "cuda" else torch.device(device_type)
     keep_large_buffers()
     if device_type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise RankError(f"rank {ranks.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}. Start as many "
+                            "processes (--nproc_per_node), or fewer.")
         let_segments_grow()
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     if ranks.world_size > 1 and not dist.is_initialized():
         on_gpus = device_type == "cuda"
-        dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+        try:
+            dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+        except dist.DistError as e:
+            raise RankError(f"rank {ranks.rank} cannot join the others at MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT="
+                            f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
     return device, ranks
 
 

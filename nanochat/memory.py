@@ -17,14 +17,34 @@ def out_of_memory(error: BaseException) -> bool:
     said = str(cause).lower()
     return isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(cause, (RuntimeError, OSError)) and any(words in said for words in (
-            "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")))
+            "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+            "can't start new thread", "resource temporarily unavailable", "storage size calculation overflowed")))
+
+
+def memory_limit(device) -> int:
+    """Bytes of memory that a run on this device may have in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return planner.host_memory(available=False)
 
 
 def advice(run) -> str:
-    """What to do after `run` ran out of memory."""
-    on_gpu = run.device.type == "cuda"
-    limit = torch.cuda.get_device_properties(run.device).total_memory if on_gpu else planner.host_memory(available=False)
-    return planner.advice(run.model.config, run.config.horizon.device_batch_size, limit, how(run))
+    """What to do after `run` ran out of memory, be it while it was built."""
+    if run.shape is None:
+        return "Read less text at once, or free memory."
+    return planner.advice(run.shape, run.config.horizon.device_batch_size, memory_limit(run.device), how(run))
+
+
+def check_memory(run) -> None:
+    """MemoryError, before the model is built, where not even what every way to train needs has room on the device: weights,
+    gradients, moments, and the residual stream of a micro-batch. To find out by trying may take the whole machine along: what
+    a process is promised and what it can use are two things."""
+    rows = 1 if run.config.horizon.auto_batch else run.config.horizon.device_batch_size
+    plan, limit = planner.plan_memory(run.shape, rows, how(run)), memory_limit(run.device)
+    stream = rows * run.shape.sequence_len * run.shape.n_embd * run.dtype.itemsize
+    least = plan.weights + plan.gradients + plan.moments + stream
+    if least > limit:
+        raise MemoryError(f"at least {planner.gib(least)} are needed, and there are {planner.gib(limit)}")
 
 
 def how(run) -> planner.How:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, result.json, and outside trackers. No torch."""
+"""What a run leaves behind: metrics.jsonl and result.json. No torch."""
 
 import json
 import math
@@ -169,62 +169,3 @@ def git_state() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain").strip())
     except (OSError, subprocess.CalledProcessError):
         return None, None
-
-
-class Trackers:
-    """wandb, tensorboard and trackio behind one `log`. One that is missing or fails costs a message, never the run."""
-
-    def __init__(self, names: list[str], run_name: str, run_dir: Path, config: dict):
-        self.logs, self.closers = {}, []
-        for name in names if is_main_rank() else []:
-            try:
-                self.logs[name], close = _TRACKERS[name](run_name, run_dir, config)
-                self.closers.append((name, close))
-            except ImportError:
-                print0(f"{name} is not installed: going on without it (pip install {name})")
-            except Exception as e:  # no account, no network, a full disk: whatever it is, training matters more
-                print0(f"{name} could not be started ({e}): going on without it")
-
-    def log(self, values: dict, step: int) -> None:
-        for name, log in list(self.logs.items()):
-            try:
-                log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step)
-            except Exception as e:
-                print0(f"{name} failed ({e}): going on without it")
-                del self.logs[name]
-
-    def close(self) -> None:
-        for name, close in self.closers:
-            try:
-                close()
-            except Exception as e:
-                print0(f"{name} failed to close ({e})")
-
-
-def _wandb(run_name, run_dir, config):
-    import os
-
-    import wandb
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or Path("~/.netrc").expanduser().exists()):
-        os.environ["WANDB_MODE"] = "offline"  # no account: keep the records on disk
-    run = wandb.init(project="nanochat", name=run_name, dir=str(run_dir), config=config)
-    return (lambda values, step: run.log(values, step=step)), run.finish
-
-
-def _tensorboard(run_name, run_dir, config):
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def log(values, step):
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-    return log, writer.close
-
-
-def _trackio(run_name, run_dir, config):
-    import trackio
-    trackio.init(project="nanochat", name=run_name, config=config)
-    return (lambda values, step: trackio.log(values | {"step": step})), trackio.finish
-
-
-_TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}

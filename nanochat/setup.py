@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ import torch.distributed as dist
 
 from nanochat import schedules
 from nanochat.checkpoint_manager import (CheckpointWriter, build_model, check_room, check_tokenizer, checkpoint_bytes,
-                                         finish_what_was_killed, list_steps, load_checkpoint, load_weights, runs_dir,
-                                         set_aside_later, step_dir)
+                                         finish_what_was_killed, load_checkpoint, load_weights, set_aside_later)
+from nanochat.cli.paths import (get_base_dir, list_steps, located, portable, resolve, runs_dir, step_dir,
+                                writable_base_dir)
 from nanochat.clock import Clock
-from nanochat.common import UserError, get_base_dir, is_main_rank, print0, silence_output, write_atomic
+from nanochat.common import UserError, is_main_rank, print0, write_atomic
 from nanochat.compilation import CompiledModel, compiler_works, graphs_compiled
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
@@ -26,13 +28,20 @@ from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
 from nanochat.interruption import Interrupted, Signals
 from nanochat.lock import RunLock
-from nanochat.memory import choose_micro_batch, take_micro_batch
-from nanochat.metrics import MetricsFile, Tally, Trackers, git_state, write_result
+from nanochat.memory import advice, check_memory, choose_micro_batch, out_of_memory, take_micro_batch
+from nanochat.metrics import MetricsFile, Tally, git_state, write_result
 from nanochat.planner import micro_batches
 from nanochat.plot import plot_run
 from nanochat.rng import rng_state, set_rng_state
+from nanochat.runtime.distributed import on_main_rank_first
 from nanochat.shape import param_counts
-from nanochat.tokenizer import get_token_bytes, get_tokenizer
+from nanochat.tokenizer import FILE_NAME, get_token_bytes, get_tokenizer
+from nanochat.trackers import Trackers
+from nanochat.training import run_folder
+
+
+class FailedStart(Exception):
+    """A run that could not be built for want of memory. Its result.json is written; the message says what to do."""
 
 
 class Run:
@@ -45,12 +54,22 @@ class Run:
         self.console = Console()
         print0(f"device: {device_name(self.device)} | compute dtype: {dtype_name(self.dtype)} ({why})")
         self.run_dir = runs_dir() / config.model_tag
-        self.lock = RunLock(self.run_dir) if is_main_rank() else None
+        self.shape, self.compile = None, config.run.compile
+        self.lock = on_main_rank_first(self._take_lock, others=lambda: None)
         try:
             self._prepare(rooms)
-        except BaseException:
-            self.unlock()
+        except BaseException as e:
+            try:
+                self._record_failed_start(e)
+            finally:
+                self.unlock()
+            if out_of_memory(e):
+                raise FailedStart(f"out of memory. {advice(self)}") from e
             raise
+
+    def _take_lock(self) -> RunLock:
+        writable_base_dir()
+        return RunLock(self.run_dir)
 
     def _prepare(self, rooms: tuple[type[Feature], ...]) -> None:
         config = self.config
@@ -61,22 +80,25 @@ class Run:
             checkpoint = on_main_rank_first(lambda: open_checkpoint(self.run_dir, resume))
             self.first_step = self.step = checkpoint[2]["step"]
             refuse_changes(config, config.changed_since(checkpoint[2]["user_config"]))
+        else:
+            on_main_rank_first(lambda: refuse_start(self.run_dir, config.run.overwrite), others=lambda: None)
 
-        self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config))
+        recorded = checkpoint and checkpoint[2]["tokens"]
+        self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config, recorded))
         self.token_bytes = get_token_bytes(self.device, self.tokenizer)
-        shape = config.model.shape(self.tokenizer.get_vocab_size())
+        self.shape = shape = config.model.shape(self.tokenizer.get_vocab_size())
         self.horizon = config.plan(shape, self.ranks.world_size)
         if self.step > self.horizon.num_iterations:
             raise UserError(f"the checkpoint is of step {self.step}, and the run ends at {self.horizon.num_iterations} "
                             f"({self.horizon.reason}): lengthen it, or resume from an earlier step.")
+        self.features = Features(config, rooms)
+        check_memory(self)
         torch.manual_seed(config.run.seed)
         self.model = build_model(shape, self.dtype, self.device)
         self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,
                                                       self.model.window_sizes)
         print0(str(self.model.kernels.attention))
-        self.features = Features(config, rooms)
         self.features.on_model(self.model, self.horizon)
-        self.compile = config.run.compile
         if self.compile and (trouble := compiler_works(self.device)):
             print0(f"going on without torch.compile, slower: {trouble}")
             self.compile = False
@@ -104,24 +126,34 @@ class Run:
         self.clock = Clock(self.device)
         self.unsettled = None  # the step whose results have not been read yet (nanochat/train.py)
         self.saved_step = self.step  # what is trained since can be lost
+        self.same_run = True  # whether a resume goes on to the same bits
         self.signals = Signals()
         self.stop = 0                # under torchrun, the signal by which all ranks have agreed to stop
         self.memory = PeakMemory(self.device)
         self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
         steps, every, keep = self.horizon.num_iterations - self.step, config.eval.save_every, config.eval.keep_last
         saves = -(-steps // every) if every > 0 else 1
-        check_room(self.run_dir, checkpoint_bytes(self.model, self.optimizer), rows=steps,
-                   count=min(saves, keep + 2) if keep > 0 else saves)  # those kept, the best, and the one being written
+        size, count = checkpoint_bytes(self.model, self.optimizer), min(saves, keep + 2) if keep > 0 else saves
+        on_main_rank_first(lambda: check_room(self.run_dir, size, rows=steps, count=count),  # those kept, the best, and the
+                           others=lambda: None)                                              # one being written
         self.checkpoints = CheckpointWriter(self.run_dir, config.eval.keep_last, self.console.line)
         if checkpoint:
             self._resume(checkpoint)
         else:
-            start_run_dir(self)
+            on_main_rank_first(self._begin_folder, others=lambda: None)
         self.start_loader()
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=self.step)
         if self.compile:
             print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")
-        self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat())
+        self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat(), self.step,
+                                 self.same_run)
+
+    def _begin_folder(self) -> None:
+        """The folder of a new run, with its flags and its tokenizer."""
+        run_folder.begin(self.run_dir, self.config.run.overwrite)
+        write_atomic(self.run_dir / "config.json",
+                     json.dumps(self.config.flat() | {"command": shlex.join(sys.argv)}, indent=1) + "\n")
+        self.tokenizer.save(self.run_dir / "tokenizer")
 
     def _resume(self, checkpoint: tuple | None = None) -> None:
         """Take over a checkpoint, by default that of the present step. UserError where it would lead to other results than
@@ -135,12 +167,14 @@ class Run:
         self.optimizer.load_named_state(optimizer)
         self.clock.load_state_dict(state["clock"])
         self.tally.load_state_dict(state["tally"])
+        self.checkpoints.own.update(state.get("own_steps", []))
         self.scaler.load_state_dict(state["scaler"])
         self.features.load_state_dict(state["features"])
         set_rng_state(state["rng"], self.device)
         if others := differences(state["rounded_by"], self.rounded_by()):
             print0(f"note: the bits may differ from here on: {', '.join(others)}")
-        if is_main_rank() and (changes or others or self.config.changed_since(state["user_config"])):
+        self.same_run = not (changes or others or self.config.changed_since(state["user_config"]))
+        if is_main_rank() and not self.same_run:
             set_aside_later(self.run_dir, self.step)
         print0(f"resumed {self.run_dir} at step {self.step}")
 
@@ -174,6 +208,7 @@ class Run:
         self.start_loader()
         self.metrics.close()
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=step)
+        self.trackers.go_back(step)
 
     def rehearse(self, options: dict) -> None:
         """Compile what forward(..., **options) needs, the first time it is asked for, on a batch of zeros."""
@@ -195,7 +230,7 @@ class Run:
         if not is_main_rank():
             return
         state = {
-            "model_config": vars(self.model.config), "user_config": self.config.flat(), "tokens": str(self.tokens.folder),
+            "model_config": vars(self.model.config), "user_config": self.config.flat(), "tokens": portable(self.tokens.folder),
             "tokenizer": self.tokenizer.fingerprint(), "computed": self.computed(), "rounded_by": self.rounded_by(),
             "val_bpb": self.tally.val_bpb, "clock": self.clock.state_dict(), "tally": self.tally.state_dict(),
             "scaler": self.scaler.state_dict(), "features": self.features.state_dict(), "rng": rng_state(self.device),
@@ -218,11 +253,11 @@ class Run:
                 group["momentum"] = momentum
                 group["weight_decay"] = group["initial_weight_decay"] * decay
 
-    def last_checkpoint(self) -> str | None:
+    def last_checkpoint(self) -> Path | None:
         """The folder of the run's newest checkpoint."""
         self.checkpoints.wait()
         steps = list_steps(self.run_dir)
-        return str(step_dir(self.run_dir, steps[-1])) if steps else None
+        return step_dir(self.run_dir, steps[-1]) if steps else None
 
     def out_of_time(self) -> bool:
         """Whether --max-train-seconds are over, by rank 0's clock."""
@@ -244,44 +279,71 @@ class Run:
             return
         try:
             self._write_result(status, error, exit_code)
+            run_folder.restore_replaced(self.run_dir)
         except OSError as e:  # a full disk, say: how the run ended is more than its record
             self.console.line(f"result.json could not be written: {e}")
         finally:
             self.unlock()
+
+    def _record_failed_start(self, error: BaseException) -> None:
+        """result.json of a run that could not be built, with what is known; not in the place of a run that has weights. What
+        the user can mend is no result."""
+        if not is_main_rank():
+            return
+        run_folder.restore_replaced(self.run_dir)
+        if isinstance(error, (UserError, KeyboardInterrupt)):
+            return
+        oom = out_of_memory(error)
+        fields = {"status": "oom" if oom else "failed", "exit_code": 1, "steps_done": 0, "wall_time_sec": time.monotonic() - self.started,
+                  "error": f"out of memory. {advice(self)}" if oom else f"{type(error).__name__}: {error}"}
+        with suppress(OSError):
+            own = not run_folder.start_problem(self.run_dir, overwrite=False)
+            if own:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_result(self._result_files(own), self._about() | fields)
+
+    def _result_files(self, own: bool = True) -> list[Path]:
+        named = self.config.run.result_json
+        return [self.run_dir / "result.json"] * own + ([resolve(named)] if named else [])
+
+    def _about(self) -> dict:
+        """The fields of result.json that say what is run, as far as that is known."""
+        config, commit = self.config, git_state()
+        known = {
+            "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
+            "git_commit": commit[0], "git_dirty": commit[1], "seed": config.run.seed, "host": platform.node(),
+            "device": device_name(self.device), "dtype": dtype_name(self.dtype), "torch_version": torch.__version__,
+            "depth": config.model.depth}
+        if self.shape:
+            known |= {"model_dim": self.shape.n_embd, "num_params": param_counts(self.shape)["total"],
+                      "flops_per_token": self.horizon.flops_per_token, "num_iterations": self.horizon.num_iterations}
+        return known
 
     def unlock(self) -> None:
         if self.lock:
             self.lock.release()
 
     def _write_result(self, status: str, error: str | None, exit_code: int) -> None:
-        config, horizon, commit = self.config, self.horizon, git_state()
+        config, horizon = self.config, self.horizon
         peak = peak_flops(self.device)
         peak = peak and peak * self.ranks.world_size
-        fields = {
-            "status": status, "exit_code": exit_code, "error": error, "last_checkpoint": self.last_checkpoint(),
-            "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
-            "git_commit": commit[0], "git_dirty": commit[1], "seed": config.run.seed, "host": platform.node(),
-            "device": device_name(self.device), "dtype": dtype_name(self.dtype), "torch_version": torch.__version__,
-            "depth": config.model.depth, "model_dim": self.model.config.n_embd,
-            "num_params": param_counts(self.model.config)["total"], "flops_per_token": horizon.flops_per_token,
-            "num_iterations": horizon.num_iterations, "steps_done": self.step,
+        last = self.last_checkpoint()
+        fields = self._about() | {
+            "status": status, "exit_code": exit_code, "error": error, "last_checkpoint": last and portable(last),
+            "steps_done": self.step,
             "tokens_seen": self.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
             "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
         } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
             "schedule": "full_update", "compiled_graphs": graphs_compiled() if self.compile else 0,
             "eager_fallbacks": self.forward.eager_fallbacks if self.compile else int(config.run.compile),
         } | self.features.summary()
-        extra = [Path(config.run.result_json).expanduser()] if config.run.result_json else []
-        write_result([self.run_dir / "result.json", *extra], fields)
+        write_result(self._result_files(), fields)
         for line in [*self.features.reports(), plot_run(self.run_dir)]:
             self.console.line(line)
 
 
 class Console:
-    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then.
-
-    Where nobody reads any more (a pipe whose other end is gone) training goes on in silence.
-    """
+    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then."""
 
     def __init__(self):
         self.tty = sys.stdout.isatty()
@@ -293,37 +355,52 @@ class Console:
         self.shown = time.monotonic()
         if self.tty:  # a line that wraps could not be rewritten
             text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
-        self._print(text, end="" if self.tty else "\n")
+        print0(text, end="" if self.tty else "\n")
         self.unfinished = self.tty
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._print(("\n" if self.unfinished else "") + text)
+        print0(("\n" if self.unfinished else "") + text)
         self.unfinished = False
 
-    def _print(self, text: str, end: str = "\n") -> None:
-        try:
-            print0(text, end=end)
-        except BrokenPipeError as e:
-            silence_output(e)
+
+def refuse_start(run_dir: Path, overwrite: bool) -> None:
+    """UserError, before any work, where a new run may not begin in this folder."""
+    run_folder.restore_replaced(run_dir)
+    if problem := run_folder.start_problem(run_dir, overwrite):
+        raise UserError(f"{problem}.")
 
 
-def prepare_text(config: Config):
-    """The tokenizer and the token dataset, made first where they are missing."""
+def prepare_text(config: Config, recorded: str | None = None):
+    """The tokenizer and the token dataset, made first where they are missing.
+
+    recorded: where the tokens of the run to be resumed are, which do when the text itself is not at hand on this machine.
+    """
     data = config.data
-    if not (get_base_dir() / "tokenizer").exists():
+    if not (get_base_dir() / "tokenizer" / FILE_NAME).exists():
         print0("no tokenizer yet: training one")
-        train_tokenizer(data.data, data.vocab_size, **data.reading()).save(get_base_dir() / "tokenizer")
+        tokenizer = train_tokenizer(data.data, data.vocab_size, doc_cap=data.doc_cap, **data.reading())
+        tokenizer.save(get_base_dir() / "tokenizer")
     tokenizer = get_tokenizer()
-    tokens = TokenDataset.open(prepare_tokens(data.data, tokenizer, val_source=data.val_data, **data.reading()))
+    try:
+        folder = prepare_tokens(data.data, tokenizer, val_source=data.val_data, **data.reading())
+    except UserError as e:
+        if not recorded or not located(recorded).is_dir():
+            raise
+        folder = located(recorded)
+        print0(f"going on with the tokens prepared before, {folder}: {e}")
+    tokens = TokenDataset.open(folder)
     print0(f"text: {data.data} | vocabulary {tokenizer.get_vocab_size():,} | tokens: "
            f"{tokens.split('train').num_tokens:,} training, {tokens.split('val').num_tokens:,} validation")
+    if left_out := tokens.left_out():
+        print0(left_out)
     return tokenizer, tokens
 
 
 def open_checkpoint(run_dir: Path, step: str) -> tuple[dict, dict, dict]:
     """`load_checkpoint` for the run that alone writes in this folder."""
     if is_main_rank():
+        run_folder.restore_replaced(run_dir)
         finish_what_was_killed(run_dir)
     return load_checkpoint(run_dir, step)
 
@@ -340,30 +417,6 @@ def refuse_changes(config: Config, changes: list[str]) -> None:
                         + "Take back what changed, or add --allow-change to go on with it.")
     for change in changes:
         print0(f"changed: {change}")
-
-
-def on_main_rank_first(work):
-    """Run `work` on rank 0, then on the others, which find done what it leaves on disk."""
-    if not dist.is_initialized():
-        return work()
-    if is_main_rank():
-        result = work()
-    dist.barrier()
-    return result if is_main_rank() else work()
-
-
-def start_run_dir(run: Run) -> None:
-    """An empty folder for a new run, with its flags and its tokenizer; a previous run of that name is kept as NAME~."""
-    if not is_main_rank():
-        return
-    folder, backup = run.run_dir, run.run_dir.with_name(run.run_dir.name + "~")
-    if folder.exists():
-        shutil.rmtree(backup, ignore_errors=True)
-        folder.rename(backup)
-        print0(f"the previous run of this name is now {backup}")
-    folder.mkdir(parents=True)
-    write_atomic(folder / "config.json", json.dumps(run.config.flat() | {"command": shlex.join(sys.argv)}, indent=1) + "\n")
-    run.tokenizer.save(folder / "tokenizer")
 
 
 def tracker_names(config: Config) -> list[str]:

@@ -17,12 +17,13 @@ import hashlib
 import json
 import os
 import re
-from itertools import chain
+import shutil
+from itertools import chain, count
 from pathlib import Path
 
 import tiktoken
 
-from nanochat.common import UserError, get_base_dir
+from nanochat.common import UserError, get_base_dir, print0
 from nanochat.integrity import read_json
 
 SPECIAL_TOKENS = [
@@ -115,7 +116,10 @@ class Tokenizer:
                             f"{str(e)[:100]}). Train one with `python -m scripts.tok_train`.") from None
 
     def save(self, directory) -> Path:
-        """Write `tokenizer.json` into `directory`, at once or not at all. Plain JSON: loading it runs no code."""
+        """Write `tokenizer.json` into `directory`, at once or not at all. Plain JSON: loading it runs no code.
+
+        Another tokenizer that is there is kept as `tokenizer.json~1`, `~2`, ..., which is said: models may depend on it.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tokens = [b""] * (max(self.ranks.values()) + 1)
@@ -129,8 +133,16 @@ class Tokenizer:
             json.dump(content, f, indent=0)
             f.flush()
             os.fsync(f.fileno())
+        if path.exists() and not self._is_in(directory):
+            print0(f"the tokenizer that was in {directory} is now {_keep(path).name}")
         os.replace(temporary, path)
         return path
+
+    def _is_in(self, directory: Path) -> bool:
+        try:
+            return Tokenizer.from_directory(directory).fingerprint() == self.fingerprint()
+        except UserError:
+            return False
 
     def fingerprint(self) -> str:
         """32 hex digits that change with the pattern, the tokens, their order or the special tokens."""
@@ -238,6 +250,21 @@ class Tokenizer:
         """The tokens for a terminal, one `|` between them: green where supervised, red where not."""
         red, green, reset = "\033[91m", "\033[92m", "\033[0m"
         return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask))
+
+
+def _keep(path: Path) -> Path:
+    """Give a file that is about to be replaced a second name, the first free one of NAME~1, NAME~2, ...: it is never away."""
+    for number in count(1):
+        try:
+            kept = path.with_name(f"{path.name}~{number}")
+            os.link(path, kept)
+            return kept
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            if not kept.exists():
+                shutil.copyfile(path, kept)
+                return kept
 
 
 RustBPETokenizer = Tokenizer  # the name that nanochat's users know

@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nanochat.clock import StepTime
 from nanochat.common import Diverged, UserError, format_duration, is_main_rank, print0
+from nanochat.config import Config
 from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
 from nanochat.device import evaluation
@@ -20,7 +21,7 @@ from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
 from nanochat.interruption import Interrupted
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.memory import advice, out_of_memory
-from nanochat.setup import Run
+from nanochat.setup import FailedStart, Run
 
 LOG_EVERY_SECONDS = 5.0
 MAX_SKIPS = 10     # in a row, under --on-divergence skip
@@ -291,6 +292,17 @@ def sample(run: Run) -> None:
             print0("  " + engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0).replace("\n", "\n  "))
 
 
+def build_and_train(config: Config) -> int:
+    """Build the run that the flags describe, and train it to the end. Returns the exit status."""
+    try:
+        run = Run(config)
+    except FailedStart as e:
+        if is_main_rank():
+            print(f"oom: {e}", file=sys.stderr, flush=True)
+        return 1
+    return run_to_the_end(run)
+
+
 def run_to_the_end(run: Run) -> int:
     """Train, and leave a result.json whatever happens. Returns the exit status."""
     status, error, code = "ok", None, 0
@@ -318,8 +330,7 @@ def run_to_the_end(run: Run) -> int:
             if run.stop and dist.is_initialized():
                 dist.barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved
     if error and is_main_rank():
-        with suppress(OSError):
-            print(f"{status}: {error}", file=sys.stderr, flush=True)
+        print(f"{status}: {error}", file=sys.stderr, flush=True)
     return code
 
 

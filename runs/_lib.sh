@@ -4,19 +4,8 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-from_here() {  # a relative path is meant from where the caller is, not from the root; python and hf:... are not paths
-    case "$1" in
-        /* | python | '') echo "$1" ;;
-        '~'/*) echo "$HOME${1#'~'}" ;;
-        *) if compgen -G "$1" > /dev/null || [[ ${2-} == always ]]; then echo "$PWD/$1"; else echo "$1"; fi ;;
-    esac
-}
-NANOCHAT_BASE_DIR="$(from_here "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}" always)"
-DATA="$(from_here "${DATA-}")"
-VAL_DATA="$(from_here "${VAL_DATA-}")"
-[[ ! -f ${PROFILE-} ]] || PROFILE="$(from_here "$PROFILE")"
-OUT="$(from_here "${OUT-}" always)"
-export NANOCHAT_BASE_DIR
+export NANOCHAT_CWD="${NANOCHAT_CWD:-$PWD}"  # relative paths are meant from there, not from the root (nanochat/cli/paths.py)
+[[ ${PYTHON-} != */* || $PYTHON == /* ]] || PYTHON="$NANOCHAT_CWD/$PYTHON"
 cd "$ROOT"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -38,6 +27,8 @@ run() {
     "$@" || status=$?
     [[ $status == 0 ]] || { printf 'error: exit status %s from %s\n' "$status" "${*:1:3}" >&2; exit "$status"; }
 }
+
+base_dir() { "$PYTHON" -m nanochat.cli.paths; }  # where runs, text and the lab's folders lie
 
 # --- device ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +83,7 @@ prepare_data() {  # PREPARE_DATA=0 leaves it out
 base_train_flags() {
     ARGS=()
     flag run "${WANDB_RUN-}"; flag model-tag "$MODEL_TAG"; flag device-type "$DEVICE_TYPE"; flag seed "${SEED-}"
-    flag data "$DATA"; flag val-data "$VAL_DATA"; flag max-chars "$MAX_CHARS"; flag vocab-size "$VOCAB_SIZE"
+    flag data "${DATA-}"; flag val-data "${VAL_DATA-}"; flag max-chars "$MAX_CHARS"; flag vocab-size "$VOCAB_SIZE"
     flag depth "$DEPTH"; flag head-dim "$HEAD_DIM"; flag window-pattern "$WINDOW_PATTERN"
     flag max-seq-len "$MAX_SEQ_LEN"
     flag device-batch-size "$DEVICE_BATCH_SIZE"; flag total-batch-size "$TOTAL_BATCH_SIZE"
@@ -136,15 +127,17 @@ count_processes() {
 launch() {  # module [arguments]
     count_processes
     if [[ $PROCESSES == 1 ]]; then run "$PYTHON" -m "$@"; return; fi
-    run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" -m "$@"
+    run "$PYTHON" -m nanochat.runtime.launch --standalone --nproc_per_node="$PROCESSES" -m "$@"
 }
 
 # What a run left: its numbers as a table, its files.
-show_results() {  # folder of the run
-    local file columns="status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb peak_mem_mib"
+show_results() {  # name of the run
+    local file folder columns="status steps_done tokens_seen train_time_sec tok_per_sec_avg final_train_loss min_val_bpb peak_mem_mib"
+    folder="$(base_dir)/base_checkpoints/$1"
+    say "the run: $folder"
     "$PYTHON" -c 'import sys; from pathlib import Path; from nanochat.lab.rows import read_result, table_of
-print(table_of(sys.argv[1], [read_result(Path(sys.argv[2]))]))' "$columns" "$1/result.json"
-    for file in "$1"/loss.png "$1"/result.json "$1"/metrics.jsonl; do [[ ! -f $file ]] || echo "$file"; done
+print(table_of(sys.argv[1], [read_result(Path(sys.argv[2]))]))' "$columns" "$folder/result.json"
+    for file in "$folder"/loss.png "$folder"/result.json "$folder"/metrics.jsonl; do [[ ! -f $file ]] || echo "$file"; done
 }
 
 # --- comparisons: runs of `lab run`, which starts the variants, keeps a row of each whatever its end, and prints a table --
@@ -166,7 +159,7 @@ compare() {  # "columns" [arguments of base_train]
     base_train_flags
     ARGS+=("$@")
     baseline="$(quoted "${ARGS[@]}")"
-    : "${OUT:=$NANOCHAT_BASE_DIR/lab/$(basename "$0" .sh)-$(date +%Y%m%d-%H%M%S)}"
+    : "${OUT:=$(base_dir)/lab/$(basename "$0" .sh)-$(date +%Y%m%d-%H%M%S)}"
     count_processes
     ARGS=()
     flag match "${MATCH-}"; switch show-output "${SHOW_OUTPUT-}"; switch keep-checkpoints "${KEEP_CHECKPOINTS-}"

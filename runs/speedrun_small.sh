@@ -12,5 +12,4 @@ say "evaluate, then write"
 run "$PYTHON" -m scripts.base_eval --eval bpb,sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE"
 run "$PYTHON" -m scripts.sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE" --temperature=0.7 \
     -p "${PROMPT:-def __init__(self}"
-say "the run: $NANOCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
-show_results "$NANOCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
+show_results "$MODEL_TAG"

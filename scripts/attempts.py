@@ -18,10 +18,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, cli, format_table
+from nanochat.cli.paths import ROOT, output_problem, resolve
+from nanochat.cli.program import cli
+from nanochat.common import UserError, format_table
 from nanochat.flags import flag, parse
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "attempts" / "results"
 LONGEST = 60  # characters of a cell
 # --record: the flags of the figures of record. Sizes are those of the preset `default`.
@@ -40,6 +41,10 @@ class ShowFlags:
     metric: str | None = flag(None, "compare this field over the files, where several are of one attempt; by default the first "
                                     "that differs")
     plot: str | None = flag(None, "draw the metric, variant by variant, a colour per file", metavar="PNG")
+
+    def validate(self) -> list[str]:
+        trouble = self.plot and output_problem(self.plot)
+        return [f"--plot {trouble}"] if trouble else []
 
 
 def scripts() -> dict[str, Path]:
@@ -140,7 +145,7 @@ def tables(results: dict, width: int) -> str:
 
 def show(paths: list[str], flags: ShowFlags) -> int:
     """A table per attempt; where several files are of one attempt, one field side by side, and the last over the first."""
-    files = [Path(path).expanduser() for path in paths] or sorted(Path(os.path.relpath(path)) for path in RESULTS.rglob("*.json"))
+    files = [resolve(path) for path in paths] or sorted(Path(os.path.relpath(path)) for path in RESULTS.rglob("*.json"))
     if not files:
         raise UserError(f"nothing is stored in {RESULTS}: name files, or measure with `run all --record`")
     by_script = {}
@@ -209,7 +214,7 @@ def plot(path: str, compared: dict) -> None:
         axes.set(title=f"{script}: {metric}")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
+    figure.savefig(resolve(path), dpi=100)
     print(f"plot: {path}")
 
 

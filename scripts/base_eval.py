@@ -11,9 +11,11 @@ import json
 import time
 from dataclasses import dataclass
 
-from nanochat.common import Progress, UserError, cli, format_duration, format_table, is_main_rank, print0, write_atomic
+from nanochat.cli.paths import located, runs_dir, writable_base_dir
+from nanochat.cli.program import cli
+from nanochat.common import Progress, UserError, format_duration, format_table, is_main_rank, print0, write_atomic
 from nanochat.flags import flag, parse
-from scripts.sample import ModelFlags, tolerant_streams
+from scripts.sample import ModelFlags
 
 KINDS = ("core", "bpb", "sample")
 
@@ -41,13 +43,13 @@ class EvalFlags:
 
 def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> dict:
     """{"train": bits per byte, "val": bits per byte, ...} on the run's token dataset, or on that of `--data`."""
-    from pathlib import Path
-
     from nanochat.dataloader import val_batches
     from nanochat.dataset import TokenDataset, prepare_tokens
     from nanochat.loss_eval import evaluate_bpb
+    from nanochat.runtime.distributed import on_main_rank_first
     from nanochat.tokenizer import get_token_bytes
-    tokens = TokenDataset.open(prepare_tokens(flags.data, tokenizer) if flags.data else Path(state["tokens"]))
+    tokens = on_main_rank_first(lambda: TokenDataset.open(
+        prepare_tokens(flags.data, tokenizer) if flags.data else located(state["tokens"])))
     if tokens.tokenizer_fingerprint != tokenizer.fingerprint():
         raise UserError(f"the tokens in {state['tokens']} were made with another tokenizer than the model's. "
                         "Name the text with --data to prepare them anew.")
@@ -127,8 +129,7 @@ def save(record: dict, path) -> None:
 def main(argv: list[str] | None = None) -> None:
     flags, model_flags = parse([EvalFlags, ModelFlags], argv, prog="python -m scripts.base_eval",
                                description="Evaluate a base model.")
-    tolerant_streams()
-    from nanochat.checkpoint_manager import runs_dir
+    writable_base_dir()
     from nanochat.device import close_device, device_name, dtype_name, evaluation
     started = time.monotonic()
     model, tokenizer, state, ranks = model_flags.load()
@@ -146,4 +147,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, parallel=True)

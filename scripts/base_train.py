@@ -7,9 +7,13 @@ Text, tokenizer and tokens are prepared if they are not there yet. The run leave
 $NANOCHAT_BASE_DIR/base_checkpoints/<model-tag>/.
 """
 
-from nanochat.common import cli
+from nanochat.cli.paths import runs_dir
+from nanochat.cli.program import cli
+from nanochat.common import UserError, is_main_rank
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
+from nanochat.lock import RunLock
+from nanochat.training.run_folder import start_problem
 
 
 def main() -> int:
@@ -18,13 +22,17 @@ def main() -> int:
         from nanochat.explain import explain_flags
         print(explain_flags(config))
         return 0
+    run_dir = runs_dir() / config.model_tag
+    if config.run.resume_from_step == "-1" and (problem := start_problem(run_dir, config.run.overwrite)):
+        if is_main_rank():
+            RunLock(run_dir).release()  # one that is training now is named
+        raise UserError(f"{problem}.")
     from nanochat.device import close_device  # torch comes in only now: a wrong flag is answered before
-    from nanochat.setup import Run
-    from nanochat.train import run_to_the_end
-    status = run_to_the_end(Run(config))
+    from nanochat.train import build_and_train
+    status = build_and_train(config)
     close_device()
     return status
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, parallel=True)

@@ -8,9 +8,10 @@ is what a base model can do, so it is the default for one.
 import sys
 from dataclasses import dataclass
 
-from nanochat.common import UserError, cli
+from nanochat.cli.program import cli
+from nanochat.common import UserError
 from nanochat.flags import flag, parse
-from scripts.sample import ModelFlags, SamplingFlags, tolerant_streams
+from scripts.sample import ModelFlags, SamplingFlags
 
 
 @dataclass
@@ -65,7 +66,6 @@ def answer(engine, conversation: Conversation, text: str, sampling: dict) -> Non
 def main(argv: list[str] | None = None) -> None:
     model_flags, sampling, flags = parse([ModelFlags, SamplingFlags, ChatFlags], argv,
                                          prog="python -m scripts.chat_cli", description="Talk to a trained model.")
-    tolerant_streams()
     model, tokenizer, state, _ = model_flags.load()
     from nanochat.engine import Engine
     engine, conversation = Engine(model, tokenizer), Conversation(tokenizer, chat=flags.chat)
@@ -100,4 +100,4 @@ if __name__ == "__main__":
         import readline  # noqa: F401  (editing and history at the prompt, where Python has it)
     except ImportError:
         pass
-    cli(main)
+    cli(main, for_its_output=True)

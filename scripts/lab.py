@@ -24,7 +24,9 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from nanochat.common import UserError, cli, format_table, get_base_dir, print0, write_atomic
+from nanochat.cli.paths import get_base_dir, output_problem, resolve, writable_base_dir
+from nanochat.cli.program import cli
+from nanochat.common import UserError, format_table, print0, write_atomic
 from nanochat.flags import flag, parse, raise_problems
 from nanochat.lab import cycle as cycles
 from nanochat.lab import plan, stats
@@ -117,7 +119,7 @@ def main() -> int:
         command, [LabFlags, JudgeFlags])
     flags = parse(groups, with_quoted_flags(rest), prog=f"python -m scripts.lab {command}")
     if command == "report":
-        return remake_report(Path(what))
+        return remake_report(resolve(what))
     if command == "cycle":
         return keep_cycle(what, *flags)
     return Experiment(command, what, *flags).carry_out()
@@ -143,7 +145,7 @@ class Experiment:
                  shown: TableFlags = TableFlags()):
         self.command, self.flags, self.judging, self.shown = command, flags, judging, shown
         self.check()
-        self.cycles = Path(judging.cycle).expanduser() if judging.cycle else None
+        self.cycles = resolve(judging.cycle) if judging.cycle else None
         profile = plan.read_profile(flags.profile)
         if self.cycles:
             now = cycles.current(cycles.read_cycles(self.cycles))
@@ -171,7 +173,7 @@ class Experiment:
             print0(plan.about_batch([*profile, *shlex.split(flags.baseline)]))
         given = [template, self.texts, profile, match, flags.baseline, self.depths]
         given += [flags.nproc_per_node] if flags.nproc_per_node > 1 else []
-        self.path = Path(flags.out).expanduser() if flags.out else get_base_dir() / "lab" / f"{command}-{digest(given)}"
+        self.path = resolve(flags.out) if flags.out else get_base_dir() / "lab" / f"{command}-{digest(given)}"
 
     def check(self) -> None:
         command, flags = self.command, self.flags
@@ -190,7 +192,11 @@ class Experiment:
             problems.append("--depths takes two or more different ones")
         if flags.max_seeds != -1 and flags.max_seeds < len(flags.seeds):
             problems.append(f"--max-seeds is at least the number of --seeds, {len(flags.seeds)}")
+        if self.judging.log and (trouble := output_problem(self.judging.log)):
+            problems.append(f"--log {trouble}")
         raise_problems(problems)
+        if not flags.out:
+            writable_base_dir()
 
     def variants(self, depth: int | None):
         baseline = " ".join(filter(None, [self.flags.baseline, f"--depth={depth}" if depth else ""]))
@@ -306,7 +312,7 @@ class Experiment:
         if self.judging.log:
             command = f"`python -m scripts.lab {' '.join(sys.argv[1:])}`"
             entry = cycles.log_entry(change, verdict.decision, verdict.why, gain, command)
-            cycles.write_log(Path(self.judging.log).expanduser(), entry)
+            cycles.write_log(resolve(self.judging.log), entry)
         if self.cycles:
             decision = verdict.decision if robust or verdict.decision != "promote" else "passed the local gate"
             known = cycles.read_cycles(self.cycles)
@@ -323,7 +329,7 @@ def remake_report(folder: Path) -> int:
 
 
 def keep_cycle(action: str, flags: CycleFlags) -> int:
-    path = Path(flags.file).expanduser() if flags.file else get_base_dir() / "lab" / "cycles.json"
+    path = resolve(flags.file) if flags.file else get_base_dir() / "lab" / "cycles.json"
     known = cycles.read_cycles(path)
     if action == "start":
         if not flags.name or flags.target_metric_threshold is None:
@@ -338,7 +344,7 @@ def keep_cycle(action: str, flags: CycleFlags) -> int:
         if not flags.change or not flags.reason:
             raise UserError("lab cycle rollback needs --change and --reason")
         known = [*known[:-1], cycles.roll_back(cycles.current(known), flags.change, flags.reason)]
-        cycles.write_log(Path(flags.log).expanduser(), cycles.log_entry(flags.change, "rolled back", flags.reason, None))
+        cycles.write_log(resolve(flags.log), cycles.log_entry(flags.change, "rolled back", flags.reason, None))
     elif action != "status":
         raise UserError(f"lab cycle {action}: choose start, phase, rollback or status")
     now = cycles.current(known)

@@ -19,18 +19,20 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, cli, get_base_dir, print0
+from nanochat.cli.paths import ROOT, child_environment, list_steps, output_problem, resolve, step_dir, writable_base_dir
+from nanochat.cli.program import cli
+from nanochat.common import UserError, print0, write_atomic
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
 from nanochat.flags import build_parser, flag, parse
 from nanochat.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = ("--data=python --max-chars=2000000 --vocab-size=512 --depth=4 --head-dim=32 --aspect-ratio=16 --max-seq-len=128 "
             "--device-batch-size=4 --total-batch-size=1024 --num-iterations=200 --save-every=5 --eval-every=50 "
             "--eval-tokens=8192 --core-metric-every=-1 --sample-every=-1 --no-compile --device-type=cpu").split()
@@ -47,21 +49,25 @@ class Proof:
     certificate: str = flag("prove_resume.json", "where to write the certificate", metavar="PATH")
     keep: bool = flag(False, "keep the runs")
 
+    def validate(self) -> list[str]:
+        trouble = output_problem(self.certificate)
+        return [f"--certificate {trouble}"] if trouble else []
+
 
 def main() -> int:
     own, flags = split_arguments(sys.argv[1:])
-    base = get_base_dir() / f"prove_resume_{os.getpid()}"
     flags = [*DEFAULTS, *flags]
     config = parse_config(FEATURES, flags, prog="python -m scripts.prove_resume")
     if config.run.resume_from_step != "-1" or config.run.model_tag or config.eval.save_every <= 0:
         raise UserError("the proof resumes and names its runs itself, and needs checkpoints: leave out --resume-from-step and "
                         "--model-tag, and give --save-every a number")
+    base = Path(tempfile.mkdtemp(prefix="prove_resume_", dir=writable_base_dir()))
     try:
         certificate = prove(own, flags, base)
     finally:
         if not own.keep:
             shutil.rmtree(base, ignore_errors=True)
-    Path(own.certificate).write_text(json.dumps(certificate, indent=1) + "\n")
+    write_atomic(resolve(own.certificate), json.dumps(certificate, indent=1) + "\n")
     facts = {name: value for name, value in certificate.items() if not isinstance(value, list)}
     print0("\n" + "\n".join(f"{name.ljust(18)}  {value}" for name, value in facts.items()))
     print0(f"written to {own.certificate}")
@@ -121,7 +127,7 @@ def train(flags: list[str], base: Path, tag: str, *more: str) -> Training:
     base.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as f:
         process = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags, f"--model-tag={tag}", *more], cwd=ROOT,
-                                   stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
+                                   stdout=f, stderr=subprocess.STDOUT, env=child_environment(base))
     return Training(process, log)
 
 
@@ -148,7 +154,7 @@ def kill_and_resume(launch, flags: list[str], base: Path, tag: str, kills: int, 
 
 
 def resume(folder: Path) -> list[str]:
-    return ["--resume-from-step=latest"] if any(folder.glob("step_*")) else []
+    return ["--resume-from-step=latest"] if list_steps(folder) else []
 
 
 def wait_until(run: Training, folder: Path, step: int) -> bool:
@@ -186,7 +192,7 @@ def writing(folder: Path) -> bool:
 def fingerprint(folder: Path) -> dict:
     """What a run came to: SHA-256 of all that was decided at each step, and of the final checkpoint's tensors."""
     rows = [[row.get(name) for name in DECIDED] for row in read_metrics(folder / "metrics.jsonl")]
-    final = sorted(folder.glob("step_*"))[-1]
+    final = step_dir(folder, list_steps(folder)[-1])
     return {
         "steps": 1 + max(row[0] for row in rows if row[1] is not None),
         **{name: sha256(json.dumps([[row[0], row[i]] for row in rows]).encode()) for i, name in enumerate(DECIDED) if i},

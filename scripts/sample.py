@@ -6,7 +6,7 @@ Without `-p` the prompt is read from standard input. One sample streams as it is
 import sys
 from dataclasses import dataclass
 
-from nanochat.common import cli
+from nanochat.cli.program import cli
 from nanochat.config import DeviceFlags
 from nanochat.flags import flag, parse
 
@@ -45,17 +45,10 @@ class PromptFlags:
     num_samples: int = flag(1, "how many continuations of each prompt", low=1)
 
 
-def tolerant_streams() -> None:
-    """Bytes that are no text on the way in, characters that the terminal lacks on the way out: replaced, not fatal."""
-    sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(errors="replace")
-
-
 def main(argv: list[str] | None = None) -> None:
     model_flags, sampling, output = parse([ModelFlags, SamplingFlags, PromptFlags], argv,
                                           prog="python -m scripts.sample", description="Continue a prompt.")
     prompts = output.prompt
-    tolerant_streams()
     if not prompts:
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)
@@ -80,4 +73,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, for_its_output=True)

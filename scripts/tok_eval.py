@@ -8,7 +8,8 @@ their files or can fetch them within a few seconds.
 import threading
 from dataclasses import dataclass
 
-from nanochat.common import cli, format_table, print0
+from nanochat.cli.program import cli
+from nanochat.common import format_table, print0
 from nanochat.flags import flag, parse
 from nanochat.sources import SourceFlags
 

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from nanochat.cli.output import tolerant_streams
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
 from nanochat.setup import Run
@@ -41,6 +42,7 @@ def _train(argv, base, log, before, output):
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(output, os.O_WRONLY) if output else errors, 1)
     os.dup2(errors, 2)
+    tolerant_streams()  # as every script does
     run = Run(parse_config(FEATURES, argv))
     if before:
         before(run)

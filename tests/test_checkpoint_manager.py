@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (MANIFEST, MODEL, OPTIMIZER, STATE, CheckpointWriter, check_room, checkpoint_bytes,
@@ -50,7 +51,6 @@ def test_round_trip(run_dir):
     max_size=6))
 def test_files_are_what_the_library_reads(tmp_path_factory, tensors):
     """Any names, dtypes and shapes, none and empty ones among them."""
-    from safetensors.torch import load_file
     tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in tensors.items()}
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(b"".join(safetensors_blocks(tensors)))
@@ -103,10 +103,18 @@ def test_where_nothing_is_sound_it_says_so(run_dir):
         load_checkpoint(run_dir, "latest")
 
 
-def test_saving_again_replaces_and_leaves_no_debris(run_dir):
-    save_checkpoint(run_dir, 10, {"a": torch.ones(1)}, {}, {})
-    assert torch.equal(load_checkpoint(run_dir, 10)[0]["a"], torch.ones(1))
+def test_saving_the_same_weights_again_replaces_and_leaves_no_debris(run_dir):
+    save_checkpoint(run_dir, 10, WEIGHTS, MOMENTS, {"note": "again"})
+    assert load_checkpoint(run_dir, 10)[2]["note"] == "again"
     assert sorted(p.name for p in run_dir.iterdir()) == ["step_000003", "step_000010"]
+
+
+def test_other_weights_never_take_a_checkpoints_place(run_dir):
+    for n in (1, 2):
+        save_checkpoint(run_dir, 10, {"a": torch.full((1,), float(n))}, {}, {})
+    assert torch.equal(load_checkpoint(run_dir, 10)[0]["a"], torch.full((1,), 2.0))
+    assert same(load_file(run_dir / "step_000010~1" / MODEL), WEIGHTS)
+    assert torch.equal(load_file(run_dir / "step_000010~2" / MODEL)["a"], torch.ones(1))
 
 
 def test_a_disk_that_takes_nothing_leaves_the_earlier_checkpoints(run_dir):
@@ -149,7 +157,9 @@ def test_killed_between_any_two_changes_to_the_disk(run_dir, monkeypatch, replac
         expected = {3: WEIGHTS, 10: WEIGHTS}
         if step in list_steps(folder) and load_checkpoint(folder, step)[2]["note"] == "new":
             expected[step] = new
-        assert list_steps(folder) == sorted(expected) and len(list(folder.iterdir())) == len(expected)
+        aside = [folder / "step_000010~1"] if expected[10] is new else []  # other weights are kept
+        assert list_steps(folder) == sorted(expected) and len(list(folder.iterdir())) == len(expected) + len(aside)
+        assert all(same(WEIGHTS, load_file(path / MODEL)) for path in aside)
         assert all(same(weights, load_checkpoint(folder, s)[0]) for s, weights in expected.items())
         if finished:
             break
@@ -157,11 +167,11 @@ def test_killed_between_any_two_changes_to_the_disk(run_dir, monkeypatch, replac
 
 
 def test_runs_are_listed_by_the_time_they_were_trained(tmp_path):
-    for age, tag in enumerate(["old", "new", "new~"]):
+    for age, tag in enumerate(["old", "new", "new~1"]):
         folder = save_checkpoint(tmp_path / tag, 1, WEIGHTS, {}, {})
         os.utime(folder, (1000 + age, 1000 + age))
     (tmp_path / "empty").mkdir()
-    assert list_tags(tmp_path) == ["old", "new"]
+    assert list_tags(tmp_path) == ["old", "new"] and list_tags(tmp_path, set_aside=True)[-1] == "new~1"
 
 
 # ---- beside training
@@ -249,16 +259,17 @@ def test_retention_never_takes_the_newest_nor_a_later_one(tmp_path_factory, step
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"step_{step:06d}").mkdir()
-    delete_old(folder, newest, keep, val_bpb)
-    left, past = set(list_steps(folder)), sorted(s for s in steps if s <= newest)
-    assert left >= {s for s in steps if s > newest} | set(past[-keep:]) and len(left & set(past)) <= keep + 1
+    others = data.draw(st.sets(st.sampled_from(sorted(steps))))  # that the run has not written
+    delete_old(folder, newest, keep, val_bpb, steps - others)
+    left, past = set(list_steps(folder)), sorted(s for s in steps - others if s <= newest)
+    assert left >= {s for s in steps if s > newest} | others | set(past[-keep:]) and len(left & set(past)) <= keep + 1
     evaluated = [s for s in past if s in val_bpb]
     assert not evaluated or min(val_bpb[s] for s in evaluated) in [val_bpb[s] for s in left if s in val_bpb]
 
 
 def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_like_a_checkpoint(run_dir, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-    delete_old(run_dir, 10, 1, {})
+    delete_old(run_dir, 10, 1, {}, own={3, 10})
     assert list_steps(run_dir) == [10] and (run_dir / ".step_000003.deleting" / MODEL).exists()
     monkeypatch.undo()
     finish_what_was_killed(run_dir)
@@ -267,7 +278,11 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_like_a_checkpoint(
 
 def test_another_future_does_not_end_in_the_old_ones_checkpoints(run_dir):
     set_aside_later(run_dir, 3)
-    assert list_steps(run_dir) == [3] and (run_dir / "step_000010~" / MODEL).exists()
+    assert list_steps(run_dir) == [3] and (run_dir / "step_000010~1" / MODEL).exists()
+    save_checkpoint(run_dir, 10, {"a": torch.ones(1)}, {}, {})
+    set_aside_later(run_dir, 3)
+    assert list_steps(run_dir) == [3] and same(load_file(run_dir / "step_000010~1" / MODEL), WEIGHTS)
+    assert (run_dir / "step_000010~2" / MODEL).exists()
 
 
 # ---- room on the disk

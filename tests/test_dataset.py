@@ -1,8 +1,10 @@
-"""Text and tokens on disk: every source, the fixed split, nothing half-written taken, bad input named and harmless."""
+"""Text and tokens on disk: sources, what a tokenizer learns from, nothing half-written taken, bad input named and harmless."""
 
 import gzip
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 
 from nanochat.common import UserError, get_base_dir
-from nanochat.dataset import TokenDataset, prepare_tokens, split_documents, train_tokenizer
-from nanochat.sources import Counts, hub_address, iter_documents, local_files, python_files
+from nanochat.dataset import TokenDataset, learning_sample, prepare_tokens, split_documents, train_tokenizer
+from nanochat.sources import Counts, hub_address, iter_documents, python_files
 from nanochat.tokenizer import Tokenizer
 
 
@@ -46,39 +48,19 @@ def texts_of(dataset: TokenDataset, tok: Tokenizer, split: str) -> list[str]:
     return [tok.decode(doc[1:].tolist()) for doc in docs]
 
 
-# ---- sources
+# ---- sources (files: test_files.py; the hub: test_hub.py)
 
 def test_files_of_all_types_in_a_folder_are_read_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.txt").write_text("text")
     (tmp_path / "a.md").write_text("markdown")
     (tmp_path / "c.py").write_text("print('python')")
-    (tmp_path / "image.png").write_bytes(b"\xff\xfe")
-    (tmp_path / ".hidden.txt").write_text("hidden")
     write_jsonl(tmp_path / "d.jsonl", [{"text": "row 1"}, {"text": "   "}, {"text": None}, {"text": "row 2", "id": 3}])
     write_jsonl(tmp_path / "e.jsonl.gz", [{"text": "packed"}])
     counts = Counts()
     assert list(iter_documents(str(tmp_path), counts=counts)) == [
         "markdown", "text", "print('python')", "row 1", "row 2", "packed"]
     assert (counts.files, counts.documents, counts.empty) == (5, 6, 2)
-    assert list(iter_documents(str(tmp_path / "*.md"))) == ["markdown"]
-    assert [p.name for p in local_files(str(tmp_path / "**" / "*.txt"))] == ["one.txt"]
-
-
-def test_parquet(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-    path = tmp_path / "x.parquet"
-    texts = [f"document {i}" for i in range(3000)]
-    parquet.write_table(pa.table({"body": [*texts, None], "id": list(range(3001))}), path)
-    assert list(iter_documents(str(path), text_column="body")) == texts
-    with pytest.raises(UserError, match="x.parquet has no column 'text'; it has 'body', 'id'"):
-        list(iter_documents(str(path)))
-    with pytest.raises(UserError, match="row 1: column 'id' holds int, not text"):
-        list(iter_documents(str(path), text_column="id"))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="x.parquet"):
-        list(iter_documents(str(path), text_column="body"))
 
 
 def test_python_source_is_this_interpreters_own_text():
@@ -104,47 +86,6 @@ def test_nuls_and_broken_surrogates_are_text(tmp_path):
     assert list(iter_documents(str(tmp_path))) == ["a\0b", "\ufffdx"]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.txt", b"good\nb\xffd", "x.txt: byte 6 is not UTF-8.*--skip-bad"),
-    ("x.jsonl", b'{"text": "good"}\n{"text": "b\xffd"}\n', "x.jsonl, line 2: byte 28 of the file is not UTF-8"),
-    ("x.jsonl", b'{"text": "good"}\n\n{"text": "bad\n', "x.jsonl, line 3 is not valid JSON"),
-    ("x.jsonl", b'{"text": "good"}\n[1]\n', "x.jsonl, line 2 is not a JSON object"),
-    ("x.jsonl", b'{"text": "good"}\n{"text": 5}\n', "x.jsonl, line 2: column 'text' holds int, not text"),
-])
-def test_bad_text_is_named_or_counted(tmp_path, name, content, message):
-    (tmp_path / "a.txt").write_text("fine")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(iter_documents(str(tmp_path)))
-    counts = Counts()
-    assert list(iter_documents(str(tmp_path), skip_bad=True, counts=counts)) == ["fine", "good"][:1 + (name != "x.txt")]
-    assert counts.unreadable == 1
-
-
-@pytest.mark.parametrize("setup, message", [
-    (lambda d: None, "none of the 0 name"),
-    (lambda d: (d / "x.csv").write_text("a"), "none of the 1 name.*known type.*parquet"),
-    (lambda d: (d / "x.txt").write_text(""), "no text in.*1 file.*1 empty"),
-    (lambda d: write_jsonl(d / "x.jsonl", [{"body": "a", "id": 1}]),
-     "x.jsonl, line 1 has no column 'text'; it has 'body', 'id'.*--text-column"),
-    (lambda d: (d / "x.jsonl.gz").write_bytes(b"not gzip"), "cannot read .*x.jsonl.gz"),
-    (lambda d: (d / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9]), "cannot read .*x.jsonl.gz"),
-])
-def test_bad_corpora_are_explained(tmp_path, setup, message):
-    setup(tmp_path)
-    with pytest.raises(UserError, match=message):
-        list(iter_documents(str(tmp_path), skip_bad=True))
-
-
-def test_paths_that_are_not_there(tmp_path):
-    for source, message in ((tmp_path / "x", "no such file"), (tmp_path / "*.txt", "none of the 0")):
-        with pytest.raises(UserError, match=message):
-            list(iter_documents(str(source)))
-    (tmp_path / "x.doc").write_text("a")
-    with pytest.raises(UserError, match="x.doc: do not know how to read"):
-        list(iter_documents(str(tmp_path / "x.doc")))
-
-
 def test_hub_addresses():
     assert hub_address("hf:tinystories") == ("roneneldan/TinyStories", None, "train", "text")
     assert hub_address("hf:tinystories::validation") == ("roneneldan/TinyStories", None, "validation", "text")
@@ -157,57 +98,18 @@ def test_hub_addresses():
 
 def test_hub_without_the_library():
     code = ("import sys; sys.modules['datasets'] = None\n"  # what Python does where an import must fail
-            "from nanochat.common import cli\nfrom nanochat.sources import iter_documents\n"
+            "from nanochat.cli.program import cli\nfrom nanochat.sources import iter_documents\n"
             "cli(lambda: next(iter_documents('hf:climbmix')) and 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "pip install datasets" in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- the split
+# ---- tokens on disk
 
 def shares(texts):
     labelled = list(split_documents(texts))
     return [[t for name, t in labelled if name == split] for split in ("train", "val")]
 
-
-def test_split_is_by_content_and_covers_everything():
-    texts = [story(i) for i in range(2000)]
-    train, val = shares(texts)
-    assert sorted(train + val) == sorted(texts) and 50 < len(val) < 150
-    again_train, again_val = shares(texts[:1] + texts[:0:-1])
-    assert set(again_val) == set(val)
-
-
-def test_appended_text_leaves_a_full_validation_set_alone(monkeypatch):
-    monkeypatch.setattr("nanochat.dataset.VAL_CHARS", 20_000)
-    texts = [story(i) for i in range(4000)]
-    _, val = shares(texts[:2000])
-    train, more_val = shares(texts)
-    assert 20_000 <= sum(map(len, val)) < 30_000
-    assert more_val == val and len(train) == 4000 - len(val)
-
-
-def test_copies_of_validation_text_are_not_trained_on():
-    texts = [story(i) for i in range(500)]
-    counts = Counts()
-    labelled = list(split_documents(texts + texts, counts))
-    val = {t for name, t in labelled if name == "val"}
-    assert val and not val & {t for name, t in labelled if name == "train"}
-    assert counts.duplicates == len(val) + 1
-
-
-def test_tiny_corpora_have_both_parts():
-    assert shares(["only\n" * 100]) == [["only\n" * 95], ["only\n" * 5]]
-    assert shares(["a" * 100]) == [["a" * 95], ["a" * 5]]
-    assert shares(["ab"]) == [["a"], ["b"]]
-    for n in range(2, 12):  # whether the hash picks one of them or not
-        train, val = shares([story(i) for i in range(n)])
-        assert train and val and len(train) + len(val) == n
-    with pytest.raises(UserError, match="one character"):
-        shares(["a"])
-
-
-# ---- tokens on disk
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
@@ -220,6 +122,7 @@ def test_tokens_are_the_text(base, tok, corpus):
     dataset.verify()
     train, val = texts_of(dataset, tok, "train"), texts_of(dataset, tok, "val")
     assert [train, val] == shares([story(i) for i in range(300)])
+    assert sum(map(len, train + val)) == sum(len(story(i)) for i in range(300))
     manifest = dataset.manifest
     assert folder.parent == base / "tokens" and folder.name.startswith("stories-")
     assert manifest["dtype"] == "uint16" and dataset.tokenizer_fingerprint == tok.fingerprint()
@@ -270,12 +173,22 @@ def test_explicit_validation_text(base, tok, corpus, tmp_path):
 
 
 def test_one_large_document(base, tok, tmp_path):
-    text = "The bears went to town and back again, all nine of them.\n" * 175_000  # 10 MB
+    text = "".join(f"Line {i}: the bears went to town and back again.\n" + "\n" * (i % 9 == 0) for i in range(100_000))  # 5 MB
     (tmp_path / "large.txt").write_text(text)
     dataset = TokenDataset.open(prepare_tokens(str(tmp_path / "large.txt"), tok))
     train, val = texts_of(dataset, tok, "train"), texts_of(dataset, tok, "val")
-    assert train[0] + val[0] == text and len(train) == len(val) == 1 and train[0].endswith("\n")
-    assert 0.04 < len(val[0]) / len(text) < 0.11
+    assert sum(map(len, train + val)) == len(text) and all(part in text and part.endswith("\n\n") for part in val)
+    assert 0.04 < sum(map(len, val)) / len(text) < 0.06
+    assert "1 documents in 1 files" in dataset.summary() and not dataset.left_out()
+
+
+def test_what_was_left_out_is_said(base, tok, corpus, tmp_path):
+    (tmp_path / "x.png").write_text("a")
+    corpus.write_text(corpus.read_text() * 2 + '{"text": " "}\n{oops\n')
+    dataset = TokenDataset.open(prepare_tokens(str(tmp_path / "[sx]*"), tok, skip_bad=True))
+    assert re.fullmatch("left out: 1 empty, 1 unreadable \\(.*stories.jsonl, line 602 is not valid JSON: .*\\), "
+                        "\\d+ duplicates, 1 .png \\(.*x.png\\)", dataset.left_out())
+    assert dataset.left_out() in dataset.summary().splitlines()
 
 
 @pytest.mark.parametrize("file", ["train_000000.bin", "val_000000.lengths.npy", "manifest.json"])
@@ -311,6 +224,14 @@ def test_failure_leaves_nothing(base, tok, tmp_path):
     assert list((base / "tokens").iterdir()) == []
 
 
+# ---- the tokenizer's text
+
+def words(number: int, first: int = 0) -> str:
+    """Text in which no word occurs twice."""
+    numbers = range(first, first + number)
+    return "".join(f"{hashlib.md5(str(i).encode()).hexdigest()[:8]}{' ' if i % 10 else chr(10)}" for i in numbers)
+
+
 def test_tokenizer_learns_from_training_text_only(base, tmp_path):
     texts = [story(i) + f" Word{i}" * 9 for i in range(200)]
     train, _ = shares(texts)
@@ -318,6 +239,60 @@ def test_tokenizer_learns_from_training_text_only(base, tmp_path):
     expected = Tokenizer.train_from_iterator(train, 350).fingerprint()
     assert train_tokenizer(str(path), 350).fingerprint() == expected
     assert Tokenizer.train_from_iterator(texts, 350).fingerprint() != expected
+
+
+def test_one_long_document_is_learned_from_whole(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text(words(40_000))
+    assert Tokenizer.train_from_iterator([words(40_000)[:10_000]], 2500).get_vocab_size() < 2500
+    sizes = [train_tokenizer(str(tmp_path / "x.txt"), 2500, doc_cap=cap).get_vocab_size() for cap in (1, 700, 10_000, 10**9)]
+    assert sizes == [2500] * 4
+    train_tokenizer(str(tmp_path / "x.txt"), 10**6)
+    assert "the text has pairs for a vocabulary of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cap", [1, 50, 999, 1000, 1001, 20_000, 10**9])
+def test_the_sample_is_taken_from_all_over(cap, monkeypatch):
+    texts = [words(9000), words(5, 10**6), words(3000, 2 * 10**6)]
+    everything = list(learning_sample(texts, cap))
+    assert sorted("".join(everything)) == sorted("".join(texts))  # there is little: all of it, each character once
+    assert list(learning_sample(texts, cap)) == everything
+    monkeypatch.setattr("nanochat.dataset.LEARNED_CHARS", 1)
+    few = list(learning_sample(texts, cap))
+    assert abs(sum(map(len, few)) - sum(min(cap, len(text)) for text in texts)) <= 3 * max(100, cap / 10)  # a piece each
+    where = [texts[0].index(piece) / len(texts[0]) for piece in few if len(piece) > 8 and piece in texts[0]]
+    if 900 < cap < len(texts[2]):
+        assert all(any(low <= at < low + 0.2 for at in where) for low in (i / 5 for i in range(5)))
+
+
+@pytest.mark.parametrize("enough", [20_000, 60_000, 200_000])
+def test_the_reserve_is_bounded_and_thinned_evenly(enough, monkeypatch):
+    monkeypatch.setattr("nanochat.dataset.LEARNED_CHARS", enough)
+    texts = [words(9000, i * 10**6) for i in range(20)]  # 81 000 characters each
+    taken = list(learning_sample(iter(texts), 500))
+    assert 0.5 * enough < sum(map(len, taken)) < 1.1 * enough + 1000
+    of = [sum(len(piece) for piece in taken if piece in text) for text in texts]
+    assert min(of) >= 500 and max(of) < 3 * min(of) + 2000
+
+
+def test_words_are_not_cut(monkeypatch):
+    text = words(20_000)
+    known = set(text.split())
+    pieces = list(learning_sample([text], 10_000))
+    assert len(pieces) > 50
+    assert all(word in known for piece in pieces for word in piece.split())
+
+
+@pytest.mark.parametrize("options, reason", [
+    (dict(doc_cap=2000), "in the [0-9,]+ characters that were learned from; a larger --doc-cap takes more"),
+    (dict(max_chars=20_000), "in the [0-9,]+ characters that were learned from; a larger --max-chars takes more"),
+    (dict(max_chars=20_000, doc_cap=2000), "--doc-cap or --max-chars"),
+    ({}, "the text has pairs for a vocabulary of [0-9]+ only, not 1000000")])
+def test_why_a_vocabulary_is_small(tmp_path, monkeypatch, capsys, options, reason):
+    if "doc_cap" in options:
+        monkeypatch.setattr("nanochat.dataset.LEARNED_CHARS", 3000)
+    (tmp_path / "x.txt").write_text(words(4000))
+    train_tokenizer(str(tmp_path / "x.txt"), 1_000_000, **options)
+    assert re.search(reason, capsys.readouterr().out)
 
 
 # ---- command line

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain", "planner", "lock",
               "interruption"}
 PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "norms", "tokenizer", "dataset",
-         "dataloader", "sources", "shape"}
+         "dataloader", "sources", "shape", "files", "split", "reading", "hub"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -57,7 +57,7 @@ def test_who_may_import_whom(path):
 
 @pytest.mark.parametrize("path", sorted([*library, *(ROOT / "scripts").glob("*.py")]), ids=lambda p: str(p.relative_to(ROOT)))
 def test_optional_packages_are_imported_where_they_are_used(path):
-    optional = ("wandb", "tensorboard", "trackio", "datasets", "pyarrow", "matplotlib", "scipy", "rich", "yaml", "tokenizers")
+    optional = ("wandb", "tensorboard", "trackio", "datasets", "pyarrow", "matplotlib", "scipy", "rich", "yaml", "tokenizers", "zstandard")
     assert not any(uses(imports(path, top_level_only=True), package) for package in optional)
 
 

@@ -140,6 +140,24 @@ def test_save_and_load(tok, tmp_path):
     assert Tokenizer.train_from_iterator(CORPUS, 999).fingerprint() != tok.fingerprint()
 
 
+def test_another_tokenizer_is_kept_under_a_number(tok, tmp_path, capsys):
+    others = [Tokenizer.train_from_iterator(CORPUS, size) for size in (300, 301)]
+    for each in (tok, tok, others[0], others[0], others[1], tok):
+        each.save(tmp_path)
+        assert get_tokenizer(tmp_path).fingerprint() == each.fingerprint()
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", *(f"tokenizer.json~{i}" for i in (1, 2, 3))]
+    for number, each in ((1, tok), (2, others[0]), (3, others[1])):
+        assert json.loads((tmp_path / f"tokenizer.json~{number}").read_text())["fingerprint"] == each.fingerprint()
+    assert capsys.readouterr().out.count("is now tokenizer.json~") == 3
+
+
+def test_a_damaged_tokenizer_is_kept_too(tok, tmp_path):
+    path = tok.save(tmp_path)
+    path.write_text(path.read_text()[:-20])
+    tok.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer.json~1"]
+
+
 def damage(key, value):
     return lambda content: json.dumps(json.loads(content) | {key: value}).encode()
 
@@ -259,7 +277,7 @@ def trained(tmp_path_factory):
 def test_tok_train_says_what_it_made(trained):
     base, done = trained
     assert done.returncode == 0, done.stderr
-    assert "vocabulary 500" in done.stdout and "bytes per token" in done.stdout
+    assert "vocabulary 500" in done.stdout and "bytes per token" in done.stdout and "read: 1 documents" in done.stdout
     assert get_tokenizer(base / "tokenizer").get_vocab_size() == 500
 
 

@@ -218,13 +218,6 @@ def test_time_to_target(base, tmp_path):
     assert above <= reached <= below
 
 
-def test_a_previous_run_of_the_name_is_kept(base):
-    run_dir, _ = run_here(base, "twice", "--no-compile", "--num-iterations=1", "--eval-every=-1")
-    (run_dir / "mark").write_text("first")
-    run_here(base, "twice", "--no-compile", "--num-iterations=1", "--eval-every=-1")
-    assert (run_dir.with_name("twice~") / "mark").exists() and not (run_dir / "mark").exists()
-
-
 def test_divergence_is_a_status_not_a_traceback(base):
     done = cli(base, "--no-compile", "--model-tag=diverged", "--lr-multiplier=1e38", "--eval-every=-1")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "--lr-multiplier" in done.stderr

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from nanochat.attempts import Attempt, block_matrices, inputs_of, second_moments  # noqa: E402
-from nanochat.common import cli, format_table  # noqa: E402
+from nanochat.cli.program import cli  # noqa: E402
+from nanochat.common import format_table  # noqa: E402
 from nanochat.flags import flag  # noqa: E402
 
 from measure import Quality, RankFlags, mean, rank_of, time_layers  # noqa: E402

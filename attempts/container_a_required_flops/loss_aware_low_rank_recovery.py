@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from nanochat.attempts import Attempt, Training, block_matrices, second_moments, train_in_turn  # noqa: E402
-from nanochat.common import cli, format_table  # noqa: E402
+from nanochat.cli.program import cli  # noqa: E402
+from nanochat.common import format_table  # noqa: E402
 from nanochat.flags import flag  # noqa: E402
 
 from measure import Quality, RankFlags, rank_of  # noqa: E402

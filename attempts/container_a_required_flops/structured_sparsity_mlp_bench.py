@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works
 
 from nanochat.attempts import (  # noqa: E402
     Attempt, ModelFlags, Training, block_matrices, inputs_of, second_moments, train_in_turn)
-from nanochat.common import cli, format_table  # noqa: E402
+from nanochat.cli.program import cli  # noqa: E402
+from nanochat.common import format_table  # noqa: E402
 from nanochat.flags import flag  # noqa: E402
 
 from measure import Flags, Quality, mean, wrong_shares  # noqa: E402

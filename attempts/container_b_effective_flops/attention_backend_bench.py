@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works
 
 from nanochat import bench  # noqa: E402
 from nanochat.attempts import Attempt  # noqa: E402
-from nanochat.common import cli, format_table  # noqa: E402
+from nanochat.cli.program import cli  # noqa: E402
+from nanochat.common import format_table  # noqa: E402
 from nanochat.flags import flag  # noqa: E402
 
 SCRIPT = "attempts/container_b_effective_flops/attention_backend_bench.py"

@@ -37,7 +37,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from nanochat import bench  # noqa: E402
-from nanochat.common import Progress, cli, format_table  # noqa: E402
+from nanochat.cli.paths import resolve  # noqa: E402
+from nanochat.cli.program import cli  # noqa: E402
+from nanochat.common import Progress, format_table  # noqa: E402
 from nanochat.features.suffix import relevance_of_blocks  # noqa: E402
 from nanochat.flags import flag, parse  # noqa: E402
 from nanochat.schedules import lr_multiplier  # noqa: E402
@@ -409,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.json_out:
         print(f"json: {flags.json_out}")
         if flags.plot:
-            print(draw(Path(flags.json_out).expanduser().with_suffix(".png"), traces))
+            print(draw(resolve(flags.json_out).with_suffix(".png"), traces))
     return 1 if any(run.diverged for run in runs.values()) else 0
 
 

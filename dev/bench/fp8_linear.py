@@ -13,7 +13,8 @@ import importlib.util
 import time
 from dataclasses import dataclass
 
-from nanochat.common import cli, format_table, print0
+from nanochat.cli.program import cli
+from nanochat.common import format_table, print0
 from nanochat.config import DeviceFlags
 from nanochat.features.fp8 import Fp8Flags, device_trouble, layers_to_time
 from nanochat.flags import flag, parse

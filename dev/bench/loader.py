@@ -9,7 +9,8 @@ per second, as `dev.bench.train_step` prints it.
 import time
 from dataclasses import dataclass
 
-from nanochat.common import cli, format_table
+from nanochat.cli.program import cli
+from nanochat.common import format_table
 from nanochat.flags import flag, parse
 from nanochat.sources import SourceFlags
 

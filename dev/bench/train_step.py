@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat import bench
-from nanochat.common import UserError, cli, format_table, get_base_dir
+from nanochat.cli.program import cli
+from nanochat.common import UserError, format_table, get_base_dir
 from nanochat.config import Config, DeviceFlags, parse_config
 from nanochat.features import FEATURES
 from nanochat.flags import flag, parse

@@ -6,8 +6,8 @@ start with it empty every time.
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from nanochat.cli.paths import resolve
 from nanochat.common import UserError
 from nanochat.features import Feature
 from nanochat.flags import flag
@@ -32,7 +32,7 @@ class CompileCache(Feature):
         return []
 
     def on_model(self, model, horizon) -> None:
-        folder = Path(self.config.compile_cache_dir).expanduser().resolve()
+        folder = resolve(self.config.compile_cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:

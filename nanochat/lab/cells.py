@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.cli.paths import ROOT, child_environment, list_steps, step_dir
 from nanochat.common import Progress, UserError, format_duration, print0, write_atomic
 from nanochat.lab.claim import Claim, held
 from nanochat.lab.plan import horizon_of
@@ -30,7 +31,6 @@ from nanochat.lab.rows import config_of, make_row, read_result, write_csv
 from nanochat.metrics import git_state
 from nanochat.tokenizer import get_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL = 1.0         # seconds between looks at a run, each a sign of life to the other workers
 PATIENCE = 120.0   # seconds that a run which was told to stop has for its checkpoint
 
@@ -140,7 +140,7 @@ class Folder:
         try:
             if cell.kill:
                 killed = self.kill_midway(cell, flags, claim.beat)
-            resume = ["--resume-from-step=latest"] if any(self.run_dir(cell).glob("step_*")) else []
+            resume = ["--resume-from-step=latest"] if list_steps(self.run_dir(cell)) else []
             code = self.launch(cell, [*flags, *resume], claim.beat)
         finally:
             if claim.beat():  # else another worker has it now
@@ -158,7 +158,7 @@ class Folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
         with self.output(cell) as log, ended_like_ctrl_c():
-            process = self.start("scripts.base_train", [*argv, f"--result-json={(folder / 'result.json').resolve()}"], log)
+            process = self.start("scripts.base_train", [*argv, f"--result-json={folder / 'result.json'}"], log)
             steps = horizon_of(config_of(flags)).num_iterations
             progress = Progress(f"{cell.variant} seed {cell.seed}", steps, " steps", plain_every=30.0)
             progress.enabled = not self.show_output
@@ -187,7 +187,7 @@ class Folder:
         with self.output(cell) as log, ended_like_ctrl_c():
             process = self.start("scripts.base_train", [*flags, f"--model-tag={self.tag(cell)}"], log)
             try:
-                while process.poll() is None and not (found := sorted(self.run_dir(cell).glob("step_*"))):
+                while process.poll() is None and not (found := list_steps(self.run_dir(cell))):
                     time.sleep(0.01)
                     beat()
                 victim = process.pid  # torchrun ends with its first rank; killed itself, it would leave the ranks behind
@@ -196,7 +196,7 @@ class Folder:
                 if process.poll() is not None or not victim:
                     return None
                 os.kill(victim, signal.SIGKILL)
-                return found[-1].name
+                return step_dir(self.run_dir(cell), found[-1]).name
             finally:
                 (process.kill if self.processes == 1 else process.terminate)()
                 process.wait()
@@ -207,11 +207,11 @@ class Folder:
     def start(self, module: str, argv: list[str], log) -> subprocess.Popen:
         command = [sys.executable, "-m", module, *argv]
         if module == "scripts.base_train" and self.processes > 1:
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+            command[1:1] = ["-m", "nanochat.runtime.launch", "--standalone", f"--nproc_per_node={self.processes}"]
         log.write(f"+ {shlex.join(command)}\n".encode())
         log.flush()
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env={**os.environ, "NANOCHAT_BASE_DIR": str(self.home)})
+                                env=child_environment(self.home))
 
     def prepare(self, cell: Cell) -> None:
         """Tokenizer and tokens of the runs, made once, by one worker."""

@@ -19,6 +19,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.cli.paths import resolve as resolve_path
 from nanochat.common import UserError
 from nanochat.lab.rows import config_of
 
@@ -27,7 +28,7 @@ MATCHES = ("steps", "flops", "time", "free")
 NAME = r"[\w.+-]+"       # of a variant
 RELATIVE = r"x\d*\.?\d+"  # a flag's value
 HORIZON = ("--num-iterations", "--target-flops", "--target-param-data-ratio")  # what sets the length of a run
-OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step")         # the lab's to set
+OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwrite")  # the lab's to set
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_profile(name: str) -> list[str]:
     if not name:
         return []
     path = HERE / "profiles" / f"{name}.flags"
-    path = path if path.exists() else Path(name).expanduser()
+    path = path if path.exists() else resolve_path(name)
     try:
         return shlex.split(path.read_text(encoding="utf-8"), comments=True)
     except (OSError, ValueError) as e:
@@ -68,7 +69,7 @@ def read_profile(name: str) -> list[str]:
 def read_template(name: str) -> Template:
     """A template of the lab, by its letter or name, or one of a file. UserError where it says what is not known."""
     shipped = [t for t in templates() if name in (t, t.split("-")[0])]
-    path = HERE / "templates" / f"{shipped[0]}.json" if shipped else Path(name).expanduser()
+    path = HERE / "templates" / f"{shipped[0]}.json" if shipped else resolve_path(name)
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         unknown = set(read) - {"about", "match", "grid", "variants", "if_implemented"}
