@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.cli.paths import output_problem, resolve
 from nanochat.common import Progress, UserError, write_atomic
-from nanochat.flags import flag, raise_problems
+from nanochat.flags import LARGEST_SEED, flag, raise_problems
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class AttemptFlags:
                        aliases=("--device-type",))
     dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
                       choices=("auto", "bfloat16", "float32"))
-    seed: int = flag(42, "seed of whatever is random", low=0)
+    seed: int = flag(42, "seed of whatever is random", low=0, high=LARGEST_SEED)
     json_out: str | None = flag(None, "write the result here; a missing folder is made", metavar="PATH")
     plot: bool = flag(True, "draw the result beside --json-out, if matplotlib is installed")
 

@@ -16,6 +16,7 @@ backward pass reads; of a model with `recompute_activations` only what cannot be
 import torch
 
 from nanochat.common import print0
+from nanochat.runtime.toolchain import cause_of, prepare_compiler, reason
 
 RECOMPILE_LIMIT = 64  # graphs per function, where torch's default is 8
 
@@ -47,7 +48,7 @@ class CompiledModel:
                 raise cause_of(e) from None
             self.works[variant] = False
             which = ", ".join(f"{name}={value}" for name, value in variant) or "the model"
-            print0(f"{which} could not be compiled and trains uncompiled, slower: {first_line(e)}")
+            print0(f"{which} could not be compiled and trains uncompiled, slower: {reason(e)}")
         self.model.zero_grad(set_to_none=True)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, **options) -> torch.Tensor:
@@ -62,11 +63,13 @@ class CompiledModel:
 
 
 def compiler_works(device: torch.device) -> str | None:
-    """None where torch.compile works on the device, else the reason. Tried, as it needs a C++ compiler or Triton."""
+    """None where torch.compile works on the device, else the reason and what to do. Tried, as it needs a C++ compiler or
+    Triton."""
     try:
+        prepare_compiler()
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as e:  # whatever a missing or broken tool chain raises
-        return first_line(e)
+        return reason(e)
 
 
 def compile_whole(model, backend: str = "inductor"):
@@ -88,16 +91,6 @@ def compile_parts(model, backend: str = "inductor"):
 def graphs_compiled() -> int:
     """How many graphs torch has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def cause_of(error: Exception) -> Exception:
-    """What a compiler's backend raised, which torch wraps."""
-    return getattr(error, "inner_exception", error)
-
-
-def first_line(error: Exception) -> str:
-    cause = cause_of(error)
-    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__).strip()
 
 
 def _fail_loudly() -> None:

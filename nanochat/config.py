@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from nanochat.cli.launch_environment import world_size
 from nanochat.cli.paths import output_problem, portable_source
-from nanochat.flags import default_of, flag, flag_name, parse
+from nanochat.flags import LARGEST_SEED, default_of, flag, flag_name, parse
 from nanochat.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 from nanochat.sources import TokenizerFlags
@@ -28,7 +28,7 @@ class RunFlags(DeviceFlags):
     """The run: its name, its records and its limits"""
     run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it", free=True)
     model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>", free=True)
-    seed: int = flag(42, "seed of initialization and of the order of the data", low=0)
+    seed: int = flag(42, "seed of initialization and of the order of the data", low=0, high=LARGEST_SEED)
     compile: bool = flag(True, "compile the model and the optimizer", free=True)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
                                "its steps take up to 3 % longer", free=True)
@@ -72,9 +72,9 @@ class DataFlags(TokenizerFlags):
 class ModelFlags:
     """The model: one dial, --depth, and what follows from it unless overridden"""
     depth: int = flag(20, "number of layers", low=1, high=512)
-    aspect_ratio: int = flag(64, "width = depth x aspect ratio, rounded up to whole heads", low=1)
+    aspect_ratio: int = flag(64, "width = depth x aspect ratio, rounded up to whole heads", low=1, high=2**16)
     head_dim: int = flag(128, "width of an attention head", low=2, high=512)
-    max_seq_len: int = flag(2048, "context length T in tokens", low=2)
+    max_seq_len: int = flag(2048, "context length T in tokens", low=2, high=2**24)
     window_pattern: str = flag("SSSL", "attention windows tiled over layers: S a quarter of the context, L all of it")
 
     def validate(self):
@@ -96,12 +96,13 @@ class ModelFlags:
 class HorizonFlags:
     """The horizon: the first of the three that is positive counts"""
     num_iterations: int = flag(-1, "number of optimizer steps; -1 leaves it to the next two")
-    target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio")
-    target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)")
-    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, free=True)
+    target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio", high=1e30)
+    target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)", high=1e6)
+    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, high=2**20,
+                                  free=True)
     auto_batch: bool = flag(False, "take fewer rows where they do not fit into memory; tokens per step stay as they are", free=True)
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum")
-    batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law")
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum", high=2**40)
+    batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law", high=1e6)
 
     def validate(self):
         problems = [f"--{name.replace('_', '-')} must be positive, or -1 to leave it out, got {value}"

@@ -10,10 +10,14 @@
 Everything wrong with a command line is collected and reported in one message with exit status 2, before anything
 heavy is imported: unknown flags with the nearest known one, values of the wrong type, out of range or not among the
 choices, and whatever the dataclasses' own `validate()` methods (-> list of problems) find.
+
+A word behind a flag that takes a value is its value, also one that begins with a dash, unless it is a flag of the same
+command line itself: `--prompt --- --seed 1`.
 """
 
 import argparse
 import difflib
+import math
 import sys
 import types
 import typing
@@ -21,9 +25,15 @@ from dataclasses import MISSING, field, fields
 
 from nanochat.common import UserError
 
+LARGEST = 10**15          # of an int without a bound of its own: steps, characters and bytes stay below, and products of
+                          # two that size a tensor are refused by torch in words instead of overflowing
+LARGEST_SEED = 2**32 - 1  # what torch's CPU generator and numpy's take of a seed: 2^32 + 1 would draw as 1 does
+TAKEN = "\0"              # before a word that begins with a dash and is a value: no command line can contain it
+
 
 def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None, aliases=(), free=False):
     """A dataclass field that is also a flag. `low` and `high` are inclusive bounds; a list default takes several values.
+    An int without bounds is from -1, which turns things off or leaves them to be derived, to LARGEST.
 
     free: a resumed run may have another value, as this decides nothing that is computed, but for rounding.
     """
@@ -47,6 +57,27 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Where argparse would ask whether a word looks like a flag, what counts is whether it is one."""
+        words = self._with_values_marked(sys.argv[1:] if args is None else args)
+        namespace, unknown = super().parse_known_args(words, namespace)
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, list(map(_unmarked, value)) if isinstance(value, list) else _unmarked(value))
+        return namespace, list(map(_unmarked, unknown))
+
+    def _with_values_marked(self, argv) -> list[str]:
+        flags = self._option_string_actions
+        words, takes_value = [], False
+        for word in argv:
+            is_value = takes_value and word.startswith("-") and word.split("=")[0] not in flags
+            takes_value = not is_value and word in flags and flags[word].nargs != 0
+            words.append(TAKEN + word if is_value else word)
+        return words
+
+
+def _unmarked(value):
+    return value.removeprefix(TAKEN) if isinstance(value, str) and value.startswith(TAKEN + "-") else value
 
 
 def build_parser(groups: list[type], prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
@@ -141,13 +172,22 @@ def _convert(f, raw) -> tuple[object, list[str]]:
         hint = difflib.get_close_matches(str(value), map(str, meta["choices"]), 1)
         return value, [f"{name} must be one of {', '.join(map(str, meta['choices']))}, got {value!r}"
                        + (f" (did you mean {hint[0]}?)" if hint else "")]
-    if value != value:
-        return value, [f"{name} must be a number, got nan"]
-    if meta["low"] is not None and value < meta["low"]:
-        return value, [f"{name} must be at least {meta['low']}, got {value}"]
-    if meta["high"] is not None and value > meta["high"]:
-        return value, [f"{name} must be at most {meta['high']}, got {value}"]
+    if kind is float and not math.isfinite(value):
+        return value, [f"{name} must be a number, got {raw}"]
+    low, high = bounds(f)
+    if low is not None and value < low:
+        return value, [f"{name} must be at least {low}, got {raw}"]
+    if high is not None and value > high:
+        return value, [f"{name} must be at most {high:,}, got {raw}"]
     return value, []
+
+
+def bounds(f) -> tuple:
+    """The least and the largest value of a field that is a flag; None where there is no bound."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    if _base_type(f) is int and not f.metadata["choices"]:
+        low, high = -1 if low is None else low, LARGEST if high is None else high
+    return low, high
 
 
 def _is_whole(raw: str) -> bool:

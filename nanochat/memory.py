@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from nanochat import planner
 from nanochat.common import UserError, print0
-from nanochat.compilation import cause_of
+from nanochat.runtime.toolchain import cause_of
 from nanochat.device import evaluation
 
 

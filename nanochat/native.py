@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat.compilation import first_line
+from nanochat.common import print0
+from nanochat.runtime.toolchain import prepare_compiler, reason
 
 FOLDER = Path(__file__).parent / "cpp"
 SWITCH = "NANOCHAT_NATIVE"  # 0 in the environment leaves the kernels out
@@ -30,12 +31,20 @@ def why_not_native(name: str) -> str | None:
     try:
         library(name)
     except Exception as e:  # whatever a missing or broken tool chain raises
-        return first_line(e)
+        _say(why := reason(e))
+        return why
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Once, whatever the number of kernels: a machine that could be faster is worth a line."""
+    print0(f"going on without the C++ kernels, slower: {why}")
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
     """The compiled kernels of `nanochat/cpp/NAME.cpp`."""
+    prepare_compiler()
     from torch._inductor.codecache import CppCodeCache
     return CppCodeCache.load((FOLDER / f"{name}.cpp").read_text())
 

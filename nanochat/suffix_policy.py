@@ -100,14 +100,19 @@ def freeze_start(flags: SuffixFlags, num_steps: int) -> int:
 
 def recovery_start(flags: SuffixFlags, num_steps: int) -> int:
     """The first step of the final recovery; `num_steps` where there is none."""
-    share = flags.dyn_final_full_frac
-    if share == -1:
-        share = 0.1 if flags.dyn_final_recovery_mode == "staged" else 0.0
-    return num_steps - round(share * num_steps)
+    return num_steps - round(recovery_share(flags) * num_steps)
 
 
-def problems(flags: SuffixFlags, n_layer: int, num_steps: int) -> list[str]:
-    """Every reason why these flags make no schedule for this model and run, with what to do about it."""
+def recovery_share(flags: SuffixFlags) -> float:
+    """The share of the steps that the final recovery takes."""
+    if flags.dyn_final_full_frac == -1:
+        return 0.1 if flags.dyn_final_recovery_mode == "staged" else 0.0
+    return flags.dyn_final_full_frac
+
+
+def problems(flags: SuffixFlags, n_layer: int, num_steps: int | None) -> list[str]:
+    """Every reason why these flags make no schedule for this model and run, with what to do about it. `num_steps` is None
+    where it is not known yet, which leaves the rules of `step_problems` for later."""
     found = []
 
     def require(good: bool, name: str, rule: str) -> bool:
@@ -166,18 +171,24 @@ def problems(flags: SuffixFlags, n_layer: int, num_steps: int) -> list[str]:
         require(flags.dyn_stability_window >= 2, "dyn_stability_window", "must be at least 2: its halves are compared")
         for name in ("dyn_stability_rel_change", "dyn_stability_cv"):
             require(getattr(flags, name) > 0, name, "must be above 0, or no loss is stable")
-    if found:
-        return found
+    if not found and num_steps is None and flags.dyn_freeze_start_step == -1:
+        recovery = recovery_share(flags)
+        require(flags.dyn_freeze_start_frac + recovery < 1, "dyn_freeze_start_frac",
+                f"leaves no step to train a suffix in, as recovery takes {recovery:g} of the steps: lower one of the shares")
+    return found if found or num_steps is None else step_problems(flags, num_steps)
 
+
+def step_problems(flags: SuffixFlags, num_steps: int) -> list[str]:
+    """The reasons that depend on the number of steps, for flags that are right by themselves."""
     start, end = freeze_start(flags, num_steps), recovery_start(flags, num_steps)
     if start >= end:
-        found.append(f"no step is left to train a suffix in: freezing starts at step {start} and recovery at {end} of "
-                     f"{num_steps}. Lower --dyn-warmup-steps, --dyn-freeze-start-step or --dyn-freeze-start-frac, "
-                     "or --dyn-final-full-frac, or train for longer")
-    elif flags.dyn_require_stable:
-        require(flags.dyn_stability_window < end, "dyn_stability_window",
-                f"must be less than the {end} steps before recovery, or it is never filled")
-    return found
+        return [f"no step is left to train a suffix in: freezing starts at step {start} and recovery at {end} of "
+                f"{num_steps}. Lower --dyn-warmup-steps, --dyn-freeze-start-step or --dyn-freeze-start-frac, "
+                "or --dyn-final-full-frac, or train for longer"]
+    if flags.dyn_require_stable and flags.dyn_stability_window >= end:
+        return [f"--dyn-stability-window must be less than the {end} steps before recovery, or it is never filled, "
+                f"got {flags.dyn_stability_window}"]
+    return []
 
 
 def choose_suffix(relevance: list[float], threshold: float, low: int, high: int) -> int:

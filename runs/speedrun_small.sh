@@ -11,5 +11,5 @@ launch scripts.base_train "${ARGS[@]}" "$@"
 say "evaluate, then write"
 run "$PYTHON" -m scripts.base_eval --eval bpb,sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE"
 run "$PYTHON" -m scripts.sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE" --temperature=0.7 \
-    -p "${PROMPT:-def __init__(self}"
+    --prompt="${PROMPT:-def __init__(self}"
 show_results "$MODEL_TAG"

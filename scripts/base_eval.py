@@ -15,26 +15,29 @@ from nanochat.cli.paths import located, runs_dir, writable_base_dir
 from nanochat.cli.program import cli
 from nanochat.common import Progress, UserError, format_duration, format_table, is_main_rank, print0, write_atomic
 from nanochat.flags import flag, parse
+from nanochat.sources import SourceFlags
 from scripts.sample import ModelFlags
 
 KINDS = ("core", "bpb", "sample")
 
 
 @dataclass
-class EvalFlags:
+class EvalFlags(SourceFlags):
     """Evaluation"""
+    data: str | None = flag(None, "measure bpb on this text instead: python, a path, glob or folder, or hf:NAME[:...]",
+                            metavar="SOURCE")
     eval: str = flag("core,bpb,sample", "what to do: any of core, bpb and sample, with commas between", metavar="KINDS")
     max_per_task: int = flag(-1, "questions per CORE task; -1 takes all")
     device_batch_size: int | None = flag(None, "rows per forward pass for bpb; by default the run's own", low=1)
     split_tokens: int = flag(-1, "tokens per split for bpb, at most all there are; -1 takes as many as the run did")
-    data: str | None = flag(None, "measure bpb on this text instead: python, a path, glob or folder, or hf:NAME[:...]")
 
     @property
     def kinds(self) -> list[str]:
         return [kind for kind in self.eval.split(",") if kind]
 
     def validate(self):
-        problems = [f"--eval knows {', '.join(KINDS)}, not {kind!r}" for kind in self.kinds if kind not in KINDS]
+        problems = [] if self.data is None else super().validate()
+        problems += [f"--eval knows {', '.join(KINDS)}, not {kind!r}" for kind in self.kinds if kind not in KINDS]
         problems += [f"--{name} must be positive, or -1, got {value}"
                      for name, value in (("max-per-task", self.max_per_task), ("split-tokens", self.split_tokens))
                      if value != -1 and value <= 0]
@@ -49,7 +52,7 @@ def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> d
     from nanochat.runtime.distributed import on_main_rank_first
     from nanochat.tokenizer import get_token_bytes
     tokens = on_main_rank_first(lambda: TokenDataset.open(
-        prepare_tokens(flags.data, tokenizer) if flags.data else located(state["tokens"])))
+        prepare_tokens(flags.data, tokenizer, **flags.reading()) if flags.data else located(state["tokens"])))
     if tokens.tokenizer_fingerprint != tokenizer.fingerprint():
         raise UserError(f"the tokens in {state['tokens']} were made with another tokenizer than the model's. "
                         "Name the text with --data to prepare them anew.")

@@ -27,7 +27,7 @@ from pathlib import Path
 from nanochat.cli.paths import get_base_dir, output_problem, resolve, writable_base_dir
 from nanochat.cli.program import cli
 from nanochat.common import UserError, format_table, print0, write_atomic
-from nanochat.flags import flag, parse, raise_problems
+from nanochat.flags import LARGEST_SEED, flag, parse, raise_problems
 from nanochat.lab import cycle as cycles
 from nanochat.lab import plan, stats
 
@@ -38,7 +38,7 @@ class LabFlags:
     profile: str = flag("cpu-smoke", f"flags of every run: {', '.join(plan.profiles())}, or a file of flags; '' has none")
     baseline: str = flag("", "further flags of base_train for every run, the baseline's too", metavar='"FLAGS"')
     candidate: str = flag("", "what the candidate has on top of them", metavar='"FLAGS"')
-    seeds: list[int] = flag([1, 2], "the same for baseline and candidate", low=0)
+    seeds: list[int] = flag([1, 2], "the same for baseline and candidate", low=0, high=LARGEST_SEED)
     max_seeds: int = flag(-1, "take more, one at a time, while the verdict is inconclusive; -1 takes no more")
     match: str | None = flag(None, "what is to be equal; free: each has the length its flags give. By default steps; of "
                                    "`lab run` free", choices=plan.MATCHES)
@@ -117,21 +117,12 @@ def main() -> int:
         what, rest = rest[0], rest[1:]
     groups = {"cycle": [CycleFlags], "report": [], "run": [LabFlags, JudgeFlags, TableFlags]}.get(
         command, [LabFlags, JudgeFlags])
-    flags = parse(groups, with_quoted_flags(rest), prog=f"python -m scripts.lab {command}")
+    flags = parse(groups, rest, prog=f"python -m scripts.lab {command}")
     if command == "report":
         return remake_report(resolve(what))
     if command == "cycle":
         return keep_cycle(what, *flags)
     return Experiment(command, what, *flags).carry_out()
-
-
-def with_quoted_flags(argv: list[str]) -> list[str]:
-    """`--candidate "--fp8"` as `--candidate=--fp8`, which argparse would take for a flag of its own."""
-    joined, words = [], iter(argv)
-    for word in words:
-        following = next(words, None) if word in ("--baseline", "--candidate") else None
-        joined.append(word if following is None else f"{word}={following}")
-    return joined
 
 
 def digest(value) -> str:

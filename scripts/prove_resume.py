@@ -30,7 +30,7 @@ from nanochat.cli.program import cli
 from nanochat.common import UserError, print0, write_atomic
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
-from nanochat.flags import build_parser, flag, parse
+from nanochat.flags import LARGEST_SEED, build_parser, flag, parse
 from nanochat.metrics import read_metrics
 
 DEFAULTS = ("--data=python --max-chars=2000000 --vocab-size=512 --depth=4 --head-dim=32 --aspect-ratio=16 --max-seq-len=128 "
@@ -45,7 +45,8 @@ PATIENCE = 600  # seconds without a new step after which it is taken for stuck
 class Proof:
     """The proof"""
     kills: int = flag(20, "how often to kill -9, two or more", low=2)
-    kill_seed: int = flag(0, "seed of the moments; they are never twice the same to the millisecond", low=0)
+    kill_seed: int = flag(0, "seed of the moments; they are never twice the same to the millisecond", low=0,
+                          high=LARGEST_SEED)
     certificate: str = flag("prove_resume.json", "where to write the certificate", metavar="PATH")
     keep: bool = flag(False, "keep the runs")
 

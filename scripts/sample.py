@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nanochat.cli.program import cli
 from nanochat.config import DeviceFlags
-from nanochat.flags import flag, parse
+from nanochat.flags import LARGEST_SEED, flag, parse
 
 
 @dataclass
@@ -31,7 +31,7 @@ class SamplingFlags:
     max_tokens: int = flag(128, "length of the continuation in tokens, at most", low=1)
     temperature: float = flag(0.8, "0 always takes the likeliest token; 1 samples from the model as it is", low=0)
     top_k: int = flag(50, "sample among this many of the likeliest tokens; 0 is among all", low=0)
-    seed: int = flag(42, "the same seed gives the same text", low=0)
+    seed: int = flag(42, "the same seed gives the same text", low=0, high=LARGEST_SEED)
 
     def kwargs(self) -> dict:
         return dict(max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
@@ -42,7 +42,7 @@ class PromptFlags:
     """The prompt"""
     prompt: list[str] = flag([], "text to continue, several if wanted; by default what comes from standard input",
                              aliases=("-p",), metavar="TEXT")
-    num_samples: int = flag(1, "how many continuations of each prompt", low=1)
+    num_samples: int = flag(1, "how many continuations of each prompt", low=1, high=4096)
 
 
 def main(argv: list[str] | None = None) -> None:

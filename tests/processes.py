@@ -15,6 +15,11 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["nanochat.train"])
 
 
+def anew(flags) -> list[str]:
+    """The flags of a run that may take a name again, in tests that do not care what was trained under it."""
+    return [*flags, *([] if any("--resume-from-step" in flag for flag in flags) else ["--overwrite"])]
+
+
 class Served:
     """A run, its output in the file `log`; with what the proof of resuming asks of a process.
 

@@ -19,6 +19,7 @@ from nanochat.flags import flag
 from nanochat.metrics import read_metrics
 from nanochat.setup import Run
 from nanochat.train import run_to_the_end
+from processes import anew
 
 ROOT = Path(__file__).parent.parent
 SWITCHED_ON = {
@@ -91,7 +92,7 @@ def train(base, tag, *extra, rooms=ROOMS):
     argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
             f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 --core-metric-every=-1 "
             f"--sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu --data={base / 'text'} --model-tag={tag}").split()
-    run = Run(parse_config(rooms, [*argv, *extra]), rooms)
+    run = Run(parse_config(rooms, anew([*argv, *extra])), rooms)
     assert run_to_the_end(run) == 0
     return run
 

@@ -15,9 +15,10 @@ from nanochat.common import UserError
 from nanochat.config import Config, parse_config, validate
 from nanochat.explain import explain_flags
 from nanochat.features import FEATURES
-from nanochat.flags import flag_name
+from nanochat.flags import bounds, flag_name
 from nanochat.setup import Run
 from nanochat.train import run_to_the_end
+from processes import anew
 
 BASE = dict(depth=2, head_dim=16, aspect_ratio=16, max_seq_len=32, device_batch_size=2, num_iterations=20, device_type="cpu",
             compile=False, eval_tokens=256, eval_every=4, core_metric_every=-1, sample_every=-1, vocab_size=300)
@@ -51,7 +52,7 @@ def values_of(name, base):
     if isinstance(default, bool):
         return [default, not default]
     if isinstance(default, (int, float)):
-        low = -2 if f.metadata["low"] is None else f.metadata["low"]
+        low = -2 if bounds(f)[0] is None else bounds(f)[0]
         others = [type(default)(v) for v in (low, 0.5 if isinstance(default, float) else 3)]
         return [default, *(v for v in others if v != default)]
     return [default, "other"]
@@ -141,7 +142,8 @@ def test_every_pair_is_refused_with_advice_or_plans(values, context, enough):
             config = parse_config(FEATURES, argv_of(beside | row))
         except UserError as e:
             pytest.fail(f"nothing refuses {argv_of(beside | row)}, but parsing says {e}")
-        assert all(config.flat()[name] == value for name, value in row.items())
+        parsed = config.flat() | vars(config.data)  # a record names text in the base directory by where it lies there
+        assert all(parsed[name] == value for name, value in row.items())
         assert "memory by estimate" in explain_flags(config)
 
 
@@ -174,7 +176,7 @@ def test_pairs_of_switches_really_run(values, base, context):
     possible = {pair for pair in all_pairs(values) if any(name.startswith(context) for name, _ in pair) and allowed(dict(pair))}
     assert len(possible) > 100
     for row in covering_rows(values, possible, allowed):
-        config = parse_config(FEATURES, argv_of(always | row | {"data": str(base / "text"), "model_tag": "pairs"}))
+        config = parse_config(FEATURES, anew(argv_of(always | row | {"data": str(base / "text"), "model_tag": "pairs"})))
         try:
             run = Run(config)
         except UserError as e:

@@ -14,11 +14,12 @@ from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanochat import features, fp8
 from nanochat.common import UserError
 from nanochat.compilation import CompiledModel
 from nanochat.config import parse_config
 from nanochat.features import FEATURES
-from nanochat.features.fp8 import Fp8Flags, convert, measure_shapes, reason_to_leave_out
+from nanochat.features.fp8 import Fp8Flags, convert, linear_sizes, measure_shapes, reason_to_leave_out
 from nanochat.fp8 import (E4M3, E5M2, Float8Linear, Float8LinearConfig, convert_to_float8_training, fp8_cast,
                           fp8_trouble, largest_magnitude, refresh_weights, scaled_mm)
 from nanochat.gpt import GPT, Linear
@@ -548,10 +549,10 @@ def test_compiled_training_follows_eager_and_evaluation_leaves_the_graphs_alone(
     (The head in FP8 would hide the comparison: the scalars' first gradients are zero but for rounding, which Adam blows up.)"""
     flags = [*EMULATED, "--fp8-skip-lm-head"]
     flags += ["--depth=1", "--head-dim=32"] if whole else ["--block-update-schedule=static_suffix", "--static-active-layers=1"]
-    _, expected, _ = train(base, "uncompiled", "--no-compile", *flags)
+    _, expected, _ = train(base, f"uncompiled-{backend}", "--no-compile", *flags)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = Run(parse_config(FEATURES, argv(base, "compiled", "--no-compile", *flags)))
+    run = Run(parse_config(FEATURES, argv(base, f"compiled-{backend}", "--no-compile", *flags)))
     run.compile, run.forward = True, CompiledModel(run.model, whole, backend)
     losses, graphs = [], []
     for run.step in range(3):
@@ -579,7 +580,7 @@ def test_a_nan_is_caught_before_the_optimizer(base):
 
 def test_debugging_checks_everything_and_names_the_module(base, capsys):
     flags = ["--no-compile", *EMULATED, "--fp8-debug", "--eval-every=-1"]
-    train(base, "debug", "--no-compile", *EMULATED, "--fp8-debug", "--num-iterations=2")
+    train(base, "debugged", "--no-compile", *EMULATED, "--fp8-debug", "--num-iterations=2")
     assert "activations, gradients and scales checked" in capsys.readouterr().out
     for where, found in (("transformer.h.1.mlp.c_fc", "the weight of transformer.h.1.mlp.c_fc"),
                          ("transformer.h.0.attn.ve_gate", "the output of transformer.h.0.attn.ve_gate")):
@@ -594,16 +595,17 @@ def test_debugging_checks_everything_and_names_the_module(base, capsys):
     assert "the gradient at the output of transformer.h.0.mlp.c_proj" in capsys.readouterr().err
 
 
-def test_the_policy_measures_and_a_resume_keeps_what_it_found(base):
+def test_the_policy_measures_and_a_resume_keeps_what_it_found(base, capsys):
     gains = measure_shapes([(32, 48)], 16, torch.float32, torch.device("cpu"), Fp8Flags(), compile=False)
     assert gains[32, 48] > 0
     flags = ["--no-compile", *EMULATED, "--fp8-policy=auto", "--num-iterations=3"]
     run, _, result = train(base, "auto", *flags)
     assert result["fp8_layers"].endswith("/14")
+    assert ("no layer is faster in FP8" in capsys.readouterr().out) == (result["fp8_layers"] == "0/14")
     state_file = run.run_dir / "step_000003" / "state.json"
     names = json.loads(state_file.read_text())["features"]["fp8"]["layers"]
     assert len(names) == int(result["fp8_layers"].split("/")[0])
-    again = Run(parse_config(FEATURES, argv(base, "auto", *flags)))
+    again = Run(parse_config(FEATURES, argv(base, "auto-again", *flags)))
     again.features.load_state_dict({"fp8": {"layers": ["lm_head"]}})
     assert again.features.summary()["fp8_layers"] == "1/14"
     assert [n for n, m in again.model.linears().items() if isinstance(m, Float8Linear)] == ["lm_head"]
@@ -618,10 +620,43 @@ def test_torchao_trains_too(base, eager, recipe):
     assert result["fp8_layers"] == "13/14" and losses == pytest.approx(eager[1], rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [
+    GPTConfig(n_layer=1), GPTConfig(n_layer=4, n_head=3, n_kv_head=1, n_embd=96, vocab_size=300)])
+def test_the_sizes_of_the_linear_layers_follow_from_the_shape(shape):
+    with torch.device("meta"):
+        layers = GPT(shape).linears()
+    assert linear_sizes(shape) == {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    assert features.fp8.MULTIPLE == fp8.MULTIPLE
+
+
+@pytest.mark.parametrize("extra, told", [
+    (["--fp8-min-dim=128", "--fp8-skip-lm-head"],
+     "left out are 13 for --fp8-min-dim 128, 1 for sizes that are no multiples of 16"),
+    (["--fp8-min-dim=16", "--fp8-include-regex=mpl"], "13 for --fp8-include-regex mpl, 1 for sizes"),
+    (["--fp8-min-dim=129", "--fp8-policy=auto"], "13 for --fp8-min-dim 129"),
+])
+def test_fp8_that_would_convert_nothing_is_refused_before_text_and_torch(base, extra, told):
+    code = """import sys, runpy
+try: runpy.run_module("scripts.base_train", run_name="__main__")
+except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
+    flags = argv(base, "none", "--fp8", "--fp8-emulate", *extra, "--data=/no/such/folder")
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: --fp8 would convert none of the 14 linear layers: ") and told in done.stderr
+
+
+def test_the_head_counts_as_what_the_tokenizer_makes_it(base):
+    """A vocabulary of 300 is not known when flags are checked, and too small for this --fp8-min-dim."""
+    config = parse_config(FEATURES, argv(base, "narrow", "--no-compile", *EMULATED, "--fp8-include-regex=lm_head",
+                                         "--fp8-min-dim=385", "--head-dim=400", "--aspect-ratio=200"))
+    with pytest.raises(UserError, match="would convert none of the 14 linear layers.* 1 for --fp8-min-dim 385"):
+        Run(config)
+
+
 @pytest.mark.parametrize("extra, advice", [
     (["--fp8-skip-lm-head", "--fp8-min-dim=64"], "--fp8-min-dim, --fp8-skip-lm-head without --fp8"),
-    (["--fp8"], "--fp8-emulate"),
-    (["--fp8", "--device-type=mps", "--fp8-emulate"], "Apple"),
+    (["--fp8", "--fp8-min-dim=16"], "--fp8-emulate"),
+    (["--device-type=mps", *EMULATED], "Apple"),
     (["--fp8", "--fp8-emulate", "--fp8-recipe=rowwise"], "--fp8-backend torchao"),
     (["--fp8", "--fp8-emulate", "--fp8-include-regex=("], "no regular expression"),
     (["--fp8", "--fp8-emulate", "--fp8-backend=torchao", "--fp8-weight-grad-bf16"], "custom backend's"),

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import native
 
+ROOT = Path(__file__).parent.parent
 supported = sys.platform == "linux" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 needs_cpu = pytest.mark.skipif(not supported, reason="the kernels are for CPUs with AVX512-BF16, on Linux")
 
@@ -35,8 +37,26 @@ def test_the_switch_leaves_the_kernels_out():
 
 @needs_cpu
 def test_without_a_compiler_there_is_a_reason(tmp_path):
-    reason = reason_in_a_process(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), NANOCHAT_NATIVE="1")
-    assert reason != "None" and "compiler" in reason
+    said, reason = reason_in_a_process(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+                                       NANOCHAT_NATIVE="1").splitlines()
+    assert reason.startswith("CXX='no-such-compiler' is no C++ compiler that runs.")
+    assert said == f"going on without the C++ kernels, slower: {reason}"
+
+
+@needs_cpu
+def test_a_space_in_the_path_of_torch_and_of_the_cache(tmp_path):
+    """A kernel compiles all the same, its library where it was asked for. One as small as kernels get, for its compile time."""
+    (tmp_path / "my env").mkdir()
+    (tmp_path / "my env" / "torch").symlink_to(Path(torch.__file__).parent)
+    code = """from pathlib import Path; import sys; from nanochat import native
+native.FOLDER = Path(sys.argv[1])
+print(native.why_not_native('small'), native.library('small').answer())"""
+    (tmp_path / "small.cpp").write_text('extern "C" int answer() { return 42; }')
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "my env"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "my cache"),
+                                "TMPDIR": str(tmp_path), "NANOCHAT_NATIVE": "1"}
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert run.stdout.splitlines()[-1:] == ["None 42"], run.stderr
+    assert any((tmp_path / "my cache").rglob("*.so"))
 
 
 @needs_cpu

@@ -123,6 +123,17 @@ def test_compiled_in_parts_it_follows_eager_and_compiles_nothing_twice():
     assert graphs[0] == graphs[1] <= 16
 
 
+def test_a_clash_is_refused_before_text_and_torch_and_the_number_of_steps():
+    code = """import sys, runpy
+sys.argv = ["x", "--block-update-schedule=dynamic_suffix", "--dyn-min-active-layers=9", "--dyn-max-active-layers=3",
+            "--data=/no/such/folder"]
+try: runpy.run_module("scripts.base_train", run_name="__main__")
+except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "--dyn-min-active-layers (9) is above --dyn-max-active-layers (3)" in done.stderr
+
+
 @pytest.mark.parametrize("extra, advice", [
     (["--dyn-min-active-layers=3", "--dyn-max-active-layers=2"], "lower the first"),
     (["--block-update-schedule=static_suffix"], "--static-active-layers"),

@@ -55,7 +55,7 @@ def history(seed: int, n_layer: int, num_steps: int):
     rng = random.Random(seed)
     noise, skew = rng.choice([0.001, 0.02, 0.3]), rng.choice([0, 1, 3])
     slope = rng.choice([0, 0.1, 1])
-    losses = [3 * math.exp(-slope * step / num_steps) * (1 + noise * rng.gauss(0, 1)) for step in range(num_steps)]
+    losses = [3 * math.exp(-slope * step / num_steps) * abs(1 + noise * rng.gauss(0, 1)) for step in range(num_steps)]
     return losses, [[rng.random() * (layer + 1) ** skew for layer in range(n_layer)] for _ in range(num_steps)]
 
 
@@ -404,6 +404,23 @@ def test_refusals_name_the_flag_and_advise(wrong, words):
     assert len(found) == 1 and words in found[0]
     with pytest.raises(ValueError):
         SuffixPolicy(flags, 12, 1000)
+
+
+@pytest.mark.parametrize("wrong, waits", [
+    (dict(dyn_min_active_layers=9, dyn_max_active_layers=3), False),
+    (STAGED | dict(dyn_final_recovery_stage1_layers=11, dyn_final_recovery_stage2_layers=9), False),
+    (dict(dyn_require_stable=True, dyn_stability_window=1), False),
+    (dict(dyn_freeze_start_frac=0.9, dyn_final_full_frac=0.1), False),
+    (STAGED | dict(dyn_freeze_start_frac=0.95), False),  # which recovers for a tenth by itself
+    (dict(dyn_freeze_start_frac=0.95, dyn_final_full_frac=0.1, dyn_freeze_start_step=5), None),
+    (dict(dyn_require_stable=True, dyn_stability_window=1000), True),
+    (dict(dyn_warmup_steps=2000), True),
+])
+def test_only_what_depends_on_the_steps_waits_for_them(wrong, waits):
+    """waits: whether a problem of 1000 steps is none while their number is not known; None where there is none at all."""
+    flags = dynamic(**wrong)
+    assert bool(problems(flags, 12, None)) == (waits is False)
+    assert bool(problems(flags, 12, 1000)) == (waits is not None)
 
 
 def test_recovery_is_asked_for_or_comes_with_its_stages():

@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.compilation import first_line
 from nanochat.gpt import Linear
+from nanochat.runtime.toolchain import first_line
 
 from measure import mean, time_layers
 

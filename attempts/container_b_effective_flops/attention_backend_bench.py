@@ -181,7 +181,7 @@ def load(name: str, shape: Shape, device):
 def outcome(function, tensors, dy, window) -> tuple[list, str | None]:
     """[y, dq, dk, dv] in fp32, or [y] alone and the reason why there is no backward."""
     import torch
-    from nanochat.compilation import first_line
+    from nanochat.runtime.toolchain import first_line
     q, k, v = (x.detach().requires_grad_() for x in tensors)
     try:
         y = function(q, k, v, window)
@@ -214,7 +214,7 @@ def flops(shape: Shape, flags: BenchFlags) -> float:
 def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
     """One shape's row: every backend, the fastest, the one that the library chooses."""
     import torch
-    from nanochat.compilation import first_line
+    from nanochat.runtime.toolchain import first_line
     from nanochat.flash_attention import choose_backend
     *tensors, dy = inputs(features, shape, flags, device, dtype)
     expected = reference(tensors, dy, shape.window)

@@ -36,14 +36,14 @@ class BenchFlags(DeviceFlags):
     """The bench"""
     preset: list[str] = flag(["cpu-d4"], "whose shapes", choices=tuple(PRESETS))
     modes: list[str] = flag(["eager"], "how the layers run", choices=("eager", "compiled"))
-    tokens: list[int] = flag([], "tokens of a micro-batch instead of the preset's, one or several")
+    tokens: list[int] = flag([], "tokens of a micro-batch instead of the preset's, one or several", low=16)
     fast_accum: bool = flag(False, "add up the forward products with fewer bits")
     calls: int = flag(10, "calls in one timing, so that launching is not what is timed", low=1)
     repeats: int = flag(10, "timings per variant", low=2)
     json_out: str | None = flag(None, "write the result here", metavar="PATH")
 
     def validate(self) -> list[str]:
-        problems = [f"--tokens must be multiples of 16, got {n}" for n in self.tokens if n <= 0 or n % 16]
+        problems = [f"--tokens must be multiples of 16, got {n}" for n in self.tokens if n % 16]
         trouble = device_trouble(self.device_type, emulate=True)  # a CPU shows that the bench works, and nothing else
         return problems + ([trouble] if trouble else [])
 

@@ -9,13 +9,17 @@ import importlib.util
 import math
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
-from nanochat.common import Diverged, format_table, print0
+from nanochat.common import Diverged, UserError, format_table, print0
 from nanochat.features import Feature
 from nanochat.flags import flag, flag_name
+from nanochat.shape import VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size
 
+MULTIPLE = 16  # as in nanochat/fp8.py, which loads torch: of which every dimension of an FP8 product must be a multiple
+LARGEST_VOCABULARY = 2**24
 PAYS_FROM = 1.02  # speed-up over bf16 from which --fp8-policy auto converts a shape: what timing noise may fake, and a bit
 
 
@@ -71,10 +75,15 @@ class Fp8(Feature):
         if flags.fp8_debug and config.run.compile:
             problems.append("--fp8-debug looks into every module while it runs: add --no-compile")
         rows = config.horizon.device_batch_size * config.model.max_seq_len
-        if rows % 16:
-            problems.append(f"FP8 products need tokens in multiples of 16, and a micro-batch has {rows}: "
+        if rows % MULTIPLE:
+            problems.append(f"FP8 products need tokens in multiples of {MULTIPLE}, and a micro-batch has {rows}: "
                             "choose another --device-batch-size or --max-seq-len")
-        return problems or ([trouble] if (trouble := device_trouble(device_type, flags.fp8_emulate)) else [])
+        if not problems:
+            # the tokenizer is not known yet, and with the largest vocabulary the head is as wide as it can be
+            left_out = left_out_of(linear_sizes(config.model.shape(LARGEST_VOCABULARY)), flags)
+            trouble = nothing_to_convert(left_out) or device_trouble(device_type, flags.fp8_emulate)
+            problems += [trouble] if trouble else []
+        return problems
 
     def __init__(self, config):
         super().__init__(config)
@@ -85,8 +94,9 @@ class Fp8(Feature):
 
     def on_model(self, model, horizon) -> None:
         flags, layers = self.config, model.linears()
-        left_out = {name: reason_to_leave_out(name, layer.in_features, layer.out_features, flags)
-                    for name, layer in layers.items()}
+        left_out = left_out_of({name: (layer.in_features, layer.out_features) for name, layer in layers.items()}, flags)
+        if trouble := nothing_to_convert(left_out):
+            raise UserError(trouble)
         if flags.fp8_policy == "auto":
             shapes = {(layers[name].in_features, layers[name].out_features) for name, why in left_out.items() if not why}
             gains = on_every_rank(measure_shapes(sorted(shapes), self.tokens, model.compute_dtype, model.get_device(),
@@ -102,6 +112,8 @@ class Fp8(Feature):
                                   "FP8": f"no: {why}" if (why := left_out[name]) else "yes"} for name, layer in layers.items()]))
         converted = len(self.fp8)
         print0(f"Converted FP8 layers: {converted}/{len(layers)} ({converted / len(layers):.2%})")
+        if not converted:
+            print0("--fp8-policy auto: no layer is faster in FP8 on this device, so this run trains as without --fp8")
 
     def _convert(self, names: list[str]) -> None:
         """Convert the layers of these names, and no others."""
@@ -174,22 +186,47 @@ class Fp8(Feature):
             watch(name, module)
 
 
+def linear_sizes(shape: GPTConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of a model of this shape, by name, as its `linears` has them."""
+    width, kv_dim, sizes = shape.n_embd, shape.n_kv_head * shape.head_dim, {}
+    for i in range(shape.n_layer):
+        attention = {"c_q": (width, width), "c_k": (width, kv_dim), "c_v": (width, kv_dim), "c_proj": (width, width)}
+        if has_value_embedding(i, shape.n_layer):
+            attention["ve_gate"] = VE_GATE_CHANNELS, shape.n_kv_head
+        sizes |= {f"transformer.h.{i}.attn.{role}": size for role, size in attention.items()}
+        sizes |= {f"transformer.h.{i}.mlp.c_fc": (width, 4 * width), f"transformer.h.{i}.mlp.c_proj": (4 * width, width)}
+    return sizes | {"lm_head": (width, padded_vocab_size(shape.vocab_size))}
+
+
+def left_out_of(sizes: dict[str, tuple[int, int]], flags: Fp8Flags) -> dict[str, str | None]:
+    """For each layer, of (inputs, outputs), why it is not converted; None where it is."""
+    return {name: reason_to_leave_out(name, *size, flags) for name, size in sizes.items()}
+
+
+def nothing_to_convert(left_out: dict[str, str | None]) -> str | None:
+    """Why --fp8 with these layers left out would be no FP8 at all; None where some are converted."""
+    if not all(left_out.values()):
+        return None
+    reasons = ", ".join(f"{count} for {why}" for why, count in Counter(left_out.values()).most_common())
+    return (f"--fp8 would convert none of the {len(left_out)} linear layers: left out are {reasons}. "
+            "Change what leaves them out, or leave out --fp8")
+
+
 def reason_to_leave_out(name: str, inputs: int, outputs: int, flags: Fp8Flags) -> str | None:
     """Why a layer is not converted, in words; None where it is. A layer's role is the last part of its name."""
-    from nanochat.fp8 import MULTIPLE, fits_fp8
     role = name.rpartition(".")[2]
-    if not fits_fp8(inputs, outputs):
-        return f"sizes are not multiples of {MULTIPLE}"
+    if inputs % MULTIPLE or outputs % MULTIPLE:
+        return f"sizes that are no multiples of {MULTIPLE}"
     if min(inputs, outputs) < flags.fp8_min_dim:
-        return "--fp8-min-dim"
+        return f"--fp8-min-dim {flags.fp8_min_dim}"
     if flags.fp8_skip_lm_head and role == "lm_head":
         return "--fp8-skip-lm-head"
     if flags.fp8_skip_attn_qk and role in ("c_q", "c_k"):
         return "--fp8-skip-attn-qk"
     if flags.fp8_include_regex and not re.search(flags.fp8_include_regex, name):
-        return "--fp8-include-regex"
+        return f"--fp8-include-regex {flags.fp8_include_regex}"
     if flags.fp8_exclude_regex and re.search(flags.fp8_exclude_regex, name):
-        return "--fp8-exclude-regex"
+        return f"--fp8-exclude-regex {flags.fp8_exclude_regex}"
 
 
 def device_trouble(device_type: str, emulate: bool) -> str | None:

@@ -37,8 +37,8 @@ class Suffix(Feature):
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        steps = config.horizon.num_iterations  # where the horizon comes from the model, on_model checks
-        return problems(config.features[cls.name], config.model.depth, steps) if steps > 0 else []
+        steps = config.horizon.num_iterations  # where the horizon comes from the model, on_model checks what depends on it
+        return problems(config.features[cls.name], config.model.depth, steps if steps > 0 else None)
 
     def on_model(self, model, horizon) -> None:
         try:

@@ -29,7 +29,7 @@ from nanochat.lab.claim import Claim, held
 from nanochat.lab.plan import horizon_of
 from nanochat.lab.rows import config_of, make_row, read_result, write_csv
 from nanochat.metrics import git_state
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import FILE_NAME, get_tokenizer
 
 POLL = 1.0         # seconds between looks at a run, each a sign of life to the other workers
 PATIENCE = 120.0   # seconds that a run which was told to stop has for its checkpoint
@@ -221,11 +221,12 @@ class Folder:
         reading = [f"--data={data.data}", f"--text-column={data.text_column}", f"--max-chars={data.max_chars}",
                    *(["--skip-bad"] if data.skip_bad else [])]
         steps = [("nanochat.dataset", reading + ([f"--val-data={data.val_data}"] if data.val_data else []))]
-        if not (self.home / "tokenizer").exists():
+        tokenizer = self.home / "tokenizer" / FILE_NAME
+        if not tokenizer.exists():
             steps.insert(0, ("scripts.tok_train", [*reading, f"--vocab-size={data.vocab_size}"]))
         with held(self.home / ".lab.claim", poll=0.5) as claim, open(self.path / "prepare.txt", "ab") as log:
             for module, argv in steps:
-                if module == "scripts.tok_train" and (self.home / "tokenizer").exists():
+                if module == "scripts.tok_train" and tokenizer.exists():
                     continue  # another worker was first
                 with ended_like_ctrl_c():
                     process = self.start(module, argv, log)

@@ -1,0 +1,163 @@
+"""The C++ compiler behind torch.compile and our own kernels: files where it can write, paths it can take, and why it fails.
+
+Where a compiler fails, the user is told its own first error and what to do. Torch joins the words of the C++ compiler's
+command with spaces and splits them again, so a path with a space in it falls apart; such paths it is given as links.
+A cache folder that cannot be used is replaced as soon as this module is imported, before anything loads torch's compiler.
+"""
+
+import functools
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nanochat.common import UserError, print0
+
+CACHE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+INSTALL = "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
+WHAT_TO_DO = {  # by what is found in a compiler's output or in an error of the system
+    r"Python\.h": "Install the headers of this Python (apt install python3-dev)",
+    r"No space left|Disk quota": "Free some room, or set TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders that have it",
+    r"-?std=(c|gnu)\+\+": "The compiler is too old: torch needs one that knows C++20, g++ 11 or later",
+    r"omp\.h|-l[gio]*omp": "Install OpenMP (apt install libgomp1, or brew install libomp)",
+    r"C compiler": "Install one (apt install gcc), or set CC to one",
+    r"Killed|out of memory": "There is too little memory for the compiler: close other programs",
+}
+
+
+def prepare_compiler() -> None:
+    """What torch's compiler needs to work here: files where it can write, at paths that its commands can hold."""
+    use_writable_cache_folder()
+    folder = os.environ[CACHE_FOLDER]
+    if (link := path_for_commands(folder)) != folder:
+        print0(f"the compiler's cache folder {folder} is reached by the link {link}, as commands cannot hold its path")
+        os.environ[CACHE_FOLDER] = link
+    from torch._inductor import config
+    from torch.utils import cpp_extension
+    headers = default_cache_folder()  # where compiled headers go, whatever the cache folder is; openssl takes their checksum
+    if not fits_commands(headers) or why_not_writable(headers) or not shutil.which("openssl"):
+        config.cpp_cache_precompile_headers = False
+    cpp_extension._TORCH_PATH = path_for_commands(cpp_extension._TORCH_PATH)
+    cpp_extension.TORCH_LIB_PATH = os.path.join(cpp_extension._TORCH_PATH, "lib")
+
+
+def use_writable_cache_folder() -> None:
+    """Name a folder for torch to keep compiled graphs in that works. Without one even eager training ends with an error, as
+    torch makes it when it loads its compiler."""
+    folder = os.path.abspath(os.environ.get(CACHE_FOLDER) or default_cache_folder())
+    if trouble := why_not_writable(folder):
+        default = default_cache_folder()
+        # where all are full the folder stays: what cannot be compiled says why
+        instead = default if not why_not_writable(default) else folder if os.path.isdir(folder) else tempfile.mkdtemp()
+        if instead != folder:
+            print0(f"the compiler's cache folder {folder} cannot be used ({trouble}): taking {instead}. "
+                   f"Set {CACHE_FOLDER} to a folder that you can write to")
+        folder = instead
+    os.environ[CACHE_FOLDER] = folder
+
+
+def default_cache_folder() -> str:
+    """As torch names it; to ask torch loads its compiler, which makes the folder."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        user = f"uid_{os.getuid()}"
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as e:
+        raise UserError(f"{e.strerror}. Set TMPDIR to a folder that you can write to") from None
+    return os.path.join(temporary, "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+@functools.cache
+def why_not_writable(folder: str) -> str | None:
+    """Why files cannot be written into a folder, which is made if missing; None where they can."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**18))
+    except OSError as e:
+        return e.strerror
+
+
+def fits_commands(path: str) -> bool:
+    """Whether a path is still one word after its command was split into words."""
+    return os.name != "posix" or not re.search(r"""[\s'"\\]""", path)
+
+
+def path_for_commands(path: str) -> str:
+    """The path, or that of a link to it, made if there is none yet, where a command cannot hold the path. The same link each
+    time, as what was compiled is found again by its command."""
+    if fits_commands(path):
+        return path
+    name = f"nanochat-{os.getuid()}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+    for folder in filter(fits_commands, (tempfile.gettempdir(), "/tmp", "/var/tmp")):
+        link = Path(folder, name)
+        try:
+            if not link.is_symlink():
+                link.symlink_to(path)
+        except OSError:  # not writable, or another process was faster
+            pass
+        if link.is_symlink() and os.readlink(link) == path and link.lstat().st_uid == os.getuid():
+            return str(link)
+    raise OSError(f"the compiler cannot be given the path {path}, for the space or quote in it, and no folder for temporary "
+                  "files takes a link to it. Choose a path without one")
+
+
+def cause_of(error: Exception) -> Exception:
+    """What a compiler's backend raised, which torch wraps."""
+    return getattr(error, "inner_exception", error)
+
+
+def first_line(error: Exception) -> str:
+    cause = cause_of(error)
+    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__).strip()
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be compiled, in a line: the compiler's own first error where it came to that; and what to do."""
+    from torch._inductor import config, exc
+    cause, compiler = cause_of(error), config.cpp.cxx[-1]
+    if isinstance(cause, exc.InvalidCxxCompiler) or isinstance(cause, OSError) and cause.filename == compiler or (
+            isinstance(cause, IndexError) and makes_nothing(compiler)):  # torch looks into what it has made, or said
+        if "CXX" in os.environ:
+            return f"CXX={compiler!r} is no C++ compiler that runs. Set it to the path of one, without options, or unset it"
+        return f"there is no C++ compiler: {compiler} is missing or does not run. Install it ({INSTALL}), or set CXX to one"
+    if isinstance(cause, exc.CppCompileError):
+        said = first_error(cause.output)
+        return f"{compiler}: {said}. " + (what_to_do(cause.output) or f"Install a C++ compiler that works ({INSTALL}), or set "
+                                          "CXX to one")
+    if isinstance(cause, OSError) and cause.filename:
+        return (f"the compiler's files cannot be kept in {cause.filename} ({cause.strerror}). "
+                + (what_to_do(str(cause)) or "Set TORCHINDUCTOR_CACHE_DIR to a folder that you can write to"))
+    if isinstance(cause, subprocess.CalledProcessError):  # Triton's compiler, whose words are not caught
+        return f"{cause.cmd[0]} failed, and has said why above. Where Python.h is missing, apt install python3-dev"
+    advice = what_to_do(str(cause))
+    return first_line(cause) + (f". {advice}" if advice else "")
+
+
+def makes_nothing(compiler: str) -> bool:
+    """Whether a program that runs as a compiler leaves no result."""
+    with tempfile.TemporaryDirectory() as folder:
+        (source := Path(folder, "a.cpp")).write_text("int a;")
+        subprocess.run([compiler, "-c", source, "-o", source.with_suffix(".o")], capture_output=True)
+        return not source.with_suffix(".o").exists()
+
+
+def first_error(output: str) -> str:
+    """The first line of a compiler's output that says what is wrong, else the first that says anything."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    wrong = [line for line in lines if re.search(r"error|cannot|not found|No such file|unrecognized|Killed", line)]
+    return (wrong or lines or ["it failed without a word"])[0].rstrip(".")
+
+
+def what_to_do(output: str) -> str | None:
+    return next((advice for found, advice in WHAT_TO_DO.items() if re.search(found, output)), None)
+
+
+use_writable_cache_folder()
