@@ -186,6 +186,11 @@ class Config:
                  for group in [*groups, *self.features.values()] for f in fields(group) if not f.metadata["free"]]
         return [f"{flag_name(f.name)} {old} -> {new}" for f, old, new in pairs if old != new]
 
+    def same_text(self, before: dict) -> bool:
+        """Whether the text is the one of `before`, which `flat` gave, as far as flags tell."""
+        now = self.flat()
+        return all(now[f.name] == before.get(f.name, default_of(f)) for f in fields(self.data) if not f.metadata["free"])
+
     def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
         """The horizon that the flags ask for with a model of this shape. ValueError where the batch does not divide."""
         flags, optim = self.horizon, self.optim

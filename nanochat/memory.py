@@ -18,7 +18,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(cause, (RuntimeError, OSError)) and any(words in said for words in (
             "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
-            "can't start new thread", "resource temporarily unavailable", "storage size calculation overflowed")))
+            "can't start new thread", "storage size calculation overflowed")))
 
 
 def memory_limit(device) -> int:
@@ -31,7 +31,7 @@ def memory_limit(device) -> int:
 def advice(run) -> str:
     """What to do after `run` ran out of memory, be it while it was built."""
     if run.shape is None:
-        return "Read less text at once, or free memory."
+        return "Read less text (--max-chars), or free memory."
     return planner.advice(run.shape, run.config.horizon.device_batch_size, memory_limit(run.device), how(run))
 
 

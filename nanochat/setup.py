@@ -83,7 +83,7 @@ class Run:
         else:
             on_main_rank_first(lambda: refuse_start(self.run_dir, config.run.overwrite), others=lambda: None)
 
-        recorded = checkpoint and checkpoint[2]["tokens"]
+        recorded = checkpoint and config.same_text(checkpoint[2]["user_config"]) and checkpoint[2]["tokens"] or None
         self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config, recorded))
         self.token_bytes = get_token_bytes(self.device, self.tokenizer)
         self.shape = shape = config.model.shape(self.tokenizer.get_vocab_size())

@@ -185,7 +185,7 @@ def test_the_compile_cache_serves_another_process(base, tmp_path):
             f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
     libraries = []
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *argv], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *anew(argv)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         libraries.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.so")})
     assert libraries[0] and libraries[0] == libraries[1]
@@ -193,5 +193,5 @@ def test_the_compile_cache_serves_another_process(base, tmp_path):
 
 def test_a_compile_cache_that_cannot_be_written_is_refused(base, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Choose a folder"):
+    with pytest.raises(UserError, match="Choose another place"):
         train(base, "uncached", "--compile", f"--compile-cache-dir={tmp_path / 'file' / 'cache'}")

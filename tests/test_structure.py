@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain", "planner", "lock",
-              "interruption"}
+              "interruption", "paths", "output", "launch_environment", "program", "run_folder", "reading", "files", "split",
+              "hub", "metrics"}
 PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "norms", "tokenizer", "dataset",
          "dataloader", "sources", "shape", "files", "split", "reading", "hub"}
 

@@ -110,7 +110,7 @@ def test_the_same_command_gives_the_same_bits_in_another_process(plain, base):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_training_goes_through_the_graph_that_was_rehearsed(base, rows):
     torch._dynamo.reset()
-    run = Run(parse_config(FEATURES, flags(base, "--model-tag=graphs", "--no-compile", "--num-iterations=2",
+    run = Run(parse_config(FEATURES, flags(base, f"--model-tag=graphs{rows}", "--no-compile", "--num-iterations=2",
                                            f"--device-batch-size={rows}")), FEATURES)
     run.compile, run.forward = True, CompiledModel(run.model, whole=True, backend="eager")
     graphs = graphs_compiled()
@@ -308,7 +308,7 @@ def test_another_vocabulary_is_refused_on_resume(plain, base, tmp_path):
     trained = cli(other, f"--data={base / 'text'}", "--vocab-size=300", module="scripts.tok_train", tiny=False)
     assert trained.returncode == 0, trained.stderr
     done = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=plain",
-                           "--resume-from-step=5")], cwd=ROOT, capture_output=True, text=True,
+                           "--resume-from-step=5", "--allow-change")], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "NANOCHAT_BASE_DIR": str(other)})
     assert done.returncode == 2 and "another vocabulary" in done.stderr and "Traceback" not in done.stderr
 

@@ -55,12 +55,19 @@ def output_problem(path: str | os.PathLike, make_folders: bool = False) -> str |
         return f"{path} is a folder: name a file in it"
     if not target.parent.is_dir() and not make_folders:
         return f"{path}: there is no folder {target.parent}. Make it first, or choose another"
-    nearest = next(folder for folder in target.parents if folder.exists())
-    if trouble := unwritable_reason(nearest):
-        return f"{path}: {trouble}. Choose another place"
+    if trouble := folder_problem(target.parent):
+        return f"{path}: {trouble}"
     if target.exists() and not os.access(target, os.W_OK):
         return f"{path} cannot be written: it is protected. Choose another place"
     return None
+
+
+def folder_problem(path: str | os.PathLike) -> str | None:
+    """Why a folder cannot be made, or be written in if it is there, in words; None where it can."""
+    target = resolve(path)
+    nearest = next(place for place in (target, *target.parents) if place.exists())
+    trouble = unwritable_reason(nearest)
+    return trouble and f"{trouble}. Choose another place"
 
 
 def unwritable_reason(folder: Path) -> str | None:

@@ -7,8 +7,7 @@ start with it empty every time.
 import os
 from dataclasses import dataclass
 
-from nanochat.cli.paths import resolve
-from nanochat.common import UserError
+from nanochat.cli.paths import folder_problem, resolve
 from nanochat.features import Feature
 from nanochat.flags import flag
 
@@ -27,14 +26,14 @@ class CompileCache(Feature):
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        if cls.enabled(config) and not config.run.compile:
+        if not cls.enabled(config):
+            return []
+        if not config.run.compile:
             return ["--compile-cache-dir has nothing to keep under --no-compile: leave one of them out"]
-        return []
+        trouble = folder_problem(config.features[cls.name].compile_cache_dir)
+        return [f"--compile-cache-dir: {trouble}"] if trouble else []
 
     def on_model(self, model, horizon) -> None:
         folder = resolve(self.config.compile_cache_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--compile-cache-dir {folder}: {e.strerror}. Choose a folder you can write to.") from None
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
