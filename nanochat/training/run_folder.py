@@ -17,7 +17,7 @@ from nanochat.common import UserError, print0, set_aside, write_atomic
 
 REPLACES = "replaces.txt"  # in a run under --overwrite, until it has weights: the name that the run before it has now
 OWN = re.compile(r"(config|result|trackers|eval_\d+)\.json|metrics\.jsonl|loss\.png|report\.html|replaces\.txt|tokenizer|"
-                 r"tensorboard|wandb|trackio|\.?step_\d+.*|\..+\.tmp")
+                 r"tensorboard|wandb|trackio|\.?step_\d+.*|\..+\.tmp|\.DS_Store|Thumbs\.db|desktop\.ini")  # the last: file managers' own
 
 
 def foreign_files(folder: Path) -> list[str]:
