@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; threads only slow tiny models down
+os.environ.pop("NANOCHAT_CWD", None)  # of runs/test.sh, which has been started from anywhere
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")  # for the scripts that tests start, too
 
 settings.register_profile("nanochat", deadline=None)  # the first example pays for imports and compilation

@@ -26,11 +26,15 @@ def script(module, *words, cwd=ROOT, drop=(), **environment):
                           env=env)
 
 
-@pytest.mark.parametrize("typed, meant", [("x", "/here/x"), ("../x", "/here/../x"), ("/a/b", "/a/b"), ("~/x", "/home/me/x"), ("~", "/home/me")])
+@pytest.mark.parametrize("typed, meant", [("x", "/here/x"), ("../x", "/here/../x"), ("/a/b", "/a/b"), ("~/x", "/home/me/x"),
+                                          ("~", "/home/me")])
 def test_what_a_path_means(monkeypatch, typed, meant):
     monkeypatch.setenv("NANOCHAT_CWD", "/here")
     monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(ROOT)
     assert paths.resolve(typed) == Path(meant)
+    monkeypatch.chdir("/")
+    assert paths.resolve("x") == Path("/x")
 
 
 def test_another_users_home_and_one_that_does_not_exist():
@@ -44,7 +48,8 @@ def test_no_home_and_no_entry_in_the_list_of_users(tmp_path):
     """As in a container that runs under a number: `id -u` says 12345, and nobody knows who that is."""
     if os.getuid() != 0:
         pytest.skip("only root can become somebody unknown")
-    code = "import os, sys; os.setuid(12345); sys.argv = ['x', '-p', 'a']; import runpy; runpy.run_module('scripts.sample', run_name='__main__')"
+    code = ("import os, sys; os.setuid(12345); sys.argv = ['x', '-p', 'a']; import runpy; "
+            "runpy.run_module('scripts.sample', run_name='__main__')")
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "NANOCHAT_BASE_DIR")} | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
     if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:

@@ -1,7 +1,7 @@
 """Where things lie, said once: paths that the user typed, the base directory, runs and their checkpoints. No torch.
 
 A relative path is meant from where the user stands. A program that starts others from the root of the checkout (the runners,
-the lab, the proof of resuming) tells them where that is in $NANOCHAT_CWD; everywhere else it is the working directory.
+the lab, the proof of resuming) tells them where that is in $NANOCHAT_CWD, which counts nowhere else than there.
 
 What a record says of a place inside the base directory is relative to it (`portable`), so that a base directory that was
 moved, copied to another machine or mounted elsewhere goes on working.
@@ -22,11 +22,13 @@ NOTED = ".home-nanochat"  # in the default base directory: that others use it to
 # ---- what the user typed
 
 def user_dir() -> Path:
-    """The folder that relative paths are meant from."""
+    """The folder that relative paths are meant from: the working directory, or, for a program that another one has started
+    from the root of the checkout, that one's ($NANOCHAT_CWD)."""
     try:
-        return Path(os.environ.get(HERE) or os.getcwd())
+        working = Path.cwd()
     except OSError:
         raise UserError("the folder you are in has been deleted: change to another one.") from None
+    return Path(os.environ.get(HERE) or working) if working == ROOT else working
 
 
 def resolve(path: str | os.PathLike) -> Path:
