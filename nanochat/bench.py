@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nanochat.cli.paths import output_problem, resolve
@@ -110,7 +110,7 @@ def time_in_turn(variants: dict[str, Callable[[], None]], device: "torch.device"
     progress = Progress(label, total=(repeats + warmup) * len(variants))
     for round_ in range(warmup + repeats):
         for name, call in variants.items():
-            seconds, _ = timed(device, lambda: [call() for _ in range(calls[name])])
+            seconds, _ = timed(device, lambda call=call, n=calls[name]: [call() for _ in range(n)])
             seconds /= calls[name]
             if round_ >= warmup:
                 times[name].append(seconds)
@@ -129,7 +129,7 @@ def spread(values: list[float]) -> dict:
 
 def speedup(seconds: list[float], baseline: list[float]) -> dict:
     """How many times as fast as the baseline, which was timed in turn with it: the spread of the ratios, pair by pair."""
-    return spread([theirs / ours for ours, theirs in zip(seconds, baseline)])
+    return spread([theirs / ours for ours, theirs in zip(seconds, baseline, strict=True)])
 
 
 def latency_ms(seconds: list[float]) -> dict:
@@ -155,7 +155,7 @@ def name_updates(optimizer) -> None:
         setattr(optimizer, f"_step_{kind}", record_function(f"{UPDATE}{kind}")(getattr(optimizer, f"_step_{kind}")))
 
 
-@lru_cache(maxsize=None)
+@cache
 def category(names: tuple[str, ...]) -> str:
     """What a kernel or an operator is for, by its name and those of the operators around it, the innermost first: one of
     CATEGORIES. `host` for mere wrappers, `other` where KERNELS has no line."""

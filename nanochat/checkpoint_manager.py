@@ -182,7 +182,7 @@ class CheckpointWriter:
 
 
 def delete_old(run_dir: Path, newest: int, keep_last: int, val_bpb: dict[int, float], own: set[int]) -> None:
-    """Delete checkpoints of the run's `own` but for the last `keep_last` up to the step `newest`, and of those evaluated the best.
+    """Delete checkpoints of the run's `own` but for the last `keep_last` up to step `newest`, and of those evaluated the best.
 
     Later ones, of a future that a resume went back from, are not touched, nor any that the run has not written.
     """

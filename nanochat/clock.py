@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,6 @@ def seconds_between(start, end) -> float:
 def laps(marks: list[tuple]) -> dict[str, float]:
     """Seconds by name of what lies between each (name, stamp) and the one before it."""
     spent = {}
-    for (_, before), (name, now) in zip(marks, marks[1:]):
+    for (_, before), (name, now) in pairwise(marks):
         spent[name] = spent.get(name, 0.0) + seconds_between(before, now)
     return spent

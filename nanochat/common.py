@@ -72,7 +72,7 @@ def format_table(rows: list[dict], columns: list[str] | None = None) -> str:
     widths = [max(len(c), *(len(r[i]) for r in cells)) for i, c in enumerate(columns)]
     numeric = [all(isinstance(row.get(c), (int, float, type(None))) for row in rows) for c in columns]
     lines = [columns, *cells]
-    return "\n".join("  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric)).rstrip()
+    return "\n".join("  ".join(v.rjust(w) if n else v.ljust(w) for v, w, n in zip(line, widths, numeric, strict=True)).rstrip()
                      for line in lines)
 
 

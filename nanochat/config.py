@@ -6,6 +6,7 @@ command line is answered at once.
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from nanochat.cli.launch_environment import world_size
 from nanochat.cli.paths import output_problem, portable_source
@@ -34,8 +35,8 @@ class RunFlags(DeviceFlags):
                                "its steps take up to 3 % longer", free=True)
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
                                  metavar="STEP|latest", free=True)
-    overwrite: bool = flag(False, "start anew under the name of a run that has weights; those are deleted when the new run has its "
-                           "first checkpoint, not before", free=True)
+    overwrite: bool = flag(False, "start anew under the name of a run that has weights; those are deleted when the new run has "
+                           "its first checkpoint, not before", free=True)
     allow_change: bool = flag(False, "resume with flags or text that change what is computed", free=True)
     on_divergence: str = flag("stop", "after a step whose loss or gradients are not finite, which is never taken: stop; skip "
                               "it; or roll back to the last checkpoint and go on with other data",
@@ -65,7 +66,8 @@ class RunFlags(DeviceFlags):
 @dataclass
 class DataFlags(TokenizerFlags):
     """The text"""
-    val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data", metavar="SOURCE")
+    val_data: str | None = flag(None, "an explicit source of validation text; by default a fixed part of --data",
+                                metavar="SOURCE")
 
 
 @dataclass
@@ -84,7 +86,8 @@ class ModelFlags:
         if self.head_dim % 2:
             problems.append(f"--head-dim must be even (rotary positions come in pairs): use {self.head_dim + 1}")
         elif self.shape(vocab_size=1).n_embd < SMEAR_GATE_CHANNELS:
-            problems.append(f"the model is narrower than {SMEAR_GATE_CHANNELS} channels: raise --depth, --aspect-ratio or --head-dim")
+            problems.append(f"the model is narrower than {SMEAR_GATE_CHANNELS} channels: "
+                            "raise --depth, --aspect-ratio or --head-dim")
         return problems
 
     def shape(self, vocab_size: int) -> GPTConfig:
@@ -100,7 +103,8 @@ class HorizonFlags:
     target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)", high=1e6)
     device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, high=2**20,
                                   free=True)
-    auto_batch: bool = flag(False, "take fewer rows where they do not fit into memory; tokens per step stay as they are", free=True)
+    auto_batch: bool = flag(False, "take fewer rows where they do not fit into memory; tokens per step stay as they are",
+                            free=True)
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum", high=2**40)
     batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law", high=1e6)
 
@@ -113,7 +117,8 @@ class HorizonFlags:
         if self.batch_multiplier <= 0:
             problems.append("--batch-multiplier must be positive")
         if self.total_batch_size > 0 and self.batch_multiplier != 1:
-            problems.append("--batch-multiplier scales the predicted batch, so it clashes with --total-batch-size: give one of them")
+            problems.append("--batch-multiplier scales the predicted batch, so it clashes with --total-batch-size: "
+                            "give one of them")
         return problems
 
 
@@ -125,7 +130,8 @@ class OptimFlags:
     matrix_lr: float = flag(0.02, "Muon rate of block matrices: spectral norm per update", low=0)
     scalar_lr: float = flag(0.5, "AdamW rate of the per-layer scalars", low=0)
     weight_decay: float = flag(0.28, "cautious weight decay of the block matrices", low=0)
-    lr_multiplier: float = flag(1.0, "multiplies every learning rate above (smear and backout keep theirs, as under any batch)", low=0)
+    lr_multiplier: float = flag(1.0, "multiplies every learning rate above (smear and backout keep theirs, as under any batch)",
+                                low=0)
     wd_multiplier: float = flag(1.0, "multiplies the weight decay", low=0)
     warmup_steps: int = flag(40, "steps of linear warm-up", low=0)
     warmdown_ratio: float = flag(0.65, "share of the steps over which the rate goes down", low=0, high=1)
@@ -225,12 +231,12 @@ def parse_config(features=(), argv: list[str] | None = None, prog: str | None = 
     core = [f for f in fields(Config) if f.name != "features"]
 
     def assemble(instances) -> Config:
-        named = dict(zip((f.name for f in core), instances))
-        return Config(**named, features=dict(zip((feature.name for feature in features), instances[len(core):])))
+        named = dict(zip((f.name for f in core), instances[:len(core)], strict=True))
+        return Config(**named, features=dict(zip((feature.name for feature in features), instances[len(core):], strict=True)))
 
     def validate_all(*instances):
         config = assemble(instances)
         return validate(config) + [p for feature in features for p in feature.validate(config)]
 
-    groups = [f.type for f in core] + [feature.Config for feature in features]
+    groups: list[Any] = [f.type for f in core] + [feature.Config for feature in features]  # classes, all of them
     return assemble(parse(groups, argv, prog, description="Train a GPT.", validate=validate_all))

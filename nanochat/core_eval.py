@@ -34,8 +34,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.cli.paths import get_base_dir, resolve
-from nanochat.common import Progress, UserError, is_main_rank, print0
+from nanochat.common import Progress, UserError, print0
 from nanochat.device import all_reduce_sum
+from nanochat.runtime.distributed import on_main_rank_first
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CONNECT_TIMEOUT = 10.0       # seconds without an answer before the network counts as absent
@@ -60,11 +61,13 @@ def find_bundle(bundle_dir: str | Path | None = None, url: str = BUNDLE_URL) -> 
     if not dist.is_initialized():
         return _find_bundle(bundle_dir, url)
     outcome = [None, None]
-    if is_main_rank():
+
+    def find() -> None:
         try:
             outcome[0] = _find_bundle(bundle_dir, url)
         except UserError as e:  # the other ranks wait for an answer, so a failure is one too
             outcome[1] = str(e)
+    on_main_rank_first(find, others=lambda: None)  # a download may take longer than a collective waits
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise CoreUnavailable(outcome[1])
@@ -228,7 +231,7 @@ def rows_and_spans(question: dict, fewshot: list[dict], task: dict, tokenizer, m
         starts = [common_prefix(rows)]  # the whole of the first row, unless the tokens merge across the seam
         rows = rows[1:]
     spans = []
-    for row, start in zip(rows, starts):
+    for row, start in zip(rows, starts, strict=True):
         cropped = 0 if max_len is None else max(0, len(row) - max_len)
         row, start = row[cropped:], start - cropped
         spans.append((row, max(1, min(start, len(row) - 1)), len(row)))

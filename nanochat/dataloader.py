@@ -104,7 +104,7 @@ class PackedRows:
     def rows(self, indices) -> np.ndarray:
         """Rows by their place in the run: (n,) -> (n, row_len + 1) int64 token ids."""
         out = np.empty((len(indices), self.row_tokens), np.int64)
-        for row, index in zip(out, indices):
+        for row, index in zip(out, indices, strict=True):
             at = 0
             for document, start, count in self._pieces(int(index)).tolist():
                 row[at:at + count] = self.split.tokens(document, start, count)

@@ -180,7 +180,7 @@ def _write_splits(folder: Path, labelled: Iterable[tuple[str, str]], tokenizer: 
     for batch in _batches(labelled, ENCODE_CHARS):
         texts = [text for _, text in batch]
         encoded = tokenizer.encode(texts, prepend=tokenizer.get_bos_token_id(), num_threads=os.cpu_count() or 1)
-        for (name, text), ids in zip(batch, encoded):
+        for (name, text), ids in zip(batch, encoded, strict=True):
             size = len(text.encode())
             writers[name].add(ids, size)
             progress.update(size)

@@ -51,8 +51,8 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
     keep_large_buffers()
     if device_type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
-            raise RankError(f"rank {ranks.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}. Start as many "
-                            "processes (--nproc_per_node), or fewer.")
+            raise RankError(f"rank {ranks.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}. Start as "
+                            "many processes (--nproc_per_node), or fewer.")
         let_segments_grow()
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32

@@ -147,7 +147,7 @@ class Engine:
         ended = [None] * num_samples  # each row's end token, once it has come
         for step in range(steps):
             sampled = sample_next_token(logits, rng, temperature, top_k)
-            column = [token if end is None else end for token, end in zip(sampled[:, 0].tolist(), ended)]
+            column = [token if end is None else end for token, end in zip(sampled[:, 0].tolist(), ended, strict=True)]
             yield column, [int(end is None) for end in ended]
             ended = [token if token in self.end_tokens else None for token in column]
             if None not in ended or step == steps - 1:

@@ -27,7 +27,8 @@ def explain(config: Config, shape: GPTConfig, horizon: Horizon, vocabulary: str)
         "tokens in all": f"{horizon.total_tokens:,} ({horizon.total_tokens / (counts['block_matrices'] + counts['lm_head']):.2f} "
                          "per scaling parameter)",
         "FLOPs in all": f"{horizon.total_flops:.4g}",
-        "learning rates": f"x {horizon.lr_scale:.4f} of the flags (sqrt of the batch over 2^19 tokens, times --lr-multiplier; smear and backout keep 0.2)",
+        "learning rates": f"x {horizon.lr_scale:.4f} of the flags (sqrt of the batch over 2^19 tokens, times --lr-multiplier; "
+                          "smear and backout keep 0.2)",
         "memory by estimate": memory(config, shape),
         "weight decay": f"{horizon.weight_decay:.5f} (from --weight-decay {config.optim.weight_decay})",
     }

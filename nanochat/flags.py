@@ -135,7 +135,8 @@ def _add_argument(arguments, f) -> None:
         action = argparse.BooleanOptionalAction if default else "store_true"
         arguments.add_argument(*names, dest=f.name, action=action, default=default, help=help)
         return
-    metavar = meta["metavar"] or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else _base_type(f).__name__.upper())
+    choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else None
+    metavar = meta["metavar"] or choices or _base_type(f).__name__.upper()
     if isinstance(default, list):  # several values after the flag, or the flag several times
         arguments.add_argument(*names, dest=f.name, default=[], action="extend", nargs="+", metavar=metavar, help=help)
     else:

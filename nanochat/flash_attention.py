@@ -24,7 +24,7 @@ heads h*G .. h*G+G-1 share key head h). Windows: W counts the tokens a query see
 
 import inspect
 import math
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -187,7 +187,7 @@ def _definition(q, k, v, window):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_not(name: str, windowed: bool, device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run a backend on a small problem. None if it works there, otherwise the reason why it cannot be used, in words.
 
@@ -208,7 +208,7 @@ def why_not(name: str, windowed: bool, device_type: str, dtype: torch.dtype, hea
             for f in (function, _definition):
                 y = f(*inputs, window)
                 results.append([x.float() for x in (y, *torch.autograd.grad(y, inputs, grad.to(y.dtype)))])
-            error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
+            error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
     except Exception as e:  # whatever a kernel raises where it does not belong
         return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else 'no message'}"
     return None if error < 0.03 else f"ran, but its results are wrong (relative error {error:.2g})"

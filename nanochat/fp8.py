@@ -177,7 +177,7 @@ class Float8Linear(nn.Linear):
         new.weight, new.bias, new.config = linear.weight, linear.bias, config
         new.train(linear.training)
         if config.cache_weights:
-            for name, tensor in zip(("w", "w_t", "w_inverse"), _room_for_cast(linear.weight.detach(), E4M3, True)):
+            for name, tensor in zip(("w", "w_t", "w_inverse"), _room_for_cast(linear.weight.detach(), E4M3, True), strict=True):
                 new.register_buffer(name, tensor, persistent=False)
         return new
 
@@ -205,7 +205,7 @@ def refresh_weights(layers: Iterable[Float8Linear]) -> None:
     """Cast the weights of layers with `cache_weights`, in place: before they are first used, and whenever they changed."""
     layers = list(layers)
     largest = torch._foreach_norm([layer.weight for layer in layers], float("inf")) if layers else []
-    for layer, norm in zip(layers, largest):
+    for layer, norm in zip(layers, largest, strict=True):
         cast_into(layer.weight, norm.float(), layer.w, layer.w_t, layer.w_inverse)
 
 

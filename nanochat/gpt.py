@@ -32,8 +32,7 @@ from nanochat.flash_attention import flash_attn
 from nanochat.losses import softcapped_cross_entropy, softcapped_logits
 from nanochat.norms import add_norm, mix_norm, rms_norm
 from nanochat.optim import MuonAdamW
-from nanochat.shape import (SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size,
-                            window_sizes)
+from nanochat.shape import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size, window_sizes
 
 QK_SCALE = 1.2
 ROTARY_BASE = 100_000

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 
 from nanochat.common import UserError, print0
@@ -17,7 +18,7 @@ from nanochat.common import UserError, print0
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # mypy has no other way to say that a module may be missing
 
 SILENCE = 15 * 60  # seconds without a sign of life after which a run on another machine is taken for ended
 
@@ -25,8 +26,10 @@ SILENCE = 15 * 60  # seconds without a sign of life after which a run on another
 class RunLock:
     """The lock of the run folder `run_dir`, taken by the constructor. UserError, naming the holder, where it is taken."""
 
+    file: FileIO
+
     def __init__(self, run_dir: Path):
-        self.path, self.file = run_dir.with_name(f".{run_dir.name}.lock"), None
+        self.path = run_dir.with_name(f".{run_dir.name}.lock")
         try:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             self._take()

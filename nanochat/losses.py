@@ -85,7 +85,7 @@ class ChunkedCrossEntropy:
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)
         else:
             losses = torch.empty(wanted.shape, device=x.device)  # parts kept by themselves would pin the memory between them
-            for some, theirs, into in zip(rows.split(chunk), wanted.split(chunk), losses.split(chunk)):
+            for some, theirs, into in zip(rows.split(chunk), wanted.split(chunk), losses.split(chunk), strict=True):
                 into.copy_(softcapped_cross_entropy(some, lm_head, theirs, vocab_size, "none"))
             if reduction == "none":
                 return losses.view_as(targets)
@@ -126,7 +126,7 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
     """
     total, dx, dw = _room_for_gradients(x, weight)
     logits, scale = x.new_empty(min(chunk, len(x)), len(weight)), FP16_SCALE if x.dtype == torch.float16 else 1.0
-    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):
+    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
         dz = torch.mm(some, weight.t(), out=logits[:len(some)])
         total += loss_and_gradient(dz, wanted, vocab_size, compiled, scale).sum()
         torch.mm(dz, weight, out=into)
@@ -154,7 +154,7 @@ def _add_product(dw: Tensor, dz: Tensor, x: Tensor) -> None:
     elif dz.dtype == torch.float16:  # the sum over tokens may be too large for it
         dw.addmm_(dz.t().float(), x.float())
     else:
-        for some, columns in zip(dw.split(DW_ROWS), dz.split(DW_ROWS, dim=1)):
+        for some, columns in zip(dw.split(DW_ROWS), dz.split(DW_ROWS, dim=1), strict=True):
             some += columns.t() @ x
 
 
@@ -164,7 +164,7 @@ def gradients_through(lm_head, x: Tensor, targets: Tensor, vocab_size: int, chun
     """As `chunked_gradients`, by the forward and backward of the head itself."""
     assert lm_head.bias is None, "a head's bias would get no gradient here"
     total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), None
-    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk)):
+    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
         some = some.detach().requires_grad_()
         logits = lm_head(some)
         dz = logits.detach()

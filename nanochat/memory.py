@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from nanochat import planner
 from nanochat.common import UserError, print0
-from nanochat.runtime.toolchain import cause_of
 from nanochat.device import evaluation
+from nanochat.runtime.toolchain import cause_of
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,14 +1,15 @@
 """C++ kernels for CPUs that multiply bf16 natively: compiled when first used, never needed.
 
 A kernel is a file in `nanochat/cpp/` of plain C functions on pointers and sizes, without a torch header, so that it
-compiles in seconds. torch.compile's own builder makes it a library: its compiler, its flags (`-march=native`), its cache
-on disk, and torch's OpenMP, so that kernels and torch share their threads. Whoever wants a kernel asks `why_not_native`
-first, and has a plain path that the kernel is tested against.
+compiles in seconds; what several kernels share is in a header there. torch.compile's own builder makes it a library: its
+compiler, its flags (`-march=native`), its cache on disk, and torch's OpenMP, so that kernels and torch share their threads.
+Whoever wants a kernel asks `why_not_native` first, and has a plain path that the kernel is tested against.
 """
 
 import ctypes
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,7 +47,13 @@ def library(name: str) -> ctypes.CDLL:
     """The compiled kernels of `nanochat/cpp/NAME.cpp`."""
     prepare_compiler()
     from torch._inductor.codecache import CppCodeCache
-    return CppCodeCache.load((FOLDER / f"{name}.cpp").read_text())
+    return CppCodeCache.load(source(name))
+
+
+def source(name: str) -> str:
+    """What is compiled, and what its cache knows it by: one text, with the headers of `nanochat/cpp/` where they are included."""
+    text = (FOLDER / f"{name}.cpp").read_text()
+    return re.sub(r'^#include "(.+)"$', lambda included: (FOLDER / included[1]).read_text(), text, flags=re.MULTILINE)
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

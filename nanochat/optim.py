@@ -83,7 +83,7 @@ def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, 
     g = g * (scale * (plain / scaled.clamp_min(TINY)).sqrt())
     agree = (g * params) >= 0
     after = params - lr * (g + weight_decay * params * agree), momenta, second
-    return tuple(torch.where(finite, new, old) for new, old in zip(after, before))
+    return tuple(torch.where(finite, new, old) for new, old in zip(after, before, strict=True))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -152,7 +152,7 @@ class MuonAdamW(torch.optim.Optimizer):
             updated = self._compiled_muon(*stacks, finite, *_on_host(scalars), self.muon_dtype)
         else:
             updated = muon_update(*stacks, finite, *scalars, self.muon_dtype)
-        for tensors, new in zip((active, momenta, seconds), updated):
+        for tensors, new in zip((active, momenta, seconds), updated, strict=True):
             torch._foreach_copy_(tensors, list(new.unbind()))
 
     def _state(self, p: Tensor, group: dict) -> dict:

@@ -13,17 +13,25 @@ import torch
 import torch.distributed as dist
 
 from nanochat import schedules
-from nanochat.checkpoint_manager import (CheckpointWriter, build_model, check_room, check_tokenizer, checkpoint_bytes,
-                                         finish_what_was_killed, load_checkpoint, load_weights, set_aside_later)
-from nanochat.cli.paths import (get_base_dir, list_steps, located, portable, resolve, runs_dir, step_dir,
-                                writable_base_dir)
+from nanochat.checkpoint_manager import (
+    CheckpointWriter,
+    build_model,
+    check_room,
+    check_tokenizer,
+    checkpoint_bytes,
+    finish_what_was_killed,
+    load_checkpoint,
+    load_weights,
+    set_aside_later,
+)
+from nanochat.cli.paths import get_base_dir, list_steps, located, portable, resolve, runs_dir, step_dir, writable_base_dir
 from nanochat.clock import Clock
 from nanochat.common import UserError, is_main_rank, print0, write_atomic
 from nanochat.compilation import CompiledModel, compiler_works, graphs_compiled
 from nanochat.config import Config
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
-from nanochat.device import (PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype)
+from nanochat.device import PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
 from nanochat.interruption import Interrupted, Signals
@@ -294,7 +302,8 @@ class Run:
         if isinstance(error, (UserError, KeyboardInterrupt)):
             return
         oom = out_of_memory(error)
-        fields = {"status": "oom" if oom else "failed", "exit_code": 1, "steps_done": 0, "wall_time_sec": time.monotonic() - self.started,
+        fields = {"status": "oom" if oom else "failed", "exit_code": 1, "steps_done": 0,
+                  "wall_time_sec": time.monotonic() - self.started,
                   "error": f"out of memory. {advice(self)}" if oom else f"{type(error).__name__}: {error}"}
         with suppress(OSError):
             own = not run_folder.start_problem(self.run_dir, overwrite=False)

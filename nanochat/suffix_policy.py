@@ -267,7 +267,7 @@ class SuffixPolicy:
             assert len(relevance) == self.n_layer, f"{len(relevance)} values of relevance for {self.n_layer} blocks"
             if all(map(math.isfinite, relevance)):
                 self.relevance = list(relevance) if self.relevance is None else [
-                    ema(old, new, flags.dyn_relevance_ema_decay) for old, new in zip(self.relevance, relevance)]
+                    ema(old, new, flags.dyn_relevance_ema_decay) for old, new in zip(self.relevance, relevance, strict=True)]
         if kind in ("probe", "refresh") and math.isfinite(loss):
             self._adapt_budget(loss)
         if self.freeze_step is None:

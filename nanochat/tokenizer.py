@@ -249,7 +249,7 @@ class Tokenizer:
     def visualize_tokenization(self, ids, mask) -> str:
         """The tokens for a terminal, one `|` between them: green where supervised, red where not."""
         red, green, reset = "\033[91m", "\033[92m", "\033[0m"
-        return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask))
+        return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask, strict=True))
 
 
 def _keep(path: Path) -> Path:

@@ -181,7 +181,7 @@ def settle_step(run: Run, done: Unsettled) -> None:
     dt = done.time()
     loss, stop, *norms = done.results.tolist()
     run.stop = int(stop)
-    bad = [name for name, norm in zip(done.names, norms) if not math.isfinite(norm)]
+    bad = [name for name, norm in zip(done.names, norms, strict=True) if not math.isfinite(norm)]
     if math.isfinite(loss) and (not bad or run.scaler.is_enabled()):
         run.features.after_step(done.step, loss, dt)
         return record_step(run, done, loss, math.hypot(*norms), dt.total)

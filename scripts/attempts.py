@@ -193,7 +193,8 @@ def compare(results: list[dict], names: list[str], metric: str) -> list[dict]:
         values = [cell(one.get(variant, {}).get(metric)) for one in results]
         numbers = [v for v in (values[0], values[-1]) if isinstance(v, (int, float))]
         ratio = numbers[1] / numbers[0] if len(results) > 1 and len(numbers) == 2 and numbers[0] else None
-        rows.append({"variant": variant, **dict(zip(labels, values))} | ({"last / first": ratio} if len(results) > 1 else {}))
+        row = {"variant": variant} | dict(zip(labels, values, strict=True))
+        rows.append(row | ({"last / first": ratio} if len(results) > 1 else {}))
     return rows
 
 
@@ -203,13 +204,14 @@ def plot(path: str, compared: dict) -> None:
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 5 * len(compared)), layout="constrained")
-    for axes, (script, (metric, contents)) in zip(figure.subplots(len(compared), 1, squeeze=False)[:, 0], compared.items()):
+    column = figure.subplots(len(compared), 1, squeeze=False)[:, 0]
+    for axes, (script, (metric, contents)) in zip(column, compared.items(), strict=True):
         variants = list(dict.fromkeys(v for _, content in contents for v in content["results"]))
         for i, (file, content) in enumerate(contents):
             values = [cell(content["results"].get(v, {}).get(metric)) for v in variants]
             bars = [(x + i / (len(contents) + 1), y) for x, y in enumerate(values) if isinstance(y, (int, float))]
             if bars:
-                axes.bar(*zip(*bars), width=1 / (len(contents) + 1), label=str(file))
+                axes.bar(*zip(*bars, strict=True), width=1 / (len(contents) + 1), label=str(file))
         axes.set_xticks(range(len(variants)), variants, rotation=60, ha="right", fontsize=7)
         axes.set(title=f"{script}: {metric}")
         axes.grid(alpha=0.25)

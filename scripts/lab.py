@@ -28,8 +28,7 @@ from nanochat.cli.paths import get_base_dir, output_problem, resolve, writable_b
 from nanochat.cli.program import cli
 from nanochat.common import UserError, format_table, print0, write_atomic
 from nanochat.flags import LARGEST_SEED, flag, parse, raise_problems
-from nanochat.lab import cycle as cycles
-from nanochat.lab import plan, stats
+from nanochat.lab import cycle as cycles, plan, stats
 
 
 @dataclass
@@ -60,7 +59,8 @@ class TableFlags:
     def validate(self):
         names = [text.partition("=")[0] for text in self.variant]
         problems = [f"--variant takes NAME=\"FLAGS\", a name of letters, digits, '.', '_', '+' and '-', got {text!r}"
-                    for text, name in zip(self.variant, names) if "=" not in text or not re.fullmatch(plan.NAME, name)]
+                    for text, name in zip(self.variant, names, strict=True)
+                    if "=" not in text or not re.fullmatch(plan.NAME, name)]
         return problems + [f"--variant {name} is there twice" for name in set(names) if names.count(name) > 1]
 
 
@@ -133,8 +133,8 @@ class Experiment:
     """A command that runs cells: everything wrong with it is found before the first one starts."""
 
     def __init__(self, command: str, template: str | None, flags: LabFlags, judging: JudgeFlags,
-                 shown: TableFlags = TableFlags()):
-        self.command, self.flags, self.judging, self.shown = command, flags, judging, shown
+                 shown: TableFlags | None = None):
+        self.command, self.flags, self.judging, self.shown = command, flags, judging, shown or TableFlags()
         self.check()
         self.cycles = resolve(judging.cycle) if judging.cycle else None
         profile = plan.read_profile(flags.profile)
@@ -288,7 +288,7 @@ class Experiment:
         record = verdict.as_dict() | {"about": self.about, "line": str(verdict), "variants": {}, "series": table,
                                       "by_depth": {d: v.as_dict() for d, v in by_depth.items()}}
         write_atomic(self.path / "verdict.json", json.dumps(record, indent=1) + "\n")
-        for depth, contest in contests.items():
+        for contest in contests.values():
             experiments.write_report(contest.folder.path)
         experiments.write_report(self.path)
         print0("\n" + format_table(table, list(experiments.SERIES_COLUMNS)))

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # dev/ is not installed
 
 from dev.bench import train_step
-
 from nanochat import bench
 from nanochat.common import UserError
 from nanochat.compilation import compiler_works
@@ -57,6 +56,7 @@ def measured(base):
 
 # --- the breakdown ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_real_step_is_taken_apart(measured):
     for row in measured[0]["results"].values():
         parts = row["breakdown_ms"]
@@ -151,6 +151,7 @@ def test_kernels_on_a_gpu_count_once_by_who_launched_them():
 
 # --- what is reported, and against whom -------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_report_has_what_it_promises(measured):
     result, printed, _ = measured
     assert list(result["results"]) == ["eager", SMALLER]
@@ -166,6 +167,7 @@ def test_the_report_has_what_it_promises(measured):
     assert "step 0001/" not in printed, "the runs' own lines go to stderr"
 
 
+@pytest.mark.slow
 def test_the_other_trainer_runs_in_turn(measured, base):
     result, _, starts = measured
     assert starts == [str(base)] * 2, "once a round, with the base directory that the user has"

@@ -9,14 +9,29 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import (MANIFEST, MODEL, OPTIMIZER, STATE, CheckpointWriter, check_room, checkpoint_bytes,
-                                         delete_old, finish_what_was_killed, list_steps, list_tags, load_checkpoint,
-                                         safetensors_blocks, save_checkpoint, set_aside_later, step_dir, total_bytes)
+from nanochat.checkpoint_manager import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointWriter,
+    check_room,
+    checkpoint_bytes,
+    delete_old,
+    finish_what_was_killed,
+    list_steps,
+    list_tags,
+    load_checkpoint,
+    safetensors_blocks,
+    save_checkpoint,
+    set_aside_later,
+    step_dir,
+    total_bytes,
+)
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.rng import rng_state, set_rng_state
@@ -139,7 +154,7 @@ def test_killed_between_any_two_changes_to_the_disk(run_dir, monkeypatch, replac
         shutil.copytree(run_dir, folder)
         count = iter(range(1000))
 
-        def stop_after(call):
+        def stop_after(call, count=count, last=last):
             def wrapped(*args, **kwargs):
                 if next(count) >= last:
                     raise Killed

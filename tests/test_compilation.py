@@ -42,6 +42,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_broken_graph_costs_only_its_own_variant(capsys):
     """Of three suffixes the second one's graph is broken. All three train right; only that one is named and counted."""
     plain, model = tiny_model(), tiny_model()
@@ -62,6 +63,7 @@ def test_a_broken_graph_costs_only_its_own_variant(capsys):
     assert compiled.eager_fallbacks == 1
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_no_trace():
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -70,6 +72,7 @@ def test_a_rehearsal_leaves_no_trace():
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_memory_running_out_is_no_fault_of_the_graph():
     def backend(graph, inputs):
         raise torch.OutOfMemoryError("out of memory")
@@ -79,15 +82,16 @@ def test_memory_running_out_is_no_fault_of_the_graph():
     assert compiled.eager_fallbacks == 0
 
 
+@pytest.mark.slow
 def test_more_variants_than_torch_keeps_by_itself():
-    """Twelve starts of a deep model, whole: a graph each, none dropped to eager at torch's limit of eight."""
+    """Nine starts of a deep model, whole: a graph each, none dropped to eager at torch's limit of eight."""
     from dataclasses import replace
-    model = tiny_model(replace(TINY, n_layer=12))
+    model = tiny_model(replace(TINY, n_layer=9))
     compiled = CompiledModel(model, whole=True, backend="eager")
     torch._dynamo.utils.counters.clear()
-    for start in range(12):
+    for start in range(9):
         compiled.rehearse(*batch(), active_start=start)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12 and compiled.eager_fallbacks == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 and compiled.eager_fallbacks == 0
 
 
 def test_the_first_line_that_says_something():
@@ -119,6 +123,7 @@ def remove_links(target: Path) -> int:
     return len(links)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_space_in_the_path_of_the_cache(tmp_path):
     """It is reached by a link, and what is compiled lies where it was asked for."""
@@ -128,6 +133,7 @@ def test_a_space_in_the_path_of_the_cache(tmp_path):
     assert any(folder.rglob("*.so")) and remove_links(folder) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_space_in_the_paths_of_torch_and_of_temporary_files(tmp_path):
     for name in ("my env", "my files"):
@@ -140,6 +146,7 @@ def test_a_space_in_the_paths_of_torch_and_of_temporary_files(tmp_path):
     assert any(cache.rglob("*.so")) and remove_links(cache) == remove_links(torchs) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_used_is_replaced(tmp_path):
     (tmp_path / "file").write_text("")
@@ -147,12 +154,14 @@ def test_a_cache_folder_that_cannot_be_used_is_replaced(tmp_path):
     assert works == "None" and f"{tmp_path / 'file'} cannot be used (File exists): taking {default_cache_dir()}. Set" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "g++ -O1", "true", ""])
 def test_a_variable_that_names_no_compiler(tmp_path, compiler):
     assert answer(CXX=compiler, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) == [
         f"CXX={compiler!r} is no C++ compiler that runs. Set it to the path of one, without options, or unset it"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_machine_without_openssl(tmp_path):
     """With which torch takes the checksum of headers that it would compile beforehand."""
@@ -161,11 +170,13 @@ def test_a_machine_without_openssl(tmp_path):
     assert answer(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")) == ["None"]
 
 
+@pytest.mark.slow
 def test_no_compiler_at_all(tmp_path):
     said, = answer(PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert said.startswith("there is no C++ compiler: ") and INSTALL in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says, told", [
     ("In file included from main.cpp:1:\nmain.cpp:3:10: fatal error: Python.h: No such file or directory",
      "main.cpp:3:10: fatal error: Python.h: No such file or directory. Install the headers of this Python (apt install"),
@@ -220,6 +231,7 @@ def test_a_link_is_made_once_and_never_taken_from_others(tmp_path, monkeypatch):
     elsewhere.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_recomputed_activations_are_not_kept(whole):
     """By the partitioner alone, without a compiler that rounds otherwise: the same bits, and less kept for the backward pass."""
@@ -231,7 +243,7 @@ def test_recomputed_activations_are_not_kept(whole):
         compiled.rehearse(*batch(seed=9), active_start=0)
         sizes, own = {}, {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
-        def keep(tensor):
+        def keep(tensor, sizes=sizes, own=own):
             if tensor.data_ptr() not in own:
                 sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor

@@ -14,11 +14,12 @@ from nanochat.features import FEATURES, Feature
 from nanochat.flags import flag
 
 ROOT = Path(__file__).parent.parent
-NANOCHAT_SPEEDRUN = ("--depth=24 --target-param-data-ratio=8 --device-batch-size=16 --run=dummy --model-tag=d24 --aspect-ratio=64 "
-                     "--head-dim=128 --max-seq-len=2048 --window-pattern=SSSL --num-iterations=-1 --target-flops=-1.0 "
-                     "--total-batch-size=-1 --embedding-lr=0.3 --unembedding-lr=0.008 --weight-decay=0.28 --matrix-lr=0.02 "
-                     "--scalar-lr=0.5 --warmup-steps=40 --warmdown-ratio=0.65 --final-lr-frac=0.05 --resume-from-step=-1 "
-                     "--eval-every=250 --eval-tokens=41943040 --core-metric-every=999999 --core-metric-max-per-task=-1 "
+NANOCHAT_SPEEDRUN = ("--depth=24 --target-param-data-ratio=8 --device-batch-size=16 --run=dummy --model-tag=d24 "
+                     "--aspect-ratio=64 --head-dim=128 --max-seq-len=2048 --window-pattern=SSSL --num-iterations=-1 "
+                     "--target-flops=-1.0 --total-batch-size=-1 --embedding-lr=0.3 --unembedding-lr=0.008 "
+                     "--weight-decay=0.28 --matrix-lr=0.02 --scalar-lr=0.5 --warmup-steps=40 --warmdown-ratio=0.65 "
+                     "--final-lr-frac=0.05 --resume-from-step=-1 --eval-every=250 --eval-tokens=41943040 "
+                     "--core-metric-every=999999 --core-metric-max-per-task=-1 "
                      "--sample-every=-1 --save-every=-1 --device-type=cpu")
 
 
@@ -106,7 +107,8 @@ def test_rooms_do_not_share_flags_or_names():
 
 def test_a_bad_command_line_exits_with_2_within_3_seconds():
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", "--depht=4", "--seed=x"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", "--depht=4", "--seed=x"],
+                          capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "2 problems" in done.stderr and "Traceback" not in done.stderr
     assert time.monotonic() - started < 3
 

@@ -15,13 +15,12 @@ FOLDER = ROOT / "attempts" / "container_d_convergence"
 sys.path.insert(0, str(FOLDER))  # as for a script that is run
 
 import dynamic_block_update_schedule_bench as d
-from residual_stack import ResidualStack, Task
-
 from nanochat.bench import latency_ms
 from nanochat.common import UserError
 from nanochat.features.suffix import relevance_of_blocks
 from nanochat.flags import parse
 from nanochat.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup
+from residual_stack import ResidualStack, Task
 
 STEPS, LAYERS = 40, 4
 TINY = (f"--dmodel=16 --n-layers={LAYERS} --hidden-mult=2 --batch-size=2 --seq-len=8 --steps={STEPS} --val-batches=2 "
@@ -94,15 +93,16 @@ def test_a_suffix_has_the_gradients_of_full_training():
 def test_relevance_takes_any_blocks(metric):
     model = ResidualStack(2, 16, 32).init_weights(0, branch=0.5)
     model.loss(*Task(1, (2, 8), torch.device("cpu"), torch.float32).batch(0)).backward()
-    for block, value in zip(model.blocks, relevance_of_blocks(model.blocks, metric)):
-        g, p = (torch.cat([t.flatten() for t in ts]) for ts in zip(*((p.grad, p.detach()) for p in block.parameters())))
+    for block, value in zip(model.blocks, relevance_of_blocks(model.blocks, metric), strict=True):
+        pairs = [(p.grad, p.detach()) for p in block.parameters()]
+        g, p = (torch.cat([t.flatten() for t in ts]) for ts in zip(*pairs, strict=True))
         assert value == pytest.approx((g.norm() / p.norm() if metric == "grad_ratio" else (g * p).abs().sum()).item(), rel=1e-4)
 
 
 def test_batches_depend_on_seed_and_index_alone():
     one, other = (Task(seed, (2, 8), torch.device("cpu"), torch.float32) for seed in (1, 2))
     again = Task(1, (2, 8), torch.device("cpu"), torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(one.batch(3), again.batch(3)))
+    assert all(torch.equal(a, b) for a, b in zip(one.batch(3), again.batch(3), strict=True))
     for x in (other.batch(3)[0], one.batch(4)[0], next(one.validation(1))[0]):
         assert not torch.equal(one.batch(3)[0], x)
     y = torch.cat([one.batch(i)[1] for i in range(200)]).flatten(0, 1)
@@ -255,6 +255,7 @@ def test_every_flag_in_the_readme_exists():
     assert mentioned <= known and len(mentioned) > 35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", examples(), ids=lambda argv: argv[-1].split("/")[-1])
 def test_the_readmes_examples_run(argv, tmp_path, monkeypatch):
     """As they are written they are accepted; with tiny sizes they run."""
@@ -314,6 +315,7 @@ except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script_from_anywhere(tmp_path):
     script = str(FOLDER / "dynamic_block_update_schedule_bench.py")
     done = subprocess.run([sys.executable, script, *TINY, "--steps=12", *DYNAMIC], capture_output=True, text=True, cwd=tmp_path)

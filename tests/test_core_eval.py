@@ -173,7 +173,7 @@ def test_a_continuation_is_right_if_every_token_is(tokenizer):
     (row, start, end), = spans({"context": "a b", "continuation": "green blue wet"}, "language_modeling", tokenizer)
     assert end - start >= 3
     for wrong in (None, *range(start, end)):
-        def model(ids):
+        def model(ids, wrong=wrong):
             logits = nn.functional.one_hot(ids.roll(-1, dims=1), tokenizer.get_vocab_size()).float()
             if wrong is not None:
                 logits[0, wrong - 1] *= -1
@@ -186,7 +186,7 @@ def test_a_continuation_is_right_if_every_token_is(tokenizer):
 def test_long_rows_are_cropped_on_the_left(bundle, tokenizer):
     whole, cropped = (spans(CHOICE[0], "multiple_choice", tokenizer, max_len, CHOICE[1:]) for max_len in (None, 40))
     assert max(len(row) for row, _, _ in whole) > 50
-    for (row, start, end), (short, short_start, short_end) in zip(whole, cropped):
+    for (row, start, _), (short, short_start, short_end) in zip(whole, cropped, strict=True):
         assert short == row[-40:] and short_end == len(short) and short[short_start:] == row[start:][-39:]
     for row, start, end in spans(CHOICE[0], "multiple_choice", tokenizer, 3):
         assert len(row) == 3 and 1 <= start < end == 3  # cropped into the answer: what is left of it is scored
@@ -243,6 +243,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_share_the_questions(bundle, tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     for rank in (0, 1):

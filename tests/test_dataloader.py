@@ -1,12 +1,12 @@
 """Rows and batches: full, from BOS on, losing next to nothing; a pure function of (seed, step, rank, world size)."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat import dataloader
 from nanochat.common import UserError
@@ -47,7 +47,7 @@ def test_packing_loses_only_what_bos_pushes_out(lengths, row_tokens):
     lengths = np.array(lengths)
     pieces, first = pack(lengths, row_tokens)
     assert len(first) == lengths.sum() // row_tokens + 1
-    assert all(pieces[a:b, 2].sum() == row_tokens for a, b in zip(first, first[1:]))
+    assert all(pieces[a:b, 2].sum() == row_tokens for a, b in pairwise(first))
     uses = Counter()
     for document, start, count in pieces.tolist():
         assert 0 <= start and 1 <= count and start + count <= lengths[document]
@@ -81,9 +81,9 @@ def test_rows_follow_the_documents():
     """A row is made of stretches of documents in their order, each after a BOS."""
     split = random_split()
     packed = PackedRows(split, 32, seed=1)
-    next_token = {int(a): int(b) for i in range(split.num_docs) for a, b in zip(split.doc(i)[1:], split.doc(i)[2:])}
+    next_token = {int(a): int(b) for i in range(split.num_docs) for a, b in pairwise(split.doc(i)[1:])}
     for row in packed.rows(range(packed.rows_per_epoch)).tolist():
-        for a, b in zip(row, row[1:]):
+        for a, b in pairwise(row):
             assert b == BOS or a == BOS or b == next_token[a]
 
 
@@ -138,6 +138,7 @@ def test_a_steps_rows_do_not_depend_on_how_they_are_dealt(small_groups, shape):
         assert np.array_equal(step_rows(packed, step, *shape), expected)
 
 
+@pytest.mark.slow
 @given(order=st.permutations(range(40)))
 def test_a_batch_is_a_pure_function(order):
     split = random_split()
@@ -153,7 +154,7 @@ def test_any_access_order_over_many_groups_and_epochs(small_groups):
     packed = PackedRows(split, 32, seed=5)
     indices = np.random.default_rng(0).integers(0, 5 * packed.rows_per_epoch, 60)
     scattered = packed.rows(indices)
-    for index, row in zip(indices, scattered):
+    for index, row in zip(indices, scattered, strict=True):
         assert np.array_equal(PackedRows(split, 32, seed=5).rows([index])[0], row)
 
 

@@ -63,6 +63,7 @@ def test_files_of_all_types_in_a_folder_are_read_in_order(tmp_path):
     assert (counts.files, counts.documents, counts.empty) == (5, 6, 2)
 
 
+@pytest.mark.slow
 def test_python_source_is_this_interpreters_own_text():
     files = python_files()
     assert len(files) > 500 and not any("__pycache__" in p.parts for p in files)
@@ -313,6 +314,7 @@ def test_command_line(base, tok, corpus):
     assert "train" in done.stdout and "val" in done.stdout and "bytes/token" in done.stdout and str(base) in done.stdout
 
 
+@pytest.mark.slow
 def test_command_line_bad_input(base, tok, corpus, tmp_path):
     done = run(base, "--data", corpus)
     assert done.returncode == 2 and "tok_train" in done.stderr and "Traceback" not in done.stderr
@@ -339,6 +341,7 @@ def test_command_line_bad_input(base, tok, corpus, tmp_path):
     assert done.returncode == 2 and "train_000000.bin" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_killed_preparation_is_not_taken(base, tok, tmp_path):
     tok.save(base / "tokenizer")

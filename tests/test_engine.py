@@ -73,6 +73,7 @@ def full_logits(dtype, n_kv_head):
     return make_model(n_kv_head=n_kv_head, dtype=dtype)(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_cached_logits_are_those_of_the_full_forward(dtype, n_kv_head):
@@ -245,9 +246,9 @@ def test_rows_end_one_by_one_and_generation_with_the_last(tokenizer):
     model = chain_of(tokenizer, {go: {go: 0.7, bos: 0.15, end: 0.15}})
     engine = Engine(model, tokenizer)
     steps = list(engine.generate([go], num_samples=20, seed=3))
-    columns, masks = zip(*steps)
+    columns, masks = zip(*steps, strict=True)
     lengths = []
-    for tokens, mask in zip(zip(*columns), zip(*masks)):
+    for tokens, mask in zip(zip(*columns, strict=True), zip(*masks, strict=True), strict=True):
         n = next(i for i, token in enumerate(tokens) if token in (bos, end))
         lengths.append(n)
         assert set(tokens[:n]) <= {go} and len(set(tokens[n:])) == 1
@@ -281,7 +282,7 @@ def test_streamed_text_holds_back_unfinished_characters(tokenizer):
     bos = tokenizer.get_bos_token_id()
     ids = [*"é€a".encode(), 0xF0, tokenizer.encode_special("<|assistant_end|>")]  # the first 256 ids are the bytes
     path = [bos, *ids]
-    engine = Engine(chain_of(tokenizer, {a: {b: 1.0} for a, b in zip(path, path[1:])}), tokenizer)
+    engine = Engine(chain_of(tokenizer, {a: {b: 1.0} for a, b in itertools.pairwise(path)}), tokenizer)
     assert list(engine.stream_text([bos])) == ["é", "€", "a", "\ufffd"]
 
 
@@ -319,6 +320,7 @@ def script(name, *args, base_dir, stdin="", ok=True):
     return out, err
 
 
+@pytest.mark.slow
 def test_sample_continues_each_prompt(base_dir, tokenizer):
     model = make_model(tokenizer.get_vocab_size())
     expected = ""
@@ -331,20 +333,26 @@ def test_sample_continues_each_prompt(base_dir, tokenizer):
     assert out == expected and "tiny, step 20" in err
 
 
+@pytest.mark.slow
 def test_sample_reads_standard_input_and_draws_several(base_dir):
     out, _ = script("sample", "--num-samples", "2", "--max-tokens", "4", "--step", "10", base_dir=base_dir,
                     stdin="two\nlines\n")
     assert out.count("two\nlines") == 2 and "sample 2 of 2" in out
 
 
-def test_chat_cli_completes_in_a_loop_and_chats_when_told(base_dir):
+@pytest.mark.slow
+def test_chat_cli_completes_in_a_loop_and_chats_when_told(base_dir, tokenizer):
+    engine = Engine(make_model(tokenizer.get_vocab_size()), tokenizer)
+    expected = ["".join(engine.stream_text(tokenizer(text, prepend="<|bos|>"), max_tokens=3, temperature=0))
+                for text in ("def add", "b")]
     typed = "def add\n\nclear\nb\nquit\nnever read\n"
-    out, err = script("chat_cli", "--max-tokens", "3", base_dir=base_dir, stdin=typed)
-    assert len(out) > 0 and "base model without chat tuning" in err
+    out, err = script("chat_cli", "--max-tokens", "3", "--temperature", "0", base_dir=base_dir, stdin=typed)
+    assert out == "".join(text + "\n" for text in expected) and "base model without chat tuning" in err
     chat, err = script("chat_cli", "--chat", "-p", "hello", "--max-tokens", "3", base_dir=base_dir)
     assert chat.endswith("\n") and "never tuned" in err
 
 
+@pytest.mark.slow
 def test_base_eval_prints_a_table_and_leaves_a_record(base_dir):
     out, err = script("base_eval", "--eval", "bpb,sample", base_dir=base_dir)
     record = json.loads((base_dir / "base_checkpoints/tiny/eval_000020.json").read_text())
@@ -356,6 +364,7 @@ def test_base_eval_prints_a_table_and_leaves_a_record(base_dir):
     assert again["bpb"]["val"] == pytest.approx(record["bpb"]["val"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, args, words", [
     ("sample", ("--model-tag", "nope", "-p", "x"), "tiny"),
     ("sample", ("--step", "15", "-p", "x"), "10, 20"),

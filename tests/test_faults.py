@@ -20,8 +20,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import (MANIFEST, MODEL, OPTIMIZER, STATE, list_steps, load_checkpoint, load_model,
-                                         save_checkpoint, step_dir)
+from nanochat.checkpoint_manager import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    list_steps,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    step_dir,
+)
 from nanochat.common import UserError
 from nanochat.config import parse_config
 from nanochat.dataset import TokenDataset
@@ -41,8 +50,8 @@ EVERY_BIT = "NANOCHAT_FUZZ" in os.environ  # else some of them, which takes less
 def argv(base, tag, *extra):
     return (f"--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
             f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=3 --eval-tokens=256 "
-            f"--core-metric-every=-1 --sample-every=-1 --save-every=2 --vocab-size=300 --device-type=cpu --no-compile --data={base / 'text'} "
-            f"--model-tag={tag}").split() + list(extra)
+            f"--core-metric-every=-1 --sample-every=-1 --save-every=2 --vocab-size=300 --device-type=cpu --no-compile "
+            f"--data={base / 'text'} --model-tag={tag}").split() + list(extra)
 
 
 def train(base, tag, *extra, rooms=FEATURES):
@@ -101,6 +110,7 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="tmpfs")
 def test_the_disk_fills_up(plain, base, tmp_path):
     """Room for one checkpoint and a half: the second and the third cannot be saved, the first loads, and with more room the
@@ -177,6 +187,7 @@ def test_every_bit_and_every_length(tmp_path):
     assert tried > 6000 // stride and load_checkpoint(tmp_path, 1)[2]["tokens"] == "x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])
 def test_latest_falls_back_and_ends_in_the_same_bits(plain, base, copy, name, capsys):
     path = step_dir(copy, 4) / name
@@ -338,10 +349,12 @@ def test_checked_once_and_again_after_a_copy(tokens, monkeypatch):
     assert len(digests) == 8
 
 
+@pytest.mark.slow
 def test_a_run_on_a_damaged_shard_does_not_start(plain, base, tmp_path):
     elsewhere = tmp_path / "base"
     shutil.copytree(base, elsewhere, ignore=shutil.ignore_patterns("base_checkpoints"))
-    shard = next(elsewhere.glob("tokens/*/train_000000.bin"))
+    tokens = Path(json.loads((step_dir(plain, 2) / "state.json").read_text())["tokens"])
+    shard = elsewhere / tokens / "train_000000.bin"
     content = bytearray(shard.read_bytes())
     content[1001] ^= 2
     shard.write_bytes(content)
@@ -364,6 +377,7 @@ def test_text_that_cannot_be_trained_on_is_explained(plain, base, tmp_path, cont
     assert not (base / "base_checkpoints/bad-text").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"\0" * 50_000, b"nul\0in\0words " * 5000, b"one line without an end " * 40_000],
                          ids=["nuls", "nul", "line"])
 def test_odd_text_is_trained_on(plain, base, tmp_path, content):
@@ -382,6 +396,7 @@ def test_a_base_directory_that_cannot_be(base):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="tmpfs")
 def test_a_read_only_base_directory(plain, base, tmp_path):
     """What is there can be used, nothing can be added, and the message says so."""
@@ -422,6 +437,7 @@ def test_a_clock_that_jumps_back_has_no_effect(plain, base, monkeypatch):
     assert all(row["train_time_sec"] >= 0 and (row["dt_ms"] or 1) > 0 for row in read_metrics(run_dir / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces")
 def test_no_shared_memory(plain, base):
     """/dev/shm holds not one byte, as in small containers."""
@@ -457,6 +473,7 @@ class Dice(Feature):
         return {"thrown": self.thrown}
 
 
+@pytest.mark.slow
 def test_rooms_that_draw_at_random_go_on_with_the_same_draws(base):
     rooms = (*FEATURES, Dice)
     random.seed(1)
@@ -472,6 +489,7 @@ def test_rooms_that_draw_at_random_go_on_with_the_same_draws(base):
     assert final_bytes(resumed) == final_bytes(whole)
 
 
+@pytest.mark.slow
 def test_other_flags_are_refused_or_said(plain, base, copy, capsys):
     """What is free changes no bit; what is not is refused with the old value, or, if wanted, starts another future."""
     with pytest.raises(UserError, match=r"not go on with the same run:\n  --matrix-lr 0.02 -> 0.03\n.*--allow-change"):
@@ -490,6 +508,7 @@ def test_other_flags_are_refused_or_said(plain, base, copy, capsys):
     assert "changed: --num-iterations 6 -> 7" in capsys.readouterr().out and list_steps(copy)[-1] == 7
 
 
+@pytest.mark.slow
 def test_text_that_changed_beneath_a_run_is_refused(base, tmp_path):
     text = shutil.copytree(base / "text", tmp_path / "text")
     data = f"--data={text}"

@@ -29,11 +29,11 @@ SWITCHED_ON = {
     "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
     "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
-    "compile_cache": ["--compile", "--compile-cache-dir={tmp}"],
-    "recompute": ["--compile", "--recompute-activations"],
+    "compile_cache": ["--compile", "--compile-cache-dir={tmp}", "--depth=1", "--aspect-ratio=32"],
+    "recompute": ["--compile", "--recompute-activations", "--depth=1", "--aspect-ratio=32"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
-               "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-final-full-frac=0.13",
-               "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
+               "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0",
+               "--dyn-final-full-frac=0.13", "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
 }  # flags that switch each room on
 STEPS = 8
 
@@ -90,8 +90,9 @@ SWITCHED_ON["alternate"] = ["--no-compile", "--alternate-from=3"]
 
 def train(base, tag, *extra, rooms=ROOMS):
     argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 --core-metric-every=-1 "
-            f"--sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu --data={base / 'text'} --model-tag={tag}").split()
+            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 "
+            f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
+            f"--data={base / 'text'} --model-tag={tag}").split()
     run = Run(parse_config(rooms, anew([*argv, *extra])), rooms)
     assert run_to_the_end(run) == 0
     return run
@@ -110,13 +111,19 @@ def test_every_room_is_tested_here():
     assert set(SWITCHED_ON) == {room.name for room in ROOMS}
 
 
+@pytest.fixture(scope="module")
+def all_off(base):
+    """A run that has every room and switches none on."""
+    return train(base, "all-off", "--no-compile")
+
+
 @pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
-def test_switched_off_it_changes_no_bit(base, room):
+def test_switched_off_it_changes_no_bit(base, room, all_off):
     without = train(base, "without", "--no-compile", rooms=tuple(r for r in ROOMS if r is not room))
-    with_it = train(base, "with-it-off", "--no-compile")
-    assert steps_of(without) == steps_of(with_it) and final_bytes(without) == final_bytes(with_it)
+    assert steps_of(without) == steps_of(all_off) and final_bytes(without) == final_bytes(all_off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
 def test_switched_on_it_survives_a_resume(base, room, tmp_path):
     on = [f.format(tmp=tmp_path) for f in SWITCHED_ON[room.name]]
@@ -153,17 +160,20 @@ def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
             assert not frozen or torch.equal(state_before[key], state_after[key]), key
 
 
-def test_deferring_changes_no_number_and_no_row(base):
+@pytest.mark.slow
+def test_deferring_changes_no_number_and_no_row(base, all_off):
     """Nor beside a schedule that decides by the last loss, which is then read at once."""
     def rows(run):
         timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
         return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(run.run_dir / "metrics.jsonl")]
     for other in (["--no-compile"], SWITCHED_ON["suffix"]):
-        at_once, later = train(base, "at-once", *other), train(base, "later", *other, "--deferred-loss-logging")
+        at_once = all_off if other == ["--no-compile"] else train(base, "at-once", *other)
+        later = train(base, "later", *other, "--deferred-loss-logging")
         assert rows(at_once) == rows(later) and final_bytes(at_once) == final_bytes(later)
         assert later.features.defers == (other == ["--no-compile"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", ([], ["--chunked-ce"], SWITCHED_ON["suffix"],
                                     ["--fp8", "--fp8-emulate", "--fp8-min-dim=16", "--fp8-include-regex=mlp"]), ids=str)
 def test_casting_once_changes_no_bit(base, others):
@@ -178,11 +188,12 @@ def test_casting_once_changes_no_bit(base, others):
         assert {type(layer).__name__ for layer in in_fp32.model.linears().values()} == {"Linear"}
 
 
+@pytest.mark.slow
 def test_the_compile_cache_serves_another_process(base, tmp_path):
     """The second process finds the first one's graphs: it compiles no C++ of its own."""
-    argv = ["--depth=1", "--head-dim=24", "--aspect-ratio=24", "--max-seq-len=16", "--device-batch-size=2", "--total-batch-size=32",
-            "--num-iterations=1", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1", "--device-type=cpu",
-            f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
+    argv = ["--depth=1", "--head-dim=24", "--aspect-ratio=24", "--max-seq-len=16", "--device-batch-size=2",
+            "--total-batch-size=32", "--num-iterations=1", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1",
+            "--device-type=cpu", f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
     libraries = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-m", "scripts.base_train", *anew(argv)], cwd=ROOT, capture_output=True, text=True)

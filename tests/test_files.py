@@ -18,8 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
 from nanochat.data.files import READERS, UNPACK, find_files

@@ -68,8 +68,8 @@ def problems_of(settings, **given):
     given = BASE | given | settings
     instances = [group(**{f.name: given[f.name] for f in fields(group) if f.name in given}) for group in GROUPS]
     core = [f.name for f in fields(Config) if f.name != "features"]
-    rooms = {feature.name: instance for feature, instance in zip(FEATURES, instances[len(core):])}
-    config = Config(**dict(zip(core, instances)), features=rooms)
+    rooms = {feature.name: instance for feature, instance in zip(FEATURES, instances[len(core):], strict=True)}
+    config = Config(**dict(zip(core, instances[:len(core)], strict=True)), features=rooms)
     problems = [p for i in instances if hasattr(i, "validate") for p in i.validate()]
     return problems + validate(config) + [p for feature in FEATURES for p in feature.validate(config)]
 
@@ -121,6 +121,7 @@ def test_every_flag_has_values_to_pair(values):
     assert set(VALUES) | PATHS <= set(FLAGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context, enough", [("", 10_000), ("fp8", 2_000), ("dyn", 5_000)])
 def test_every_pair_is_refused_with_advice_or_plans(values, context, enough):
     """Refused where the pair alone, beside the base, has a problem; all others are planned, many at a time."""
@@ -166,6 +167,7 @@ ALWAYS = dict(num_iterations=5, warmup_steps=2, dyn_warmup_steps=1, dyn_freeze_s
               static_active_layers=1, dyn_min_active_layers=1, total_batch_size=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_pairs_of_switches_really_run(values, base, context):
     always = ALWAYS | CONTEXTS[context]

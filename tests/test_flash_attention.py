@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import flash_attention as fa
-from nanochat import native_attention
+from nanochat import flash_attention as fa, native_attention
 from nanochat.flash_attention import flash_attn, make_attention
 from nanochat.native import why_not_native
 
@@ -67,7 +65,7 @@ def check(function, inputs, grad, window):
     # n roundings.
     factor = u * (8 + 2 * score if y.dtype == torch.bfloat16 else 8 + T + D + 2 * D * score_size)
     names = "output", "dq", "dk", "dv"
-    for name, got, want, size in zip(names, (y, *torch.autograd.grad(y, inputs, grad)), exact, sizes):
+    for name, got, want, size in zip(names, (y, *torch.autograd.grad(y, inputs, grad)), exact, sizes, strict=True):
         bound = factor * size + 1e-30
         worst = ((got.double() - want).abs() / bound).max().item()
         assert worst <= 1, f"{name} is off by {worst:.3g} times the bound"
@@ -154,7 +152,7 @@ def test_kv_cache_equals_full_attention(window, chunks, as_tensor):
                                                               cache_seqlens=seqlens, window_size=(window, 0)))
             pos += n
     torch.testing.assert_close(torch.cat(outputs, 1), want)
-    for cache, x in zip(caches, (k, v)):
+    for cache, x in zip(caches, (k, v), strict=True):
         assert torch.equal(cache[:, :T], x) and cache[:, T:].isnan().all()
 
 
@@ -193,6 +191,7 @@ ATTENTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, compiler", [("set up", "inductor"), ("not set up", "aot_eager")])
 def test_compiles_to_one_graph_and_agrees(attention, compiler):
     T, window = 32, 8
@@ -205,7 +204,7 @@ def test_compiles_to_one_graph_and_agrees(attention, compiler):
         for f in (compiled, block):
             y = f(*inputs, w)
             results.append([y, *torch.autograd.grad(y, leaves, grad)])
-        for a, b in zip(*results):
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -241,6 +240,7 @@ def test_no_backend_at_all_is_a_user_error():
         fa.choose_backend("cpu", torch.int32, 8, 64, -1)
 
 
+@pytest.mark.slow
 def test_probing_leaves_the_random_state_and_grad_mode_alone():
     code = ("import torch; from nanochat.flash_attention import make_attention; torch.manual_seed(1)\n"
             "with torch.inference_mode(): print(make_attention('cpu', torch.float32, 16, 64, [8, -1]))\n"
@@ -292,8 +292,9 @@ def test_native_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
 
     def errors(function):
         y = function(*inputs, fa.FULL)
-        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip((y, *torch.autograd.grad(y, inputs, grad)), exact)]
-    for ours, pytorch in zip(errors(native), errors(fa._sdpa)):
+        found = y, *torch.autograd.grad(y, inputs, grad)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    for ours, pytorch in zip(errors(native), errors(fa._sdpa), strict=True):
         assert ours < 1.05 * pytorch
 
 
@@ -355,7 +356,7 @@ def test_native_takes_any_strides():
         yield torch.cat((x + 1, x), 3)[..., D:]                           # heads that begin anywhere
         yield torch.cat((x[..., :1], x), 3)[..., 1:]                      # rows that begin at odd elements
         yield x.transpose(1, 3).contiguous().transpose(1, 3)              # features apart
-    for variants in zip(*(layouts(x.detach()) for x in (*inputs, grad))):
+    for variants in zip(*(layouts(x.detach()) for x in (*inputs, grad)), strict=True):
         assert not variants[0].is_contiguous()
         *leaves, dy = variants
         assert same_bits(want, run_native([x.requires_grad_() for x in leaves], dy, 20))
@@ -432,6 +433,7 @@ def test_native_comes_first_in_bf16_where_it_serves():
     assert str(make_attention("cpu", torch.bfloat16, 64, 512, [128, -1])) == "attention: native (full context, window 128)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not fa.cpu_multiplies_bf16(), reason="chunked does not pay in bf16 on this CPU")
 def test_without_native_kernels_chunked_serves():
     code = ("import torch; from nanochat import flash_attention as fa\n"

@@ -52,6 +52,7 @@ def test_the_runs_are_valid_on_a_gpu(sandbox, runner):
         assert config.features["fp8"].fp8 == (name != "baseline") and config.run.device_type == "cuda"
 
 
+@pytest.mark.slow
 def test_the_comparison_on_a_cpu(sandbox, tmp_path):
     """Text, FP8 emulated, table: d1 for two steps. Bf16 is left out: its row of the same table shows in what a run leaves."""
     (tmp_path / "text").mkdir()

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from nanochat.checkpoint_manager import (MANIFEST, MODEL, OPTIMIZER, STATE, load_checkpoint, save_checkpoint, saved_shape,
-                                         step_dir)
+from nanochat.checkpoint_manager import MANIFEST, MODEL, OPTIMIZER, STATE, load_checkpoint, save_checkpoint, saved_shape, step_dir
 from nanochat.common import UserError
 from nanochat.config import Config, parse_config
 from nanochat.dataset import CHECKED, TokenDataset, prepare_tokens
@@ -143,6 +141,7 @@ def read_all(folder):
     return [[split.doc(i).tolist() for i in range(split.num_docs)] for split in map(dataset.split, ("train", "val"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.json", "train_000000.bin", "val_000000.lengths.npy", CHECKED])
 @fuzz(100)
 @given(data=st.data())
@@ -165,6 +164,7 @@ def test_tokens_with_changed_bytes(tokens, name, data):
 @fuzz(100)
 @given(data=st.data())
 def test_tokens_of_a_stranger_who_seals_what_he_changed(tokens, name, data):
+    """Refused in words, or read: no other error, nothing that hangs."""
     path, manifest_path = tokens / name, tokens / "manifest.json"
     before = {p: p.read_bytes() for p in (path, manifest_path)}
     try:

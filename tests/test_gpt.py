@@ -126,7 +126,7 @@ def test_the_embedding_learns_through_x0(start):
     assert suffix.transformer.wte.weight.grad.any()
     for p in (reference.smear_gate, reference.smear_lambda, reference.resid_lambdas, reference.x0_lambdas):
         p.grad = None
-    for (name, p), q in zip(suffix.named_parameters(), reference.parameters()):
+    for (name, p), q in zip(suffix.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None) and (p.grad is None or torch.equal(p.grad, q.grad)), name
 
 
@@ -140,5 +140,5 @@ def test_bf16_model_follows_the_fp32_one():
 
 def test_generation_of_the_same_weights_needs_the_same_seed():
     one, two, other = tiny_model(seed=3), tiny_model(seed=3), tiny_model(seed=4)
-    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hub_server import COMMIT, Hub
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="needs datasets: pip install datasets")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="needs datasets: pip install datasets")]
 
 ROOT = Path(__file__).parent.parent
 READER = """
@@ -208,7 +210,7 @@ ERRORS = {
 
 def test_errors_say_what_is_wrong_and_what_to_do(clients):
     found = answers(clients.reader(*([source, {"skip_bad": True}] for source in ERRORS)))
-    for source, answer in zip(ERRORS, found):
+    for source, answer in zip(ERRORS, found, strict=True):
         for part in [source, *ERRORS[source]]:
             assert part in answer["error"], source
         assert "\n" not in answer["error"] and len(answer["error"]) < 500, source

@@ -114,6 +114,7 @@ MOMENTS = {  # where the signal comes, and at what step the checkpoint is then
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment, signum, extra", [
     ("step", signal.SIGTERM, ()), ("step", signal.SIGINT, ("--deferred-loss-logging",)), ("step", signal.SIGHUP, tuple(SUFFIX)),
     ("first step", signal.SIGINT, ()), ("last step", signal.SIGTERM, ()), ("evaluation", signal.SIGTERM, ()),
@@ -143,6 +144,7 @@ def test_a_signal_before_anything_is_trained_leaves_no_checkpoint(base):
     assert "no checkpoint" in result(run)["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_signal_during_compilation(base, step):
     """With nothing to lose the run ends at once; else the step is finished first."""
@@ -182,6 +184,7 @@ def twice_in_save(run):
     in_save(run, 4, twice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [twice_in_step, twice_in_save])
 def test_a_second_signal_ends_the_process_on_the_spot(base, undisturbed, place):
     """A repeat within half a second counts as the same wish. What was saved before is whole."""
@@ -207,6 +210,7 @@ def test_ignored_signals_stay_ignored(base):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_step_to_stop_at(base):
     """One of two ranks gets the signal; both end after the same step, and what they save can be resumed."""
     agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
@@ -244,6 +248,7 @@ def wait_for(condition, process, seconds=120):
 
 # --- the lock -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_name_in_use_is_refused_and_a_killed_run_gives_its_lock_back(base, capsys):
     process = child(base, "locked", None, "--num-iterations=100000", "--save-every=2", "--eval-every=-1")
     folder = base / "base_checkpoints/locked"
@@ -324,6 +329,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--deferred-loss-logging",), tuple(SUFFIX)], ids=["plain", "deferred", "suffix"])
 def test_skipping_leaves_out_a_step_and_nothing_else(base, extra, capsys):
     extra = (*extra, "--on-divergence=skip", "--save-every=2")
@@ -361,6 +367,7 @@ def test_skipping_ends_where_it_does_not_help(base):
     assert result(run)["status"] == "diverged" and run.step == 2 + MAX_SKIPS - 1 and "does not help" in result(run)["error"]
 
 
+@pytest.mark.slow
 def test_rolling_back_goes_on_with_other_data(base):
     """Diverged at step 5, back to the checkpoint of step 4: the batches of steps 4 and 5 are left out."""
     extra = ("--on-divergence=rollback", "--save-every=2")
@@ -430,6 +437,7 @@ def limit_memory(run):
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_out_of_memory_under_a_limit(base):
     """The address space is limited to a little more than the process has; nothing but the system's answer says no."""
     process = child(base, "ulimit", limit_memory, "--device-batch-size=64", "--max-seq-len=512",
@@ -477,6 +485,7 @@ def test_training_goes_on_without_its_logs(base, undisturbed, tmp_path, monkeypa
     sys.modules.pop("wandb")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["full", "nobody"])
 def test_training_goes_on_without_an_output(base, output):
     """A log on a full disk, and a pipe whose reader is gone."""

@@ -4,8 +4,20 @@ import pytest
 from hypothesis import given, strategies as st
 
 from nanochat.common import UserError
-from nanochat.lab.cycle import (PHASES, PLATEAU_GAIN, ROLLBACK, current, log_entry, new_cycle, plateau, read_cycles, record,
-                                roll_back, write_cycles, write_log)
+from nanochat.lab.cycle import (
+    PHASES,
+    PLATEAU_GAIN,
+    ROLLBACK,
+    current,
+    log_entry,
+    new_cycle,
+    plateau,
+    read_cycles,
+    record,
+    roll_back,
+    write_cycles,
+    write_log,
+)
 
 
 def cycle(gain=0.0, done=True, promoted=()):

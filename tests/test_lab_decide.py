@@ -6,8 +6,18 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nanochat.lab.decide import (DECISIONS, FALLBACK_GAIN, gate_floor, gate_stable, gate_time_to_target, judge, judge_series,
-                                 net_gain, pairs_of, worth_of_a_step)
+from nanochat.lab.decide import (
+    DECISIONS,
+    FALLBACK_GAIN,
+    gate_floor,
+    gate_stable,
+    gate_time_to_target,
+    judge,
+    judge_series,
+    net_gain,
+    pairs_of,
+    worth_of_a_step,
+)
 
 WORTH = 0.12   # bits per byte per unit of ln(steps)
 STEPS = 1000
@@ -48,6 +58,7 @@ def rate(n, **how):
     return promoted, 1.645 * math.sqrt(max(promoted, 1 / n) / n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [None, TARGET])
 @pytest.mark.parametrize("truth", [{}, {"steps": 0.95}], ids=["A against A", "5 % fewer steps"])
 def test_no_difference_and_less_training_are_promoted_in_at_most_one_percent(truth, target):
@@ -63,6 +74,7 @@ def test_a_true_five_percent_is_promoted_in_nine_of_ten_with_six_seeds(truth, ta
     assert promoted + allowance >= 0.9
 
 
+@pytest.mark.slow
 def test_a_true_gain_of_one_and_a_half_percent_does_not_pass_as_three():
     for noise in (0.01, 0.02):
         promoted, allowance = rate(1000, pace=0.985, noise=noise)

@@ -9,11 +9,12 @@ import pytest
 from nanochat.lab import experiments
 from nanochat.lab.experiments import Contest
 from nanochat.lab.plan import Variant, make_variants, read_profile, read_template
-from nanochat.lab.rows import COLUMNS, config_of, read_rows
 from nanochat.lab.report import write_report
+from nanochat.lab.rows import COLUMNS, config_of, read_rows
 from test_lab_decide import WORTH, simulate
 
 SMOKE = read_profile("cpu-smoke")
+COSINE = {"candidate": "--warmdown-shape=cosine"}
 
 
 class SimulatedFolder:
@@ -54,7 +55,7 @@ class SimulatedFolder:
         return row
 
 
-def contest(folder, candidates={"candidate": "--warmdown-shape=cosine"}, match="steps", **options):
+def contest(folder, candidates=COSINE, match="steps", **options):
     base, found = make_variants(SMOKE, "", candidates, match)
     return Contest(folder, base, tuple(found), match, **options)
 
@@ -172,6 +173,7 @@ def test_a_series_over_depths(tmp_path):
     assert table[-1]["num_scaling_params"] > table[0]["num_scaling_params"]
 
 
+@pytest.mark.slow
 def test_what_is_left_and_the_exit_status(tmp_path, capsys):
     diverged = {"status": "diverged", "val_bpb": "nan", "error": "step 3 was not taken"}
     folder = SimulatedFolder(tmp_path, candidate={"row": diverged})

@@ -7,8 +7,19 @@ import pytest
 from hypothesis import given, strategies as st
 
 from nanochat.common import UserError
-from nanochat.lab.plan import (about_batch, interleaved, make_variants, matched, named_variants, pilot, profiles, read_profile,
-                               read_template, shorter, templates)
+from nanochat.lab.plan import (
+    about_batch,
+    interleaved,
+    make_variants,
+    matched,
+    named_variants,
+    pilot,
+    profiles,
+    read_profile,
+    read_template,
+    shorter,
+    templates,
+)
 from nanochat.lab.rows import config_of
 
 SMOKE = read_profile("cpu-smoke")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,12 +48,16 @@ def rows(folder, variant=None):
 
 @pytest.fixture(scope="module")
 def compared(base, out):
-    """Four runs, which the other tests go on from: the same baseline is never trained twice."""
-    return lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    """Four runs, which the other tests go on from: the same baseline is never trained twice. What they left, as it was then, lies
+    in `as-compared`."""
+    status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    shutil.copytree(out, base / "as-compared")
+    return status, said
 
 
-def test_a_comparison(compared, base, out):
-    status, said = compared
+@pytest.mark.slow
+def test_a_comparison(compared, base):
+    (status, said), out = compared, base / "as-compared"
     assert status == 0, said
     assert re.fullmatch(r"verdict: (keep optional|reject|inconclusive) \(.+\)", said.splitlines()[-1])
     assert [(r["variant"], r["seed"], r["status"]) for r in rows(out)] == [
@@ -65,6 +70,7 @@ def test_a_comparison(compared, base, out):
     assert not list((base / "lab").glob("text-*/base_checkpoints/*"))  # checkpoints of runs that ended well are let go
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing(compared, base, out):
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")}
     status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
@@ -72,6 +78,7 @@ def test_the_same_command_again_trains_nothing(compared, base, out):
     assert {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")} == before
 
 
+@pytest.mark.slow
 def test_candidates_that_crash_or_diverge_are_rows_and_rejects(compared, base, out):
     for flags, ended in (("--val-data=/no/such/file", "failed"), ("--matrix-lr=1e38 --embedding-lr=1e38", "diverged")):
         status, said = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", f"--out={out}")
@@ -80,6 +87,7 @@ def test_candidates_that_crash_or_diverge_are_rows_and_rejects(compared, base, o
         assert [r["status"] for r in rows(out, "baseline")] == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_named_variants_are_rows_of_a_table_of_ones_own(compared, base, out):
     """The first is the comparison's baseline, which is not trained again; the second ends before its first step."""
     columns = "variant bpb=val_bpb:.3f compiled=compile:.0f val_data exit_code status"
@@ -95,6 +103,7 @@ def test_named_variants_are_rows_of_a_table_of_ones_own(compared, base, out):
     assert "[1/1] bad" in said
 
 
+@pytest.mark.slow
 def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out):
     status, said = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
     assert status == 0, said
@@ -106,6 +115,7 @@ def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out)
     assert len(rows(out, "control")) == 2
 
 
+@pytest.mark.slow
 def test_a_against_a(compared, base, out):
     status, said = lab(base, "noise", "--no-calibrate", f"--out={out}")
     assert status == 0, said
@@ -116,6 +126,7 @@ def test_a_against_a(compared, base, out):
     assert card["control"]["decision"] != "promote" and card["control_as_candidate"]["decision"] == "reject"
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
     out, template = base / "shared", base / "mine.json"
     template.write_text(json.dumps({"variants": {"cosine": "--warmdown-shape=cosine"}}))
@@ -134,6 +145,7 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
     assert not list((out / "cells").glob("*.claim"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, says", [
     (["compare", "--candidate=--no-such"], "--no-such"), (["compare"], "needs --candidate"), (["sweep"], "TEMPLATE"),
     (["compare", "--candidate=--depth=3", "--seeds", "1", "1"], "twice"),

@@ -9,6 +9,7 @@ import pytest
 from nanochat.lab.stats import common_slope, half_width, seeds_needed, t_quantile
 from nanochat.lab.target import time_to_target
 
+
 @pytest.mark.parametrize("p, df, t", [(0.95, 1, 6.313752), (0.975, 1, 12.706205), (0.95, 2, 2.919986), (0.99, 5, 3.364930),
                                       (0.975, 10, 2.228139), (0.005, 30, -2.749996)])
 def test_quantiles_of_the_tables(p, df, t):
@@ -57,6 +58,7 @@ def curve(t, floor, exponent, scale=1.0):
     return floor + scale * np.asarray(t, dtype=float) ** -exponent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor, exponent", [(0.0, 0.1), (0.8, 0.4), (1.0, 0.25)])
 def test_the_interval_covers_the_truth_at_its_rate(floor, exponent):
     """Power laws with an offset that the fit has to find too, three seeds at five horizons, target half an octave beyond."""
@@ -66,21 +68,21 @@ def test_the_interval_covers_the_truth_at_its_rate(floor, exponent):
     covered, n = 0, 120
     for _ in range(n):
         noisy = curve(horizons, floor, exponent) + rng.normal(0, 0.002, len(horizons))
-        found = time_to_target(list(zip(horizons, noisy)), target)
+        found = time_to_target(list(zip(horizons, noisy, strict=True)), target)
         covered += found.low <= 150 <= found.high
     assert covered / n >= 0.95 - 1.645 * math.sqrt(0.05 * 0.95 / n)
 
 
 def test_without_noise_the_crossing_is_found():
     t = [20.0, 30.0, 45.0, 70.0, 100.0]
-    found = time_to_target(list(zip(t, curve(t, 0.9, 0.5))), float(curve(140, 0.9, 0.5)))
+    found = time_to_target(list(zip(t, curve(t, 0.9, 0.5), strict=True)), float(curve(140, 0.9, 0.5)))
     assert found.seconds == pytest.approx(140, rel=0.02) and found.low < 140 < found.high
 
 
 def test_a_target_below_what_the_curve_tends_to_has_no_upper_bound():
     t = np.repeat([25.0, 50.0, 100.0], 3)
     noisy = curve(t, 1.0, 0.5) + np.random.default_rng(0).normal(0, 0.003, len(t))
-    assert time_to_target(list(zip(t, noisy)), 0.95).high == math.inf
+    assert time_to_target(list(zip(t, noisy, strict=True)), 0.95).high == math.inf
 
 
 def test_one_run_s_own_tail_is_not_enough():

@@ -54,6 +54,7 @@ def launch(*words, base):
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, named", [
     (["--depht=3"], "--depht"), (["--data=/no/such/text", "--device-type=cpu", "--model-tag=x"], "/no/such/text"),
     (["--resume-from-step=latest", "--model-tag=none", "--device-type=cpu"], "no checkpoint")])
@@ -63,6 +64,7 @@ def test_an_error_of_all_ranks_is_said_once(base, flags, named):
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_on_how_a_process_ended(tmp_path):
     (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     done = subprocess.run([sys.executable, "-m", "nanochat.runtime.launch", "--standalone", "--nproc_per_node=1",
@@ -73,7 +75,8 @@ def test_the_launcher_passes_on_how_a_process_ended(tmp_path):
 # ---- rank 0 first
 
 def as_rank(rank, port, scenario, answers):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=1))
     try:
         answers.put((rank, "gave", scenario(rank)))
@@ -113,14 +116,17 @@ def missing_on_one(rank):
     return on_main_rank_first(work)
 
 
+@pytest.mark.slow
 def test_others_wait_for_rank_0_outside_of_the_groups_timeout():
     assert on_two_ranks(slow_text) == [(0, "gave", "text"), (1, "gave", "text")]
 
 
+@pytest.mark.slow
 def test_what_fails_on_rank_0_fails_everywhere_and_is_said_by_it():
     (_, first, message), (_, second, relayed) = on_two_ranks(bad_text)
     assert first == second == UserError.__name__ and message == "no such text" and message in relayed
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_rank_alone_is_said_by_that_rank():
     assert on_two_ranks(missing_on_one) == [(0, "gave", None), (1, RankError.__name__, "rank 1: not on this machine")]

@@ -35,7 +35,7 @@ def make_rows(n=12):
 
 
 def batches(x, y, batch_size):
-    return zip(x.split(batch_size), y.split(batch_size))
+    return zip(x.split(batch_size), y.split(batch_size), strict=True)
 
 
 def by_hand(model, x, y):
@@ -43,8 +43,8 @@ def by_hand(model, x, y):
     nats, size = 0.0, 0
     with torch.no_grad():
         logits = model(x)
-    for row, targets in zip(logits.tolist(), y.tolist()):
-        for scores, target in zip(row, targets):
+    for row, targets in zip(logits.tolist(), y.tolist(), strict=True):
+        for scores, target in zip(row, targets, strict=True):
             if target >= 0 and TOKEN_BYTES[target] > 0:
                 nats += math.log(sum(math.exp(z) for z in scores)) - scores[target]
                 size += int(TOKEN_BYTES[target])
@@ -100,6 +100,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_add_up(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     x, y = make_rows()

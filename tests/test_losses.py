@@ -18,8 +18,16 @@ from nanochat.config import parse_config
 from nanochat.features import FEATURES
 from nanochat.fp8 import Float8Linear, Float8LinearConfig
 from nanochat.gpt import Linear
-from nanochat.losses import (CHUNK_BYTES, FP16_SCALE, KERNELS, ChunkedCrossEntropy, default_chunk, loss_natively,
-                             loss_plainly, softcapped_cross_entropy)
+from nanochat.losses import (
+    CHUNK_BYTES,
+    FP16_SCALE,
+    KERNELS,
+    ChunkedCrossEntropy,
+    default_chunk,
+    loss_natively,
+    loss_plainly,
+    softcapped_cross_entropy,
+)
 from nanochat.native import why_not_native
 from test_gpt import TINY, batch, tiny_model
 from triton_kernels import compiled_for_hopper, interpreted
@@ -103,7 +111,7 @@ def test_in_low_precision_it_is_off_by_its_rounding(dtype, bound, head):
     right = exact(*case)
     assert [g.dtype for g in chunked] == [torch.float32, dtype, torch.float32]
     assert chunked[0].item() == pytest.approx(plain[0].item(), rel=1e-6)
-    for mine, theirs, truth in zip(chunked[1:], plain[1:], right[1:]):
+    for mine, theirs, truth in zip(chunked[1:], plain[1:], right[1:], strict=True):
         assert error(mine, truth) < min(bound, 1.5 * error(theirs, truth))
         assert (mine.double() * truth).sum().item() == pytest.approx(truth.square().sum().item(), rel=bound / 4)
 
@@ -111,14 +119,14 @@ def test_in_low_precision_it_is_off_by_its_rounding(dtype, bound, head):
 def test_twice_the_same_bits():
     case = problem(400, 64, 500, 512, torch.bfloat16)
     first, second = (outcome(ChunkedCrossEntropy(48, Linear), *case) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_it_is_multiplied_by_the_gradient_that_arrives():
     """A factor in fp32 that bf16 does not have: rounding it would scale every gradient by the same 0.3 %."""
     case, chunked = problem(100, dtype=torch.bfloat16), ChunkedCrossEntropy(48, Linear)
     factor = 1 + 2**-8 + 2**-9
-    for whole, scaled in zip(outcome(chunked, *case)[1:], outcome(chunked, *case, factor=factor)[1:]):
+    for whole, scaled in zip(outcome(chunked, *case)[1:], outcome(chunked, *case, factor=factor)[1:], strict=True):
         share = (scaled.double() * whole.double()).sum() / whole.double().square().sum()
         assert share.item() == pytest.approx(factor, rel=3e-4)
 
@@ -284,6 +292,7 @@ print(*(after - peaks[0] for after in peaks[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is given in other units, or not at all")
 def test_the_logits_are_never_there_as_a_whole():
     """In fp32 they take 128 MiB, of a chunk of 128 tokens 4. Peaks in MiB over those of one chunk."""
@@ -302,6 +311,7 @@ def test_default_chunks():
 
 # --- compiled -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_compiled_it_is_one_graph_and_the_same(backend, dtype):
@@ -311,10 +321,11 @@ def test_compiled_it_is_one_graph_and_the_same(backend, dtype):
     torch._dynamo.reset()
     chunked, case = ChunkedCrossEntropy(48, Linear), problem(dtype=dtype)
     compiled = torch.compile(chunked, fullgraph=True, dynamic=False, backend=backend)
-    for a, b in zip(outcome(compiled, *case), outcome(chunked, *case)):
+    for a, b in zip(outcome(compiled, *case), outcome(chunked, *case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6 if dtype != torch.float16 else 2e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_in_a_compiled_model(whole):
     """Full steps and suffix steps, again and again, on the graphs of the rehearsal, with the plain model's gradients."""
@@ -331,7 +342,7 @@ def test_in_a_compiled_model(whole):
         torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
         for loss in losses:
             loss.backward()
-        for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), name
             assert p.grad is None or error(p.grad, q.grad.double()) < 1e-5 or q.grad.norm() < 1e-6, name
     assert graphs_compiled() == graphs and compiled.eager_fallbacks == 0
@@ -349,6 +360,7 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_an_fp8_head_multiplies_in_fp8(compiled):
     """Three FP8 products for each of three chunks; the gradients are those that autograd finds chunk by chunk."""
@@ -365,7 +377,7 @@ def test_an_fp8_head_multiplies_in_fp8(compiled):
         loss, dx, dw = outcome(loss_of, x, head, targets, vocab, "sum")
     assert compiled or count.calls[torch.ops.aten._scaled_mm] == 3 * 3
     expected_loss, expected_dw = 0, 0
-    for part, wanted, d_part in zip(x.view(3, 64, 32), targets.view(3, 64), dx.view(3, 64, 32)):
+    for part, wanted, d_part in zip(x.view(3, 64, 32), targets.view(3, 64), dx.view(3, 64, 32), strict=True):
         part = part.detach().requires_grad_()
         part_loss, part_dx, part_dw = outcome(softcapped_cross_entropy, part, head, wanted, vocab, "sum")
         assert error(d_part, part_dx.double()) < 0.02  # dz in e5m2 is off by more than that where the plain dz is in fp32

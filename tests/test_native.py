@@ -31,10 +31,21 @@ def test_every_kernel_compiles(name):
     assert native.why_not_native(name) is None
 
 
+def test_a_header_is_part_of_what_is_compiled(tmp_path, monkeypatch):
+    """And so of what the cache knows a kernel by: whoever changes a header gets new kernels."""
+    assert not any(line.startswith('#include "') for path in native.FOLDER.glob("*.cpp")
+                   for line in native.source(path.stem).splitlines())
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    (tmp_path / "one.cpp").write_text('#include <cmath>\n#include "two.h"\nint one = two - 1;\n')
+    (tmp_path / "two.h").write_text("constexpr int two = 2;\n")
+    assert native.source("one").split() == "#include <cmath> constexpr int two = 2; int one = two - 1;".split()
+
+
 def test_the_switch_leaves_the_kernels_out():
     assert reason_in_a_process(NANOCHAT_NATIVE="0") == "NANOCHAT_NATIVE=0"
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_without_a_compiler_there_is_a_reason(tmp_path):
     said, reason = reason_in_a_process(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
@@ -43,6 +54,7 @@ def test_without_a_compiler_there_is_a_reason(tmp_path):
     assert said == f"going on without the C++ kernels, slower: {reason}"
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_a_space_in_the_path_of_torch_and_of_the_cache(tmp_path):
     """A kernel compiles all the same, its library where it was asked for. One as small as kernels get, for its compile time."""

@@ -47,7 +47,7 @@ def test_adamw_agrees_with_torch(compile):
         for params, optimizer in ((ours, mine), (theirs, reference)):
             give_gradients(params, step)
             optimizer.step()
-    for p, q in zip(ours, theirs):
+    for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_a_batch_is_updated_as_its_members_would_be(compile):
             give_gradients(params, step)
         for optimizer in optimizers:
             optimizer.step()
-    for p, q in zip(together, alone):
+    for p, q in zip(together, alone, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
         monkeypatch.setattr(optim, "muon_update", lambda *args: sizes.append(len(args[0])) or muon_update(*args))
     optimizers = [MuonAdamW([muon_group(params)], compile=compile) for params in sets]
     for step, frozen in enumerate((0, 2, 0, 4)):
-        for params, optimizer, size in zip(sets, optimizers, (2**25, 48, 1)):
+        for params, optimizer, size in zip(sets, optimizers, (2**25, 48, 1), strict=True):
             monkeypatch.setattr(optim, "MUON_BATCH", size)
             give_gradients(params, step)
             for p in params[:frozen]:
@@ -129,7 +129,7 @@ def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
             optimizer.step()
     assert compile or sizes[:9] == [5, 1, 2, 2, 1, 1, 1, 1, 1]
     for others in sets[1:]:
-        for p, q in zip(sets[0], others):
+        for p, q in zip(sets[0], others, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
@@ -140,21 +140,21 @@ def test_momentum_in_bf16_is_rounded_only_between_steps(compile, monkeypatch):
     monkeypatch.setattr(optim, "FP32_BELOW", 20)
     shapes = (6, 4), (6, 4), (5, 7), (3,)
     exact, rounded = parameters(*shapes), parameters(*shapes)
-    optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:3]), adamw_group(ps[3:])], names=dict(zip(ps, "abcd")),
-                            momentum_dtype=dtype, compile=compile)
+    optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:3]), adamw_group(ps[3:])],
+                            names=dict(zip(ps, "abcd", strict=True)), momentum_dtype=dtype, compile=compile)
                   for ps, dtype in ((exact, torch.float32), (rounded, torch.bfloat16))]
     start = copy.deepcopy(exact)
     for step in range(20):
-        for params, optimizer in zip((exact, rounded), optimizers):
+        for params, optimizer in zip((exact, rounded), optimizers, strict=True):
             give_gradients(params, step)
             optimizer.step()
         if step == 0:
-            assert all(torch.equal(p, q) for p, q in zip(exact, rounded))
+            assert all(torch.equal(p, q) for p, q in zip(exact, rounded, strict=True))
             states = optimizers[0].named_state(), optimizers[1].named_state()
             halved = {k for k, v in states[1].items() if v.dtype == torch.bfloat16}
             assert halved == {"a/momentum_buffer", "b/momentum_buffer", "c/exp_avg"}
             assert all(torch.equal(states[0][k].to(v.dtype), v) for k, v in states[1].items())
-    for p, q, before in zip(exact, rounded, start):
+    for p, q, before in zip(exact, rounded, start, strict=True):
         assert (p - q).norm() < 0.02 * (p - before).norm()
 
 
@@ -171,17 +171,18 @@ def test_batches_are_few_and_even():
 def test_without_a_gradient_nothing_moves(compile, present):
     """Whatever subset has gradients: the others keep value and state to the bit; those with one go on as if alone."""
     params = parameters((6, 4), (6, 4), (5,), (3, 2))
-    optimizer = MuonAdamW([muon_group(params[:2]), adamw_group(params[2:])], names=dict(zip(params, "abcd")), compile=compile)
+    optimizer = MuonAdamW([muon_group(params[:2]), adamw_group(params[2:])],
+                          names=dict(zip(params, "abcd", strict=True)), compile=compile)
     give_gradients(params, 100)
     optimizer.step()
     for step, mask in enumerate(present):
         before, state = copy.deepcopy(params), {k: v.clone() for k, v in optimizer.named_state().items()}
         give_gradients(params, step)
-        for p, has_gradient in zip(params, mask):
+        for p, has_gradient in zip(params, mask, strict=True):
             if not has_gradient:
                 p.grad = None
         optimizer.step()
-        for name, p, old, has_gradient in zip("abcd", params, before, mask):
+        for name, p, old, has_gradient in zip("abcd", params, before, mask, strict=True):
             assert torch.equal(p, old) != has_gradient
             for key, value in optimizer.named_state().items():
                 if key.startswith(name) and not has_gradient:
@@ -193,8 +194,8 @@ def test_what_is_not_finite_changes_nothing(compile):
     """Values and moments stay to the bit under NaN gradients, and the next step is as if there had been no such one."""
     params, others = parameters((6, 4), (6, 4), (5,), (3, 2)), parameters((6, 4), (6, 4), (5,), (3, 2))
     optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:])],
-                            names=dict(zip(ps, "abcd")), compile=compile) for ps in (params, others)]
-    for ps, optimizer in zip((params, others), optimizers):
+                            names=dict(zip(ps, "abcd", strict=True)), compile=compile) for ps in (params, others)]
+    for ps, optimizer in zip((params, others), optimizers, strict=True):
         give_gradients(ps, 0)
         optimizer.step(finite=YES)
     before, state = copy.deepcopy(params), {k: v.clone() for k, v in optimizers[0].named_state().items()}
@@ -202,12 +203,12 @@ def test_what_is_not_finite_changes_nothing(compile):
     for p in params:
         p.grad.view(-1)[0] = torch.nan
     optimizers[0].step(finite=~YES)
-    assert all(torch.equal(p, old) for p, old in zip(params, before))
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
     assert all(torch.equal(v, state[k]) for k, v in optimizers[0].named_state().items() if not k.endswith("/step"))
-    for ps, optimizer in zip((params, others), optimizers):
+    for ps, optimizer in zip((params, others), optimizers, strict=True):
         give_gradients(ps, 2)
         optimizer.step(finite=YES)
-    assert all(torch.equal(p, q) for p, q in zip(params[:2], others[:2]))  # AdamW's count of steps has gone on
+    assert all(torch.equal(p, q) for p, q in zip(params[:2], others[:2], strict=True))  # AdamW's count of steps has gone on
 
 
 def test_subsets_do_not_recompile():
@@ -239,7 +240,7 @@ def test_state_travels_by_name():
     """Saved and loaded into an optimizer with other grouping order, training goes on to the same bits."""
     def build(params, reverse):
         groups = [muon_group(params[:2][::-1] if reverse else params[:2]), adamw_group(params[2:])]
-        return MuonAdamW(groups[::-1] if reverse else groups, names=dict(zip(params, "abcd")))
+        return MuonAdamW(groups[::-1] if reverse else groups, names=dict(zip(params, "abcd", strict=True)))
     first = parameters((6, 4), (6, 4), (5,), (3, 2))
     one = build(first, False)
     for step in range(3):
@@ -252,6 +253,6 @@ def test_state_travels_by_name():
         for params, optimizer in ((first, one), (second, other)):
             give_gradients(params, step)
             optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(first, second))
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
     with pytest.raises(KeyError):
         other.load_named_state({"nobody/step": torch.zeros(())})

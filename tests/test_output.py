@@ -33,6 +33,7 @@ def train(base, tag, *extra, shell="", **environment):
     return json.loads((base / "base_checkpoints" / tag / "result.json").read_text()), done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-16"])
 def test_what_cannot_be_encoded_is_replaced(base, encoding):
     text = base / "wide"
@@ -43,11 +44,13 @@ def test_what_cannot_be_encoded_is_replaced(base, encoding):
     assert "samples" in done.stdout.decode(encoding)
 
 
+@pytest.mark.slow
 def test_a_locale_without_unicode(base):
     result, _ = train(base, "posix", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert result["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, shell", [
     ("head", "2>&1 | head -c 20"), ("full", "> /dev/full"), ("both-full", "> /dev/full 2> /dev/full"), ("no-stdout", ">&-"),
     ("none", "<&- >&- 2>&-"), ("no-stderr", "2>&-")])
@@ -58,6 +61,7 @@ def test_a_run_goes_on_without_a_reader(base, name, shell):
     assert [json.loads(row)["step"] for row in rows] == [0, 0, 1, 2, 2, 3, 4]  # nothing else was written into it
 
 
+@pytest.mark.slow
 def test_file_names_in_any_bytes(base):
     folder = os.fsencode(base) + b"/caf\xe9"
     os.makedirs(folder, exist_ok=True)

@@ -57,17 +57,6 @@ def test_no_home_and_no_entry_in_the_list_of_users(tmp_path):
     assert done.returncode == 2 and "NANOCHAT_BASE_DIR" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_relative_paths_are_meant_from_where_the_user_stands(base, tmp_path):
-    """Also of programs that start others from elsewhere: the proof of resuming here, whose runs read the text."""
-    shutil.copytree(base / "text", tmp_path / "mine")
-    env = {"NANOCHAT_BASE_DIR": "base-of-mine"}
-    done = script("scripts.prove_resume", "--kills=2", "--data=mine", "--num-iterations=12", "--save-every=2", "--eval-every=-1",
-                  "--certificate=proof.json", cwd=tmp_path, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "proof.json").read_text())["equal"] and (tmp_path / "base-of-mine").is_dir()
-    assert not list((tmp_path / "base-of-mine").iterdir())  # the proof's own base is in there, and deleted
-
-
 @pytest.mark.parametrize("module, flag", [
     ("scripts.prove_resume", "--certificate"), ("scripts.base_train", "--result-json")])
 def test_an_output_that_cannot_be_is_refused_first(tmp_path, module, flag):
@@ -77,12 +66,14 @@ def test_an_output_that_cannot_be_is_refused_first(tmp_path, module, flag):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_base_directory_that_cannot_be_written(base):
     for module, words in (("scripts.tok_train", []), ("nanochat.dataset", []), ("scripts.base_train", TINY)):
         done = script(module, *words, f"--data={base / 'text'}", NANOCHAT_BASE_DIR="/proc/sys")
         assert done.returncode == 2 and "NANOCHAT_BASE_DIR" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_base_directory_that_was_moved(base, tmp_path):
     """Train, move all of it, take the text away: evaluating, sampling and resuming find everything where it is now."""
     old, new = tmp_path / "old", tmp_path / "new"
@@ -119,6 +110,7 @@ def test_the_default_folder_is_shared_which_is_said_once(base, tmp_path):
 
 # ---- memory that cannot suffice
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_kib, extra", [
     (6_000_000, ["--depth=40", "--aspect-ratio=128"]),       # found by counting, before anything is built
     (None, ["--depth=400", "--aspect-ratio=512"]),           # more than any machine has

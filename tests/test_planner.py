@@ -166,6 +166,7 @@ def watch_peak(run):
     run.finish = finishing
 
 
+@pytest.mark.slow
 def test_the_estimate_is_near_the_measured_peak(base):
     """A step of 4 rows of 512 tokens at width 256; within a factor of 1.5."""
     process = Served(flags(base, "peak", "--depth=4", "--aspect-ratio=64", "--head-dim=64", "--max-seq-len=512",

@@ -5,6 +5,7 @@ By hand `python -m scripts.prove_resume` does the same with more kills.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def launch(argv, base, tag, *more):
     return Training(process, process.log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_killed_runs_end_in_the_same_bits(base, name):
     certificate = prove(Proof(kills=3), flags(base, *COMBINATIONS[name]), base / name, launch)
@@ -46,6 +48,7 @@ def test_killed_runs_end_in_the_same_bits(base, name):
     assert certificate["steps"] == 16
 
 
+@pytest.mark.slow
 def test_the_proof_finds_what_differs(base):
     """Another seed is other bits in all but the rates, another rate other bits from the same batches."""
     for tag, extra in (("one", []), ("other", ["--seed=7"]), ("rates", ["--lr-multiplier=19"])):
@@ -65,15 +68,20 @@ def test_flags_are_told_apart():
     assert (own.kills, own.keep, own.kill_seed) == (3, True, 5) and rest == ["--depth=4", "--data", "python"]
 
 
+@pytest.mark.slow
 def test_the_script(base, tmp_path):
-    """One proof by real processes from the command line."""
-    done = subprocess.run([sys.executable, "-m", "scripts.prove_resume", "--kills=2",
-                           f"--certificate={tmp_path / 'proof.json'}", "--max-chars=-1", *flags(base), "--num-iterations=6",
-                           "--save-every=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """One proof by real processes from the command line. Relative paths are meant from where the user stands, also by the runs
+    that it starts from elsewhere, which read the text."""
+    shutil.copytree(base / "text", tmp_path / "mine")
+    done = subprocess.run([sys.executable, "-m", "scripts.prove_resume", "--kills=2", "--certificate=proof.json",
+                           "--max-chars=-1", *flags(base), "--data=mine", "--num-iterations=6", "--save-every=2"], cwd=tmp_path,
+                          env=os.environ | {"NANOCHAT_BASE_DIR": "base-of-mine", "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["equal"] and proof["kills"] == 2 and proof["weights"][:16] in done.stdout
-    assert not list(Path(os.environ["NANOCHAT_BASE_DIR"]).glob("prove_resume_*"))
+    assert (tmp_path / "base-of-mine").is_dir()
+    assert not list((tmp_path / "base-of-mine").iterdir())  # the proof's own base was in there, and is deleted
     refused = subprocess.run([sys.executable, "-m", "scripts.prove_resume", "--model-tag=x", "--kills=1"], cwd=ROOT,
                              capture_output=True, text=True)
     assert refused.returncode == 2 and "--kills must be at least 2" in refused.stderr

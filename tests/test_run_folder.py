@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.checkpoint_manager import MODEL, CheckpointWriter, list_steps
 from nanochat.common import UserError, set_aside
@@ -62,6 +61,7 @@ except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
 
 
+@pytest.mark.slow
 def test_runs_started_at_random_under_colliding_names_lose_no_weights(base, tmp_path):
     """Started, killed, resumed, resumed with other flags: every weight file that was ever whole is still somewhere."""
     dice, runs = random.Random(7), base / "base_checkpoints"
@@ -70,7 +70,8 @@ def test_runs_started_at_random_under_colliding_names_lose_no_weights(base, tmp_
         tag = dice.choice(["a", "b"])
         resume = ["--resume-from-step=latest"] if dice.random() < 0.6 and list_steps(runs / tag) else []
         if resume and dice.random() < 0.6:  # another future, from somewhere on the way
-            resume = [f"--resume-from-step={dice.choice(list_steps(runs / tag))}", "--allow-change", f"--lr-multiplier={2 + turn}"]
+            resume = [f"--resume-from-step={dice.choice(list_steps(runs / tag))}", "--allow-change",
+                      f"--lr-multiplier={2 + turn}"]
         run = Served(flags(base, tag, "--save-every=2", "--num-iterations=20", *resume), base, tmp_path / f"{turn}.log")
         if dice.random() < 0.5:
             reached = len(list_steps(runs / tag)) + dice.randrange(4)
@@ -122,6 +123,7 @@ def test_a_run_that_trained_nothing_gives_the_name_back(base):
     assert weights(run.run_dir) == old and not run.run_dir.with_name("back~1").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_overwrite_gives_the_name_back_at_the_next_start(base, tmp_path):
     old = weights(train(base, "killed"))
     for _ in range(2):

@@ -70,7 +70,7 @@ class Sandbox:
         environment = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.root.parent),
                        "CALLS": str(self.calls_file), **environment}
         process = subprocess.run([BASH, "-c", command], cwd=cwd or self.root, env=environment, text=True, timeout=300,
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                 stdin=subprocess.DEVNULL, capture_output=True)
         return process, [line.split("\t")[:-1] for line in self.calls_file.read_text().splitlines()]
 
     def launch(self, runner="speedrun_small.sh", arguments="", **environment):
@@ -358,9 +358,11 @@ def compare(sandbox, runner, arguments="", **environment):
     return process, table, [re.fullmatch(r"--model-tag=lab-\w{8}-(.+)-s\d+-\w{8}", tag)[1] for tag in tags], out
 
 
+@pytest.mark.slow
 def test_the_schedules_are_compared_in_the_reference_table_by_a_comparison_that_was_interrupted(sandbox):
     process, table, ran, out = compare(sandbox, SUFFIX, STOP="dynamic")
-    assert process.returncode == 130 and ran == ["full", "dynamic"] and table == [] and f"OUT={out.name} goes on" in process.stdout
+    assert process.returncode == 130 and ran == ["full", "dynamic"] and table == []
+    assert f"OUT={out.name} goes on" in process.stdout
     process, table, ran, _ = compare(sandbox, SUFFIX)
     assert process.returncode == 0, process.stderr
     assert table == [COMPARED, FULL_ROW, DYNAMIC_ROW] and ran == ["dynamic"]
@@ -525,8 +527,19 @@ def test_the_test_command_passes_its_arguments_to_pytest(sandbox):
     assert sandbox.launch("test.sh", FAIL_AT="pytest")[0].returncode == 3
 
 
-def test_ci_runs_the_test_command_and_nothing_more(sandbox):
+def test_the_lint_command_passes_its_arguments_to_ruff(sandbox):
+    process, calls = sandbox.launch("lint.sh", "--fix")
+    assert process.returncode == 0 and calls == [["-m", "ruff", "check", "--fix"], ["-m", "mypy"]]
+
+
+def test_ci_lints_then_runs_the_test_command_and_nothing_more(sandbox):
+    """What fails ends it."""
     shutil.copytree(ROOT / ".ci", sandbox.root / ".ci")
-    process, calls = sandbox.run(".ci/run", cwd=sandbox.root, SKIP_SETUP="1", PYTHON=str(sandbox.python))
+    ci = {"SKIP_SETUP": "1", "PYTHON": str(sandbox.python)}
+    process, calls = sandbox.run(".ci/run", **ci)
     assert process.returncode == 0, process.stderr
-    assert calls[-1] == PYTEST
+    lint = [["-m", "ruff", "check"], ["-m", "mypy"]]
+    assert calls[:2] == lint and calls[-1] == PYTEST and [call for call in calls[2:] if call[:1] == ["-m"]] == [PYTEST]
+    for number, command in enumerate(lint, 1):
+        process, calls = sandbox.run(".ci/run", FAIL_AT=command[1], **ci)
+        assert process.returncode == 3 and calls == lint[:number]

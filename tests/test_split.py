@@ -4,8 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
 from nanochat.data import split as splitting
@@ -92,6 +91,7 @@ def test_what_validates_is_not_trained_on_in_a_second_copy():
     assert len(late) > 5 and not [t for t in late if any(t in part for part in train)]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(DOCUMENTS, DOCUMENTS)
 def test_appended_documents_change_nothing(documents, more):
@@ -169,9 +169,9 @@ def test_a_hundred_thousand_tiny_documents():
 
 def test_nothing_is_held_for_long():
     """The hostile order: what comes is always longer than all that trains, then always the shortest."""
-    read, given = 0, 0
+    read = 0
     for lengths in ([1, 2, 4, 8, 16, 32, 64, 128, 244, 500], [499, 500], [500], [51, 500]):
-        def texts():
+        def texts(lengths=lengths):
             nonlocal read
             for i, length in enumerate([*lengths, *[5] * 500]):
                 read += length

@@ -58,8 +58,15 @@ def test_who_may_import_whom(path):
 
 @pytest.mark.parametrize("path", sorted([*library, *(ROOT / "scripts").glob("*.py")]), ids=lambda p: str(p.relative_to(ROOT)))
 def test_optional_packages_are_imported_where_they_are_used(path):
-    optional = ("wandb", "tensorboard", "trackio", "datasets", "pyarrow", "matplotlib", "scipy", "rich", "yaml", "tokenizers", "zstandard")
+    optional = ("wandb", "tensorboard", "trackio", "datasets", "pyarrow", "matplotlib", "scipy", "rich", "yaml", "tokenizers",
+                "zstandard")
     assert not any(uses(imports(path, top_level_only=True), package) for package in optional)
+
+
+def test_every_module_can_be_imported():
+    """A workflow does the same where only the packages that training needs are installed."""
+    done = subprocess.run([sys.executable, "-m", "dev.import_all"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "modules can be imported" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "scripts").glob("*.py")))

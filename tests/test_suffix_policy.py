@@ -10,8 +10,19 @@ from hypothesis import given, strategies as st
 
 from nanochat.common import UserError
 from nanochat.flags import flag_name, parse
-from nanochat.suffix_policy import (CostModel, Decision, SuffixFlags, SuffixPolicy, choose_suffix, freeze_start,
-                                    is_stable, layer_counts, predicted_speedup, problems, recovery_start)
+from nanochat.suffix_policy import (
+    CostModel,
+    Decision,
+    SuffixFlags,
+    SuffixPolicy,
+    choose_suffix,
+    freeze_start,
+    is_stable,
+    layer_counts,
+    predicted_speedup,
+    problems,
+    recovery_start,
+)
 
 seeds = st.integers(0, 10**9)
 thresholds = st.floats(0.01, 1)
@@ -158,7 +169,7 @@ def test_suffix_steps_hold_the_threshold_of_the_relevance_ema(run, seed):
             assert active == choose_suffix(policy.relevance, flags.dyn_relevance_threshold, policy.counts.low, budget)
         if decision.needs_relevance:
             new = relevance[step]
-            expected = new if expected is None else [beta * e + (1 - beta) * s for e, s in zip(expected, new)]
+            expected = new if expected is None else [beta * e + (1 - beta) * s for e, s in zip(expected, new, strict=True)]
         observe(policy, step, losses, relevance)
         assert policy.relevance == pytest.approx(expected)
 
@@ -169,7 +180,7 @@ def test_a_run_is_monotone_in_the_threshold(run, other, seed):
     low, high = sorted((flags.dyn_relevance_threshold, other))
     _, fewer = play(replace(flags, dyn_relevance_threshold=low), n, steps, seed)
     _, more = play(replace(flags, dyn_relevance_threshold=high), n, steps, seed)
-    assert all(a.kind == b.kind and a.active_start >= b.active_start for a, b in zip(fewer, more))
+    assert all(a.kind == b.kind and a.active_start >= b.active_start for a, b in zip(fewer, more, strict=True))
 
 
 @given(run=runs(), seed=seeds, data=st.data())

@@ -9,12 +9,19 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.tokenizer import (MAX_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, Tokenizer, _cut_long_runs,
-                                get_token_bytes, get_tokenizer)
+from nanochat.tokenizer import (
+    MAX_RUN,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    RustBPETokenizer,
+    Tokenizer,
+    _cut_long_runs,
+    get_token_bytes,
+    get_tokenizer,
+)
 
 CORPUS = [open(json.__file__).read(), open(subprocess.__file__).read(),
           "the cat sat on the mat, 12345 times; l'été, naïve café, Größe, привет мир, 你好世界 🙂\r\n\t\n " * 20]
@@ -104,6 +111,7 @@ def test_lone_surrogates_become_replacement_characters(tok):
     assert tok.decode(tok.encode(["x", "\udfff"])[1]) == "\ufffd"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "\0", "é", "!?", "12", "word "])
 def test_ten_megabytes_of_anything(tok, unit):
     text = unit * (10_000_000 // len(unit))
@@ -198,7 +206,7 @@ def test_conversation_trains_on_the_assistant_only(tok):
     shown = tok.decode(ids)
     assert shown == ("<|bos|><|user_start|>hello<|user_end|><|assistant_start|>hi<|assistant_end|>"
                      "<|user_start|>bye<|user_end|><|assistant_start|>ciao<|assistant_end|>")
-    assert tok.decode([i for i, m in zip(ids, mask) if m]) == "hi<|assistant_end|>ciao<|assistant_end|>"
+    assert tok.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "hi<|assistant_end|>ciao<|assistant_end|>"
 
 
 def test_tool_output_is_not_trained_on(tok):
@@ -207,7 +215,7 @@ def test_tool_output_is_not_trained_on(tok):
     ids, mask = render(tok, ("user", "1+1?"), ("assistant", parts))
     assert tok.decode(ids).endswith("<|assistant_start|>let me see <|python_start|>1+1<|python_end|>"
                                     "<|output_start|>2<|output_end|>two<|assistant_end|>")
-    assert tok.decode([i for i, m in zip(ids, mask) if m]) == \
+    assert tok.decode([i for i, m in zip(ids, mask, strict=True) if m]) == \
         "let me see <|python_start|>1+1<|python_end|>two<|assistant_end|>"
 
 

@@ -17,8 +17,7 @@ from nanochat.metrics import MetricsFile, read_metrics
 from nanochat.setup import Run
 from nanochat.trackers import Trackers
 from nanochat.train import run_to_the_end
-from processes import SERVER
-from processes import _train as run_served
+from processes import SERVER, _train as run_served
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -168,6 +167,7 @@ def holds_every_step(run_dir, tracker, **only):
 
 # --- resumes --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_resumed_twice(base, tracker):
     run_dir = train(base, f"{tracker}-twice", "--tracker", tracker)
     holds_every_step(run_dir, tracker)
@@ -179,6 +179,7 @@ def test_resumed_twice(base, tracker):
     assert remembered(run_dir, tracker)["id"] == run_id
 
 
+@pytest.mark.slow
 def test_killed(base, tracker):
     """What the tracker had not written out yet is made up for."""
     run_dir = killed(base, f"{tracker}-killed", "--tracker", tracker)
@@ -188,6 +189,7 @@ def test_killed(base, tracker):
     assert remembered(run_dir, tracker)["id"] == run_id or tracker == "trackio"
 
 
+@pytest.mark.slow
 def test_killed_and_then_left_out_for_a_while(base, tracker):
     run_dir = killed(base, f"{tracker}-out", "--tracker", tracker)
     resume(base, run_dir)
@@ -195,6 +197,7 @@ def test_killed_and_then_left_out_for_a_while(base, tracker):
     holds_every_step(run_dir, tracker, **latest(run_dir, tracker))
 
 
+@pytest.mark.slow
 def test_switched_off_and_on(base, tracker):
     """On from step 0 to 4, off from 4 to 8, on to the end; and on only after the end of a run."""
     run_dir = train(base, f"{tracker}-off", "--tracker", tracker)
@@ -210,6 +213,7 @@ def test_switched_off_and_on(base, tracker):
     holds_every_step(run_dir, tracker)
 
 
+@pytest.mark.slow
 def test_another_future(base, tracker):
     """A resume that changes the result, one that goes on with that, and one that takes it back."""
     run_dir = train(base, f"{tracker}-changed", "--tracker", tracker)
@@ -248,6 +252,7 @@ def test_a_rollback(base, tracker):
 
 # --- trouble --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["", "[]", '{"trackers": {"tensorboard": 3}, "branched": 0}', "\0"])
 def test_a_memory_that_is_damaged(tmp_path, memory, capsys):
     pytest.importorskip("tensorboard")
@@ -265,6 +270,7 @@ def test_a_memory_that_is_damaged(tmp_path, memory, capsys):
     assert in_tensorboard(tmp_path) == {"train/loss": {step: step / 2 for step in range(4)}}
 
 
+@pytest.mark.slow
 def test_wandb_without_a_home(tmp_path):
     """Offline, for a user who has no HOME and is in no list of users."""
     pytest.importorskip("wandb")

@@ -76,11 +76,9 @@ def result(run_dir):
 @pytest.fixture(scope="module")
 def plain(base):
     """The run that others are compared with."""
-    os.environ["NANOCHAT_BASE_DIR"], before = str(base), os.environ.get("NANOCHAT_BASE_DIR")
-    try:
-        yield run_here(base, "plain", "--no-compile", "--save-every=5")
-    finally:
-        os.environ["NANOCHAT_BASE_DIR"] = before or ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        return run_here(base, "plain", "--no-compile", "--save-every=5")
 
 
 def test_a_run_leaves_its_records(plain, base):
@@ -101,12 +99,14 @@ def test_a_run_leaves_its_records(plain, base):
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits_in_another_process(plain, base):
     done = cli(base, "--no-compile", "--model-tag=again")
     assert done.returncode == 0, done.stderr
     assert losses(read_metrics(base / "base_checkpoints/again/metrics.jsonl")) == losses(plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_training_goes_through_the_graph_that_was_rehearsed(base, rows):
     torch._dynamo.reset()
@@ -135,17 +135,30 @@ def test_a_resumed_run_ends_in_the_same_bits(plain, base, step):
             f.write('{"step": 11, "loss"')
     run_dir, rows = run_here(base, tag, "--no-compile", "--save-every=5", f"--resume-from-step={step}")
     assert losses(rows) == losses(plain[1])
-    assert [(r["step"], r["val_bpb"]) for r in rows if r["val_bpb"]] == [(r["step"], r["val_bpb"]) for r in plain[1] if r["val_bpb"]]
+    assert [(r["step"], r["val_bpb"]) for r in rows if r["val_bpb"]] == \
+        [(r["step"], r["val_bpb"]) for r in plain[1] if r["val_bpb"]]
     for name in ("model.safetensors", "optimizer.safetensors"):
         final = f"step_{STEPS:06d}/{name}"
         assert (run_dir / final).read_bytes() == (plain[0] / final).read_bytes()
     assert result(run_dir)["steps_done"] == STEPS and len(result(run_dir)["val_curve"]) == 3
 
 
-def test_killed_and_resumed_compiled(base):
+@pytest.fixture(scope="module")
+def compiled(base):
+    """The losses of a compiled run in a process of its own."""
+    done = cli(base, "--model-tag=compiled")
+    assert done.returncode == 0, done.stderr
+    return losses(read_metrics(base / "base_checkpoints/compiled/metrics.jsonl"))
+
+
+def follows(compiled, eager):
+    """Whether the first steps agree to bf16 rounding; later ones drift apart as any two roundings do."""
+    return [loss for _, loss in compiled[:3]] == pytest.approx([loss for _, loss in eager[:3]], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_compiled(compiled, base):
     """kill -9 in the middle, then `latest`: the same losses as a compiled run that was left alone."""
-    alone = cli(base, "--model-tag=alone")
-    assert alone.returncode == 0, alone.stderr
     victim = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags(base, "--model-tag=victim", "--save-every=1")],
                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = base / "base_checkpoints/victim"
@@ -157,38 +170,46 @@ def test_killed_and_resumed_compiled(base):
     assert (folder / "step_000003").exists()
     done = cli(base, "--model-tag=victim", "--save-every=1", "--resume-from-step=latest")
     assert done.returncode == 0, done.stderr
-    expected = losses(read_metrics(base / "base_checkpoints/alone/metrics.jsonl"))
-    assert losses(read_metrics(folder / "metrics.jsonl")) == expected
-    compiled = json.loads((folder / "result.json").read_text())
-    assert compiled["compile_time_sec"] > 1 and compiled["train_time_sec"] < compiled["wall_time_sec"]
+    assert losses(read_metrics(folder / "metrics.jsonl")) == compiled
+    times = result(folder)
+    assert times["compile_time_sec"] > 1 and times["train_time_sec"] < times["wall_time_sec"]
 
 
-def test_compiled_training_follows_eager(plain, base):
-    """The first steps agree to bf16 rounding; later ones drift apart as any two roundings do."""
-    rows = read_metrics(base / "base_checkpoints/alone/metrics.jsonl")
-    for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:3]:
-        assert compiled == pytest.approx(eager, rel=1e-3)
+@pytest.mark.slow
+def test_compiled_training_follows_eager(plain, compiled):
+    assert len(compiled) == STEPS and compiled != losses(plain[1]) and follows(compiled, losses(plain[1]))
 
 
+@pytest.mark.slow
 def test_compiled_in_parts_training_follows_eager(plain, base):
     run_dir, rows = run_here(base, "parts", "--compile-parts")
-    for (_, compiled), (_, eager) in list(zip(losses(rows), losses(plain[1])))[:3]:
-        assert compiled == pytest.approx(eager, rel=1e-3)
+    assert follows(losses(rows), losses(plain[1]))
     assert result(run_dir)["compiled_graphs"] >= 4 and result(run_dir)["eager_fallbacks"] == 0  # two kinds of blocks at least
 
 
+FP32 = ("--no-compile", "--dtype=float32", "--num-iterations=3", "--eval-every=3")
+
+
+@pytest.fixture(scope="module")
+def by_four(base):
+    """The rows of a run in fp32, four rows of text at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        return run_here(base, "micro-4", *FP32)[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", ["1", "2", "8"])
-def test_micro_batches_change_neither_the_data_nor_the_metric(plain, base, micro):
+def test_micro_batches_change_neither_the_data_nor_the_metric(by_four, base, micro):
     """fp32, so that only the order of summation differs; three steps at a high rate blow that up, so the metric is
     compared most closely on the untrained model, which is the same in all runs."""
-    common = ("--no-compile", "--dtype=float32", "--num-iterations=3", "--eval-every=3")
-    _, rows = run_here(base, f"micro-{micro}", *common, f"--device-batch-size={micro}")
-    _, reference = run_here(base, "micro-4", *common)
-    assert [l for _, l in losses(rows)] == pytest.approx([l for _, l in losses(reference)], rel=1e-4)
-    assert rows[0]["val_bpb"] == pytest.approx(reference[0]["val_bpb"], rel=1e-6)
-    assert rows[-1]["val_bpb"] == pytest.approx(reference[-1]["val_bpb"], rel=2e-4)
+    _, rows = run_here(base, f"micro-{micro}", *FP32, f"--device-batch-size={micro}")
+    assert [loss for _, loss in losses(rows)] == pytest.approx([loss for _, loss in losses(by_four)], rel=1e-4)
+    assert rows[0]["val_bpb"] == pytest.approx(by_four[0]["val_bpb"], rel=1e-6)
+    assert rows[-1]["val_bpb"] == pytest.approx(by_four[-1]["val_bpb"], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one(base):
     common = ("--no-compile", "--dtype=float32", "--device-batch-size=2")
     done = subprocess.run(
@@ -197,7 +218,7 @@ def test_two_ranks_train_like_one(base):
     assert done.returncode == 0, done.stderr[-3000:]
     _, rows = run_here(base, "one-rank", *common)
     both = read_metrics(base / "base_checkpoints/ranks/metrics.jsonl")
-    assert [l for _, l in losses(both)][:4] == pytest.approx([l for _, l in losses(rows)][:4], rel=1e-4)
+    assert [loss for _, loss in losses(both)][:4] == pytest.approx([loss for _, loss in losses(rows)][:4], rel=1e-4)
     assert both[0]["val_bpb"] == pytest.approx(rows[0]["val_bpb"], rel=1e-6)
     assert both[-1]["val_bpb"] == pytest.approx(rows[-1]["val_bpb"], rel=1e-2)
 
@@ -219,6 +240,7 @@ def test_time_to_target(base, tmp_path):
     assert above <= reached <= below
 
 
+@pytest.mark.slow
 def test_divergence_is_a_status_not_a_traceback(base):
     done = cli(base, "--no-compile", "--model-tag=diverged", "--lr-multiplier=1e38", "--eval-every=-1")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "--lr-multiplier" in done.stderr
@@ -252,6 +274,7 @@ def test_a_step_that_is_not_finite_is_not_taken(base, where, deferred, capsys):
     assert all(torch.equal(v, saved["optimizer"][k]) for k, v in moments.items())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_result(base):
     process = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=stopped",
                                "--num-iterations=100000")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -265,6 +288,7 @@ def test_ctrl_c_leaves_a_result(base):
     assert done["status"] == "interrupted" and done["exit_code"] == 130 and done["steps_done"] > 1
 
 
+@pytest.mark.slow
 def test_it_runs_without_the_optional_packages(base, tmp_path):
     """Training on prepared tokens where wandb, matplotlib and the rest cannot be imported: it says what it goes without."""
     blocked = ("wandb", "datasets", "matplotlib", "scipy", "rich", "tokenizers", "pyarrow", "tensorboard", "yaml")
@@ -277,6 +301,7 @@ def test_it_runs_without_the_optional_packages(base, tmp_path):
     assert not (base / "base_checkpoints/bare/loss.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra, advice", [
     (["--resume-from-step=7"], "There are: 5, 10, 12"),
     (["--resume-from-step=latest", "--model-tag=nobody"], "there are: "),
@@ -301,6 +326,7 @@ def test_bad_input_exits_with_2_and_overwrites_nothing(plain, base, extra, advic
     assert {p: p.stat().st_mtime_ns for p in plain[0].rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused_on_resume(plain, base, tmp_path):
     other = tmp_path / "base"
     other.mkdir()

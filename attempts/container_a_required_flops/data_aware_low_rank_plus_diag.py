@@ -15,12 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.attempts import Attempt, block_matrices, inputs_of, second_moments  # noqa: E402
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import format_table  # noqa: E402
-from nanochat.flags import flag  # noqa: E402
-
-from measure import Quality, RankFlags, mean, rank_of, time_layers  # noqa: E402
+from measure import Quality, RankFlags, mean, rank_of, time_layers
+from nanochat.attempts import Attempt, block_matrices, inputs_of, second_moments
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/data_aware_low_rank_plus_diag.py"
 METHODS = ("svd", "data_aware", "data_aware_diagonal")
@@ -98,6 +97,7 @@ def errors(weights: dict, factors: dict, fitted_to: dict, unseen: dict) -> dict[
 def timings(weight, factors: dict, x, device, repeats: int) -> dict:
     """Speed of a layer, by what stands in for it: {variant: its factors}."""
     import torch.nn.functional as F
+
     from approximations import low_rank
     variants = {variant: (low_rank, parts) for variant, parts in factors.items()}
     return time_layers({"dense": (F.linear, [weight])} | variants, x, device, repeats)
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     speed = timings(weights[first], {variant: factors[first] for variant, factors in fitted.items()},
                     inputs_of(subject.model, named, batches[0][0])[first], attempt.device, flags.repeats)
     results = {variant: {"method": method, "share": share, **errors(weights, fitted[variant], seen, unseen),
-                         **quality.of(subject.variant(lambda name, _: LowRank(*fitted[variant][name]))), **speed[variant]}
+                         **quality.of(subject.variant(lambda name, _, factors=fitted[variant]: LowRank(*factors[name]))),
+                         **speed[variant]}
                for variant, (method, share) in variants.items()}
     checked = check(weights, seen, flags) if flags.optimizer_steps else None
 

@@ -18,12 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.attempts import Attempt, Training, block_matrices, second_moments, train_in_turn  # noqa: E402
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import format_table  # noqa: E402
-from nanochat.flags import flag  # noqa: E402
-
-from measure import Quality, RankFlags, rank_of  # noqa: E402
+from measure import Quality, RankFlags, rank_of
+from nanochat.attempts import Attempt, Training, block_matrices, second_moments, train_in_turn
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/loss_aware_low_rank_recovery.py"
 INITS = ("svd", "data_aware", "random")
@@ -48,6 +47,7 @@ class BenchFlags(RankFlags):
 def factors(init: str, weight, moments, rank: int, seed: int) -> tuple:
     """A (out, rank) and B (rank, in). Random ones are normal, with the product's norm that of the matrix."""
     import torch
+
     from approximations import data_aware_factors, svd_factors
     if init == "svd":
         return svd_factors(weight, rank)
@@ -69,7 +69,7 @@ def runs_of(subject, flags: BenchFlags) -> dict[str, tuple[Training, str | None,
     runs = {"dense": (Training(model, [layer.weight for layer in block_matrices(model).values()], flags.dense_lr), None, None)}
     for share in sorted(flags.shares):
         for init in flags.init:
-            model = subject.variant(lambda name, _: LowRank(*factors(
+            model = subject.variant(lambda name, _, init=init, share=share: LowRank(*factors(
                 init, weights[name], moments[name], rank_of(share, weights[name].shape), flags.seed)))
             parameters = [p for layer in model.modules() if isinstance(layer, LowRank) for p in layer.parameters()]
             runs[f"{init} share {share:g}"] = Training(model, parameters, flags.lr), init, share
@@ -79,7 +79,7 @@ def runs_of(subject, flags: BenchFlags) -> dict[str, tuple[Training, str | None,
 def draw(figure, result: dict) -> None:
     curves, ranks = figure.subplots(1, 2)
     for name, trace in result["traces"].items():
-        curves.plot(*zip(*trace["bpb"]), marker="o", markersize=3, label=name)
+        curves.plot(*zip(*trace["bpb"], strict=True), marker="o", markersize=3, label=name)
     curves.axhline(result["config"]["bpb_dense"], color="black", linewidth=0.8)
     curves.set(title="validation bits per byte over recovery steps", xlabel="step")
     rows = [row for row in result["results"].values() if row["share"] is not None]

@@ -11,16 +11,16 @@ being faster: out * in / (out + in) by counting, less in practice, as two thin p
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.attempts import Attempt, ModelFlags, block_matrices, inputs_of, kind_of, second_moments  # noqa: E402
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import format_table  # noqa: E402
-from nanochat.flags import flag  # noqa: E402
-
-from measure import Quality, RankFlags, mean, rank_of, time_layers, time_models  # noqa: E402
+from measure import Quality, RankFlags, mean, rank_of, time_layers, time_models
+from nanochat.attempts import Attempt, ModelFlags, block_matrices, inputs_of, kind_of, second_moments
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/matrix_approx_bench.py"
 PRESETS = {
@@ -97,7 +97,7 @@ def errors(layers: list[Layer], rank: int) -> dict:
     """What a rank takes from the layers of a kind, the mean over them."""
     from approximations import output_error, svd_error, weight_error
     products = [a @ b for a, b in (layer.factors(rank) for layer in layers)]
-    (out, features), pairs = layers[0].weight.shape, list(zip(layers, products))
+    (out, features), pairs = layers[0].weight.shape, list(zip(layers, products, strict=True))
     output_errors = [output_error(layer.weight, product, layer.moments) for layer, product in pairs]
     return {"out": out, "in": features, "rank": rank, "share": rank / min(out, features),
             "flops_ratio": rank * (out + features) / (out * features),
@@ -109,6 +109,7 @@ def errors(layers: list[Layer], rank: int) -> dict:
 def timings(layer: Layer, ranks: list[int], device, repeats: int) -> dict[int, dict]:
     """The speed of a layer at each rank, on its inputs."""
     import torch.nn.functional as F
+
     from approximations import low_rank
     variants = {rank: (low_rank, layer.factors(rank)) for rank in ranks}
     return time_layers({"dense": (F.linear, [layer.weight])} | variants, layer.x, device, repeats)
@@ -133,7 +134,7 @@ def break_even(ranks: list[int], speedups: list[float]) -> float | None:
     where it always is."""
     if speedups[0] < 1:
         return 0.0
-    for (low, above), (high, below) in zip(zip(ranks, speedups), zip(ranks[1:], speedups[1:])):
+    for (low, above), (high, below) in pairwise(zip(ranks, speedups, strict=True)):
         if below < 1:
             return low + (high - low) * (above - 1) / (above - below)
     return None
@@ -154,7 +155,7 @@ def low_rank_models(layers: dict[str, Layer], subject, flags: BenchFlags, qualit
     chosen = {f"model rank {rank}": dict.fromkeys(shapes, rank) for rank in sorted(flags.ranks)} \
         | {f"model share {share:g}": {name: rank_of(share, shape) for name, shape in shapes.items()}
            for share in sorted(flags.shares)}
-    models = {label: subject.variant(lambda name, _: LowRank(*layers[name].factors(ranks[name])))
+    models = {label: subject.variant(lambda name, _, ranks=ranks: LowRank(*layers[name].factors(ranks[name])))
               for label, ranks in chosen.items()}
     speed = time_models({"dense": subject.variant(lambda *_: None)} | models, subject.train_batches(1, flags.seed)[0],
                         subject.device, flags.repeats)

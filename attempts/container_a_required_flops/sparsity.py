@@ -10,10 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from measure import mean, time_layers
 from nanochat.gpt import Linear
 from nanochat.runtime.toolchain import first_line
-
-from measure import mean, time_layers
 
 
 class Sparse(Linear):
@@ -107,7 +106,7 @@ def recoverable(name: str) -> bool:
 def error_of(model, variant, seen: dict) -> float:
     """||y' - y|| / ||y|| of the MLPs, each on what it saw in the model as it was trained; the mean over layers."""
     errors = []
-    for i, (block, other) in enumerate(zip(model.transformer.h, variant.transformer.h)):
+    for i, (block, other) in enumerate(zip(model.transformer.h, variant.transformer.h, strict=True)):
         x = seen[f"transformer.h.{i}.mlp.c_fc"]
         y, theirs = block.mlp(x).float(), other.mlp(x).float()
         errors.append(((theirs - y).norm() / y.norm()).item())

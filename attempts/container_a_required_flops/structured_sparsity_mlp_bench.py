@@ -23,13 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.attempts import (  # noqa: E402
-    Attempt, ModelFlags, Training, block_matrices, inputs_of, second_moments, train_in_turn)
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import format_table  # noqa: E402
-from nanochat.flags import flag  # noqa: E402
-
-from measure import Flags, Quality, mean, wrong_shares  # noqa: E402
+from measure import Flags, Quality, mean, wrong_shares
+from nanochat.attempts import Attempt, ModelFlags, Training, block_matrices, inputs_of, second_moments, train_in_turn
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/structured_sparsity_mlp_bench.py"
 PRESETS = {
@@ -125,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     zeros = mean([(x == 0).float().mean().item() for name, x in seen.items() if name.endswith("c_proj")])
 
     variants = make_variants(named, moments, flags.keep, flags.block)
-    models = {variant: subject.variant(lambda name, _: layers.get(name)) for variant, layers in variants.items()}
+    models = {variant: subject.variant(lambda name, _, layers=layers: layers.get(name)) for variant, layers in variants.items()}
     results = judge(variants, models, quality, subject.model, seen)
     speed = timings(models, subject.model, seen, attempt.device, flags.block, flags.repeats)
     runs = recover({name: models[name] for name in models if recoverable(name)}, quality, subject, flags) if flags.steps else {}

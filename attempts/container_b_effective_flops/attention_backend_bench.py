@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat import bench  # noqa: E402
-from nanochat.attempts import Attempt  # noqa: E402
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import format_table  # noqa: E402
-from nanochat.flags import flag  # noqa: E402
+from nanochat import bench
+from nanochat.attempts import Attempt
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.flags import flag
 
 SCRIPT = "attempts/container_b_effective_flops/attention_backend_bench.py"
 OURS = ("fa3", "varlen", "native", "chunked", "sdpa", "blocks", "masked")
@@ -101,9 +101,9 @@ def model_features(subject, tokens: int):
         while sum(part[0].size(0) for part in parts) < tokens:
             seen.clear()
             subject.model(subject.train_batches(len(parts) + 1, seed=0)[-1][0])
-            parts.append([torch.cat(layers, dim=1) for layers in zip(*seen)])
+            parts.append([torch.cat(layers, dim=1) for layers in zip(*seen, strict=True)])
     subject.model.kernels.attention = attention
-    return [torch.cat(one)[:tokens] for one in zip(*parts)]
+    return [torch.cat(one)[:tokens] for one in zip(*parts, strict=True)]
 
 
 def inputs(features, shape: Shape, flags: BenchFlags, device, dtype):
@@ -181,6 +181,7 @@ def load(name: str, shape: Shape, device):
 def outcome(function, tensors, dy, window) -> tuple[list, str | None]:
     """[y, dq, dk, dv] in fp32, or [y] alone and the reason why there is no backward."""
     import torch
+
     from nanochat.runtime.toolchain import first_line
     q, k, v = (x.detach().requires_grad_() for x in tensors)
     try:
@@ -197,11 +198,12 @@ def reference(tensors, dy, window) -> list:
     import torch
     math = sdpa_by("MATH")
     parts = [outcome(math, [x[i:i + 1].float() for x in tensors], dy[i:i + 1].float(), window)[0] for i in range(len(dy))]
-    return [torch.cat(one) for one in zip(*parts)]
+    return [torch.cat(one) for one in zip(*parts, strict=True)]
 
 
 def relative_error(results, expected) -> float:
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(results, expected))
+    """The largest of y, dq, dk and dv; of y alone where there is no backward."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=False))
 
 
 def flops(shape: Shape, flags: BenchFlags) -> float:
@@ -214,8 +216,9 @@ def flops(shape: Shape, flags: BenchFlags) -> float:
 def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
     """One shape's row: every backend, the fastest, the one that the library chooses."""
     import torch
-    from nanochat.runtime.toolchain import first_line
+
     from nanochat.flash_attention import choose_backend
+    from nanochat.runtime.toolchain import first_line
     *tensors, dy = inputs(features, shape, flags, device, dtype)
     expected = reference(tensors, dy, shape.window)
     rows, calls = {}, {}
@@ -274,7 +277,7 @@ def draw(figure, result: dict) -> None:
         points = [(i, row["backends"][backend]["training_ms"]["median"] / row["training_ms"]["median"])
                   for i, row in enumerate(result["results"].values()) if "training_ms" in row["backends"].get(backend, {})]
         if points:
-            axes.plot(*zip(*points), marker="o", markersize=4, linestyle="", label=backend)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle="", label=backend)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=6)
     axes.set(title="forward and backward: time over that of the fastest")
     axes.set_yscale("log", base=2)

@@ -36,15 +36,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat import bench  # noqa: E402
-from nanochat.cli.paths import resolve  # noqa: E402
-from nanochat.cli.program import cli  # noqa: E402
-from nanochat.common import Progress, format_table  # noqa: E402
-from nanochat.features.suffix import relevance_of_blocks  # noqa: E402
-from nanochat.flags import flag, parse  # noqa: E402
-from nanochat.schedules import lr_multiplier  # noqa: E402
-from nanochat.suffix_policy import (  # noqa: E402
-    SCHEDULES, CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems)
+from nanochat import bench
+from nanochat.cli.paths import resolve
+from nanochat.cli.program import cli
+from nanochat.common import Progress, format_table
+from nanochat.features.suffix import relevance_of_blocks
+from nanochat.flags import flag, parse
+from nanochat.schedules import lr_multiplier
+from nanochat.suffix_policy import SCHEDULES, CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
 
 SCRIPT = "attempts/container_d_convergence/dynamic_block_update_schedule_bench.py"
 PRESETS = {
@@ -205,6 +204,7 @@ class Training:
 def make_model(flags: BenchFlags, device):
     """The student and its AdamW. All blocks together write to the stream with the variance of one (GPT-2's scaling)."""
     import torch
+
     from residual_stack import ResidualStack
     model = ResidualStack(flags.n_layers, flags.dmodel, flags.hidden_mult * flags.dmodel)
     model = model.init_weights(flags.seed, branch=flags.n_layers ** -0.5).to(device)
@@ -359,7 +359,8 @@ def draw(path: Path, traces: dict[str, dict]) -> str:
         return "no plot: matplotlib is not installed (pip install matplotlib)"
     figure = Figure(figsize=(11, 6), layout="constrained")
     (by_step, by_time), (blocks_by_step, blocks_by_time) = figure.subplots(2, 2, sharex="col", height_ratios=[3, 1])
-    for color, (name, t) in zip(("tab:blue", "tab:orange", "tab:green"), traces.items()):
+    colors = "tab:blue", "tab:orange", "tab:green"  # of which two schedules leave one
+    for color, (name, t) in zip(colors, traces.items(), strict=False):
         steps, elapsed = range(1, len(t["seconds"]) + 1), []
         for seconds in t["seconds"]:
             elapsed.append(seconds + (elapsed[-1] if elapsed else 0.0))

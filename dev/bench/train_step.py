@@ -139,7 +139,7 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     peak_call, peak_flops = bench.gemm(device, first.dtype, *size)
     calls = variants | {"gemm": lambda: [peak_call() for _ in range(products)]}
     times = {name: [] for name in calls}
-    for round_ in range(flags.rounds if flags.against else 1):
+    for _ in range(flags.rounds if flags.against else 1):
         theirs = bench.rate_of(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
         now = bench.time_in_turn(calls, device, flags.repeats, warmup=1)
         rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
@@ -195,7 +195,7 @@ def show(results: dict) -> None:
             ratios, pairs = against["ratios"], against["tok_per_sec"]
             print(f"\n{name} against the other trainer\n" + format_table([
                 {"round": i + 1, "ours": round(pair["ours"]), "theirs": round(pair["theirs"]), "ratio": round(ratio, 3)}
-                for i, (pair, ratio) in enumerate(zip(pairs, ratios))]))
+                for i, (pair, ratio) in enumerate(zip(pairs, ratios, strict=True))]))
             print(f"ratio: median {against['ratio_median']:.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 

@@ -5,6 +5,7 @@ Half of them set would train a part of a run that nobody prints or saves, so the
 
 import os
 import re
+from collections.abc import Mapping
 
 from nanochat.common import UserError
 
@@ -16,7 +17,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def launch_problem(environ: dict[str, str]) -> str | None:
+def launch_problem(environ: Mapping[str, str]) -> str | None:
     """What is wrong with the launch variables, in words; None where they are complete, or absent."""
     given = [name for name in PLACE if name in environ]
     if not given:
@@ -32,8 +33,8 @@ def launch_problem(environ: dict[str, str]) -> str | None:
         return f"the environment says RANK={rank}, which is not below WORLD_SIZE={size}. {remedy}."
     of_node = int(environ.get("LOCAL_WORLD_SIZE", size))
     if local > rank or local >= of_node:
-        return (f"the environment says LOCAL_RANK={local}, which does not go with RANK={rank} and {of_node} processes on a machine "
-                f"(LOCAL_WORLD_SIZE). {remedy}.")
+        return (f"the environment says LOCAL_RANK={local}, which does not go with RANK={rank} and {of_node} processes on a "
+                f"machine (LOCAL_WORLD_SIZE). {remedy}.")
     if size > 1:
         if not environ.get("MASTER_ADDR"):
             return f"the environment has WORLD_SIZE={size}, but no MASTER_ADDR, the host of rank 0. {remedy}."

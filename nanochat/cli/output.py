@@ -51,7 +51,7 @@ def tolerant_streams(go_on: bool = True) -> None:
         sys.stdin = open(os.devnull)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w")

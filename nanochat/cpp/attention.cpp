@@ -22,28 +22,27 @@
 //
 // The order of every sum depends on the shapes alone, so the bits are the same for any number of threads.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <memory>
 
+#include "bf16.h"
+
 namespace {
 
-using bf16 = uint16_t;
 typedef uint32_t __attribute__((may_alias, aligned(2))) pair;  // two neighbouring bf16
 
 constexpr int64_t BLOCK = 64;       // queries, and keys, of a block: its tiles of scores stay in the first-level cache
-constexpr int64_t LANES = 16;
 constexpr int M = 4;                // rows of a tile; with 4 vectors of columns its 16 sums hide the instruction's latency
-constexpr float LOG2_E = 1.44269504f;
 constexpr float UNSEEN = -1e30f;    // the maximum before anything was seen; finite, so that no difference is NaN
 constexpr float HIDDEN = -1e38f;    // the score of what is not seen; below UNSEEN, so that its power is 0 also then
 
-struct Strides { int64_t batch, token, head; };  // in elements; the features of a head are next to each other
+struct Strides {
+    int64_t batch, token, head;
+};  // in elements; the features of a head are next to each other
 
 }  // namespace
 
@@ -62,22 +61,15 @@ inline __m512 exp2_of(__m512 x) {
     // 2^x = 2^n * 2^r with |r| <= 1/2, for which this polynomial is within 8e-8. Very negative x give 0.
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
     __m512 y = _mm512_set1_ps(0.00132765f);
-    for (float c : {0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f})
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+    for (float c : {0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
     return _mm512_scalef_ps(y, n);
 }
 
-inline __m512 load_bf16(const bf16* x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
-}
-
-inline void store_bf16(bf16* y, __m512 x) { _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh(x)); }
-
 // y[2i], y[2i + 1] = first[i], second[i]
 inline void store_interleaved(void* y, __m512 first, __m512 second) {
-    const __m512i order = _mm512_add_epi16(_mm512_set1_epi32(16 << 16),
-        _mm512_set_epi32(0xf000f, 0xe000e, 0xd000d, 0xc000c, 0xb000b, 0xa000a, 0x90009, 0x80008,
-                         0x70007, 0x60006, 0x50005, 0x40004, 0x30003, 0x20002, 0x10001, 0));
+    const __m512i order = _mm512_add_epi16(
+        _mm512_set1_epi32(16 << 16), _mm512_set_epi32(0xf000f, 0xe000e, 0xd000d, 0xc000c, 0xb000b, 0xa000a, 0x90009, 0x80008,
+                                                      0x70007, 0x60006, 0x50005, 0x40004, 0x30003, 0x20002, 0x10001, 0));
     _mm512_storeu_si512(y, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
 }
 
@@ -99,8 +91,8 @@ inline __attribute__((always_inline)) void multiply(__m512 (&sum)[M][N], const p
 }
 
 // c[m][..] = scale[m] * c[m][..] + a[m] b, for M rows of D columns of c. No scale: one.
-inline void add_product(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step,
-                        const pair* b, int64_t steps) {
+inline void add_product(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step, const pair* b,
+                        int64_t steps) {
     auto columns = [&]<int N>(int64_t d) {
         __m512 sum[M][N];
         for (int m = 0; m < M; m++)
@@ -164,8 +156,10 @@ void pack_features(const bf16* x, int64_t stride, int64_t rows, int64_t D, pair*
 
 void copy_rows(const bf16* x, int64_t stride, int64_t rows, int64_t D, bf16* y) {
     for (int64_t r = 0; r < BLOCK; r++)
-        if (r < rows) memcpy(y + r * D, x + r * stride, D * sizeof(bf16));
-        else memset(y + r * D, 0, D * sizeof(bf16));
+        if (r < rows)
+            memcpy(y + r * D, x + r * stride, D * sizeof(bf16));
+        else
+            memset(y + r * D, 0, D * sizeof(bf16));
 }
 
 // Memory of a thread, kept for its next call: no page of it has to be had from the system again. What is taken is a multiple
@@ -191,7 +185,9 @@ thread_local Scratch scratch;
 // ---------------------------------------------------------------------------------------------------------------------
 // Who sees whom. Ranges are [from, to), of tokens or of blocks.
 
-struct Range { int64_t from, to; };
+struct Range {
+    int64_t from, to;
+};
 
 struct Mask {
     int64_t T, before;  // a query sees the keys query - before .. query
@@ -210,9 +206,7 @@ struct Mask {
     Range query_blocks(Range key_blocks) const {
         return {key_blocks.from, std::min(blocks(), (key_blocks.to * BLOCK - 1 + before) / BLOCK + 1)};
     }
-    bool complete(Range queries, Range keys) const {
-        return keys.to - 1 <= queries.from && queries.to - 1 - before <= keys.from;
-    }
+    bool complete(Range queries, Range keys) const { return keys.to - 1 <= queries.from && queries.to - 1 - before <= keys.from; }
     // The lanes, of the 16 queries from `query` on, that see `key`.
     __mmask16 seen(int64_t query, int64_t key) const {
         int64_t first = std::clamp<int64_t>(key - query, 0, LANES);
@@ -257,8 +251,8 @@ inline void add_products(float* c, int64_t D, const float* scale, const pair* a,
 // Forward
 
 // y and lse of some blocks of queries, for the query heads that share a key head.
-void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_blocks, const bf16* q, const bf16* k,
-                    const bf16* v, bf16* y, float* lse) {
+void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_blocks, const bf16* q, const bf16* k, const bf16* v,
+                    bf16* y, float* lse) {
     const Mask mask(p);
     const int64_t D = p.D, group = p.H / p.H_kv;
     const Range key_blocks = mask.key_blocks(query_blocks);
@@ -301,8 +295,8 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
                         __m512 top = _mm512_loadu_ps(largest + column + n * LANES);
                         for (int m = 0; m < M; m++) {
                             if (!complete)
-                                s[m][n] = _mm512_mask_mov_ps(_mm512_set1_ps(HIDDEN),
-                                                             mask.seen(query + n * LANES, key + m), s[m][n]);
+                                s[m][n] =
+                                    _mm512_mask_mov_ps(_mm512_set1_ps(HIDDEN), mask.seen(query + n * LANES, key + m), s[m][n]);
                             top = _mm512_max_ps(top, s[m][n]);
                             _mm512_storeu_ps(scores + (key - those.from + m) * BLOCK + column + n * LANES, s[m][n]);
                         }
@@ -338,7 +332,7 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
                 const int64_t token = b * p.T + these.from + r;
                 const __m512 one_over = _mm512_set1_ps(1 / total[r]);
                 for (int64_t d = 0; d < D; d += LANES)
-                    store_bf16(y + (token * p.H + head) * D + d, _mm512_mul_ps(_mm512_loadu_ps(out + r * D + d), one_over));
+                    store(y + (token * p.H + head) * D + d, _mm512_mul_ps(_mm512_loadu_ps(out + r * D + d), one_over));
                 lse[(b * p.H + head) * p.T + these.from + r] = scale * largest[r] + std::log(total[r]);
             }
         }
@@ -348,12 +342,14 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
 // Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = dS K, dK = dS^T Q, the
 // latter two times the scale of the scores.
 
-struct Gradients { bf16 *q, *k, *v; };
+struct Gradients {
+    bf16 *q, *k, *v;
+};
 
 inline void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf16* y, int64_t stride) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < D; d += LANES)
-            store_bf16(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
+            store(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
 }
 
 // If wanted, dK and dV of some blocks of keys, given all blocks of queries that see them, and dQ of some blocks of queries,
@@ -401,8 +397,8 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
             for (int64_t r = 0; r < BLOCK; r++) {
                 __m512 sum = _mm512_setzero_ps();
                 for (int64_t c = 0; r < rows && c < D; c += LANES)
-                    sum = _mm512_fmadd_ps(load_bf16(y + ((b * p.T + token + r) * p.H + head) * D + c),
-                                          load_bf16(dy_block + r * p.dy.token + c), sum);
+                    sum = _mm512_fmadd_ps(load(y + ((b * p.T + token + r) * p.H + head) * D + c),
+                                          load(dy_block + r * p.dy.token + c), sum);
                 delta[token - from + r] = _mm512_reduce_add_ps(sum);
                 exponent[token - from + r] = r < rows ? LOG2_E * lse[(b * p.H + head) * p.T + token + r] : 0;
             }
@@ -432,7 +428,7 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
                                 x = exp2_of(_mm512_min_ps(_mm512_setzero_ps(), x));  // > 0 by rounding; a NaN stays
                                 if (!complete) x = _mm512_maskz_mov_ps(mask.seen(query + n * LANES, key + m), x);
                                 _mm512_storeu_ps(kept[m][n], x);
-                                if (WANT_KV) store_bf16(P + (row + m) * BLOCK + column + n * LANES, x);
+                                if (WANT_KV) store(P + (row + m) * BLOCK + column + n * LANES, x);
                             }
                         }
                     }
@@ -442,7 +438,7 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
                         const __m512 subtract = _mm512_loadu_ps(delta + query - from + n * LANES);
                         for (int m = 0; m < M; m++) {
                             s[m][n] = _mm512_mul_ps(_mm512_sub_ps(s[m][n], subtract), _mm512_loadu_ps(kept[m][n]));
-                            if (WANT_KV) store_bf16(dS + (row + m) * BLOCK + column + n * LANES, s[m][n]);
+                            if (WANT_KV) store(dS + (row + m) * BLOCK + column + n * LANES, s[m][n]);
                         }
                         for (int m = 0; WANT_Q && m < M; m += 2)
                             store_interleaved(dS_pairs + (row + m) / 2 * BLOCK + column + n * LANES, s[m][n], s[m + 1][n]);
@@ -459,8 +455,7 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
                                  [&](Range tile) { return mask.keys_of(tile, those); });
             }
         }
-        if (WANT_Q)
-            store_rows(dq, std::min(n_queries, p.T - from), D, scale, d.q + ((b * p.T + from) * p.H + head) * D, p.H * D);
+        if (WANT_Q) store_rows(dq, std::min(n_queries, p.T - from), D, scale, d.q + ((b * p.T + from) * p.H + head) * D, p.H * D);
     }
     if (WANT_KV) {
         const int64_t rows = std::min(n_keys, p.T - keys_from), to = ((b * p.T + keys_from) * p.H_kv + kv_head) * D;
@@ -474,8 +469,7 @@ template <class F>
 void for_all(const Problem& p, int64_t parts, F f) {
     const int64_t heads = p.B * p.H_kv;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t task = 0; task < heads * parts; task++)
-        f(task % heads / p.H_kv, task % p.H_kv, parts - 1 - task / heads);
+    for (int64_t task = 0; task < heads * parts; task++) f(task % heads / p.H_kv, task % p.H_kv, parts - 1 - task / heads);
 }
 
 // Whether a thread for each head keeps the threads busy: in rounds that take at most `most` times what an even share would.
@@ -486,15 +480,13 @@ bool heads_suffice(const Problem& p, double most) {
 
 }  // namespace
 
-extern "C" void attention_forward(const Problem* problem, const bf16* q, const bf16* k, const bf16* v, bf16* y,
-                                  float* lse) {
+extern "C" void attention_forward(const Problem* problem, const bf16* q, const bf16* k, const bf16* v, bf16* y, float* lse) {
     const Problem& p = *problem;
     const int64_t blocks = Mask(p).blocks(), parts = heads_suffice(p, 1.1) ? 1 : blocks;
     if (parts == 0) return;
     const int64_t each = blocks / parts;
-    for_all(p, parts, [&](int64_t b, int64_t head, int64_t i) {
-        forward_blocks(p, b, head, {i * each, (i + 1) * each}, q, k, v, y, lse);
-    });
+    for_all(p, parts,
+            [&](int64_t b, int64_t head, int64_t i) { forward_blocks(p, b, head, {i * each, (i + 1) * each}, q, k, v, y, lse); });
 }
 
 extern "C" void attention_backward(const Problem* problem, const bf16* q, const bf16* k, const bf16* v, const bf16* y,

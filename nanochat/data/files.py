@@ -32,8 +32,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from nanochat.cli.paths import resolve, user_dir
 from nanochat.common import UserError
@@ -87,18 +88,18 @@ def find_files(source: str, counts: Counts | None = None) -> list[File]:
             why = "" if isinstance(e, (FileNotFoundError, NotADirectoryError, ValueError)) else f" ({e.strerror})"
             raise UserError(f"{source}: no such file or folder{why}. --data takes python, a path, a glob, a folder or "
                             "hf:NAME.") from None
-        files = _files_of_glob(source, counts)
+        candidates = _files_of_glob(source, counts)
     else:
         if stat.S_ISREG(found.st_mode):
             return [File(path, found.st_size, found.st_mtime_ns, named=True)]
         if not stat.S_ISDIR(found.st_mode):
             raise UserError(f"{source} is a pipe or a device: it can be read only once, and text is read several times (for "
                             "the tokenizer, then for the tokens). Write it to a file first, and name that.")
-        files = _files_of_folder(path, counts)
-    files = sorted(files, key=lambda file: file.path.as_posix())
+        candidates = _files_of_folder(path, counts)
+    files = sorted(candidates, key=lambda file: file.path.as_posix())
     if not files:
-        found = describe_left_out(asdict(counts))
-        raise UserError(f"{source}: no file of a known kind is there ({found and 'left out: '}{found or 'nothing was found'}). "
+        others = describe_left_out(asdict(counts))
+        raise UserError(f"{source}: no file of a known kind is there ({others and 'left out: '}{others or 'nothing was found'}). "
                         f"Known: {KINDS}.")
     return files
 
@@ -117,7 +118,8 @@ def _files_of_glob(pattern: str, counts: Counts) -> Iterator[File]:
 
 def _files_of_folder(root: Path, counts: Counts) -> Iterator[File]:
     above = {_inode(folder) for folder in root.resolve().parents}  # a link to one would lead to all that lies beside the root
-    seen, folders, links = set(), [str(root)], []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [str(root)], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)  # where a folder has two names, its own is better than a link's
         try:
@@ -148,7 +150,7 @@ def _regular_file(path: str, name: str, counts: Counts):
     try:
         found = os.stat(path)
     except OSError as e:
-        counts.leave_out("dead link" if os.path.islink(path) else e.strerror, path)
+        counts.leave_out("dead link" if os.path.islink(path) else e.strerror or type(e).__name__, path)
         return None
     if stat.S_ISDIR(found.st_mode):
         return FOLDER
@@ -199,11 +201,12 @@ def _read(stream: BinaryIO, name: str, where: str, reading: Reading) -> Iterator
     """The documents of one file or member of an archive, read by what its name says; of another name, as text."""
     kind, packed = kind_of(name), _unpacked(name)[1]
     if packed:
-        stream = UNPACK[packed](stream, where)
+        unpacked = UNPACK[packed](stream, where)
         try:
-            stream.peek(1)
+            unpacked.peek(1)
         except DAMAGE as e:
             raise OfAnotherKind(f"not packed as {packed}", f"cannot read {where}: {e or type(e).__name__}") from None
+        stream = unpacked
     yield from (READERS[kind] if kind else _read_unknown)(stream, where, reading)
 
 
@@ -229,7 +232,7 @@ def kind_of(name: str) -> str | None:
 def is_plain_text(file: File) -> bool:
     """Whether a file's size is about that of its text."""
     name = file.path.name
-    return not _unpacked(name)[1] and READERS.get(kind_of(name), _read_text) is _read_text
+    return not _unpacked(name)[1] and READERS.get(kind_of(name) or "", _read_text) is _read_text
 
 
 def _unpacked(name: str) -> tuple[str, str]:
@@ -247,7 +250,8 @@ class _ZstdFile(io.RawIOBase):
 
     def __init__(self, packed: BinaryIO, zstandard):
         self.packed, self.zstandard = packed, zstandard
-        self.frame, self.buffer = None, memoryview(b"")
+        self.frame: Any = None  # a decompressor of zstandard's while a frame is open
+        self.buffer = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -287,16 +291,19 @@ def _unpack_zstd(stream: BinaryIO, where: str) -> BinaryIO:
     return io.BufferedReader(_ZstdFile(stream, zstandard), CHUNK // 8)
 
 
-UNPACK = {".gz": lambda stream, where: gzip.GzipFile(fileobj=stream), ".bz2": lambda stream, where: bz2.BZ2File(stream),
-          ".xz": lambda stream, where: lzma.LZMAFile(stream), ".zst": _unpack_zstd}
+# Any: files with peek and read1, of classes that have no common type.
+UNPACK: dict[str, Callable[[BinaryIO, str], Any]] = {
+    ".gz": lambda stream, where: gzip.GzipFile(fileobj=stream), ".bz2": lambda stream, where: bz2.BZ2File(stream),
+    ".xz": lambda stream, where: lzma.LZMAFile(stream), ".zst": _unpack_zstd}
 
 
-def _seekable(stream: BinaryIO) -> tuple[BinaryIO, Exception | None]:
+def _seekable(stream: Any) -> tuple[BinaryIO, Exception | None]:
     """What can be read in any order: the stream, or a temporary file with all that could be unpacked of it, and the damage
-    that ended it."""
+    that ended it. `stream`: a BinaryIO, or what UNPACK makes of one."""
     if isinstance(stream, io.BufferedReader) and stream.seekable():
         return stream, None
     copy = tempfile.TemporaryFile()
+    damage: Exception | None = None
     while True:
         try:
             chunk = stream.read1(CHUNK)  # not all of what was asked for, so that little in front of a damage is lost
@@ -304,7 +311,6 @@ def _seekable(stream: BinaryIO) -> tuple[BinaryIO, Exception | None]:
             damage = e
             break
         if not chunk:
-            damage = None
             break
         try:
             copy.write(chunk)
@@ -464,8 +470,8 @@ def _read_csv(stream: BinaryIO, where: str, reading: Reading, delimiter: str = "
 
 def _csv_lines(stream: BinaryIO) -> Iterator[str]:
     for line in _lines(stream):
-        line = line.decode("utf-8", "surrogateescape")  # so that bytes that are not UTF-8 spoil one row, not the file
-        yield from re.split(r"(?<=\r)(?!\n|\Z)", line) if "\r" in line else (line,)  # some programs end lines with \r alone
+        text = line.decode("utf-8", "surrogateescape")  # so that bytes that are not UTF-8 spoil one row, not the file
+        yield from re.split(r"(?<=\r)(?!\n|\Z)", text) if "\r" in text else (text,)  # some programs end lines with \r alone
 
 
 def _read_tsv(stream: BinaryIO, where: str, reading: Reading) -> Iterator[str]:
@@ -543,25 +549,26 @@ def _read_zip(stream: BinaryIO, where: str, reading: Reading) -> Iterator[str]:
             if member.flag_bits & 1:
                 reading.bad(f"{where}/{member.filename} is encrypted")
             else:
-                yield from _read_member(lambda: archive.open(member), member.filename, member.file_size, where, reading)
+                yield from _read_member(partial(archive.open, member), member.filename, member.file_size, where, reading)
     if damage:
         raise damage
 
 
 def _read_tar(stream: BinaryIO, where: str, reading: Reading) -> Iterator[str]:
     stream, damage = _seekable(stream)
-    members = []
+    members: list[tarfile.TarInfo] = []
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         try:
-            members += archive
+            for member in archive:
+                members.append(member)
             stream.seek(archive.offset)
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends without a word at a header that it cannot read
                 raise tarfile.ReadError("a damaged header")
-        except tarfile.TarError as e:  # those before the damage are there
-            members, damage = archive.members, damage or e
+        except tarfile.TarError as e:  # the members before the damage are there
+            damage = damage or e
         for member in sorted(members, key=lambda member: member.name):
             if member.isreg():
-                yield from _read_member(lambda: archive.extractfile(member), member.name, member.size, where, reading)
+                yield from _read_member(partial(archive.extractfile, member), member.name, member.size, where, reading)
             elif not member.isdir():
                 reading.counts.leave_out("link or device in an archive", f"{where}/{member.name}")
     if damage:

@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.data.reading import Reading
 
 HUB_CHARS = 1_000_000_000  # what is read of a dataset on the hub unless --max-chars says otherwise
-HUB_PRESETS = {  # name: (repository, config, split)
+HUB_PRESETS: dict[str, tuple[str, str | None, str]] = {  # name: (repository, config, split)
     "climbmix": ("karpathy/climbmix-400b-shuffle", None, "train"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
     "tinystories": ("roneneldan/TinyStories", None, "train"),
@@ -30,9 +30,9 @@ def hub_address(source: str, text_column: str = "text") -> tuple[str, str | None
     if not parts[0] or len(parts) > 4:
         raise UserError(f"{source!r}: expected hf:NAME[:CONFIG][:SPLIT][:COLUMN], or a preset: "
                         + ", ".join(f"hf:{name}" for name in HUB_PRESETS) + ".")
-    defaults = (*HUB_PRESETS.get(parts[0], (parts[0], None, "train")), text_column)
-    given = [None, *parts[1:], *[None] * (4 - len(parts))]
-    return tuple(part or default for part, default in zip(given, defaults))
+    repository, default_config, default_split = HUB_PRESETS.get(parts[0], (parts[0], None, "train"))
+    config, split, column = [*parts[1:], "", "", ""][:3]
+    return repository, config or default_config, split or default_split, column or text_column
 
 
 def read_hub(source: str, reading: Reading) -> Iterator[str]:

@@ -92,8 +92,9 @@ class _Split:
         self.counts = counts
         self.total = self.val = self.dropped = 0  # characters; `dropped`: of sections
         self.holding = True  # until there is enough validation to begin with
-        self.in_val, self.in_train = set(), set()  # digests of units; of those that train while validation can grow
-        self.cut = set()  # digests of documents that were cut
+        self.in_val: set[int] = set()  # digests of units
+        self.in_train: set[int] = set()  # of those that train while validation can grow
+        self.cut: set[int] = set()  # of documents that were cut
         self.repeats = False  # whether the document that is being cut repeats itself too much to drop its copies
 
     def is_copy(self, digest: int) -> bool:

@@ -30,7 +30,7 @@ class CastOnce(Feature):
         plain = {name: layer for name, layer in model.linears().items()
                  if type(layer) is Linear and layer.weight.dtype != model.compute_dtype}
         self.layers = [CastOnceLinear.from_linear(layer, model.compute_dtype) for layer in plain.values()]
-        for name, layer in zip(plain, self.layers):
+        for name, layer in zip(plain, self.layers, strict=True):
             model.set_submodule(name, layer)
         if not plain:
             print0("--cast-once: no layer multiplies in another dtype than that of its weight, so nothing is cast at all")

@@ -20,7 +20,8 @@ class ChunkedCe(Feature):
     class Config:
         """Chunked cross-entropy"""
         chunked_ce: bool = flag(False, "compute loss and head by chunks of tokens", free=True)
-        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 chooses by the size of their logits", low=0, free=True)
+        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 chooses by the size of their logits", low=0,
+                                    free=True)
 
     @classmethod
     def enabled(cls, config) -> bool:

@@ -232,6 +232,7 @@ def reason_to_leave_out(name: str, inputs: int, outputs: int, flags: Fp8Flags) -
 def device_trouble(device_type: str, emulate: bool) -> str | None:
     """Why --fp8 cannot be had on a device; None where it can, and where there is no such device, which others say."""
     import torch
+
     from nanochat.device import autodetect_device_type
     device_type = device_type or autodetect_device_type()
     if device_type == "mps":
@@ -263,6 +264,7 @@ def convert(model, names: list[str], flags: Fp8Flags, device) -> None:
 def layers_to_time(inputs: int, outputs: int, flags: Fp8Flags, device):
     """A bf16 layer and an FP8 one of this size, as they are trained: the FP8 weights already cast."""
     import torch
+
     from nanochat.fp8 import refresh_weights
     from nanochat.gpt import Linear
     pair = torch.nn.ModuleDict({name: Linear(inputs, outputs) for name in ("bf16", "fp8")}).to(device)
@@ -275,6 +277,7 @@ def layers_to_time(inputs: int, outputs: int, flags: Fp8Flags, device):
 def measure_shapes(shapes: list[tuple[int, int]], tokens: int, dtype, device, flags: Fp8Flags, compile: bool) -> dict:
     """How many times as fast as bf16 forward and backward of a layer are in FP8, by (inputs, outputs), medians of ten."""
     import torch
+
     from nanochat.bench import spread, time_in_turn
     gains = {}
     for inputs, outputs in shapes:
@@ -282,10 +285,10 @@ def measure_shapes(shapes: list[tuple[int, int]], tokens: int, dtype, device, fl
         x = torch.randn(tokens, inputs, device=device, dtype=dtype, requires_grad=True)
         g = torch.randn(tokens, outputs, device=device, dtype=dtype)
 
-        def call_of(layer):
+        def call_of(layer, x=x, g=g):
             forward = torch.compile(layer, dynamic=False) if compile else layer
             return lambda: torch.autograd.grad(forward(x), (x, layer.weight), g)
-        calls = dict(zip(("bf16", "fp8"), map(call_of, layers_to_time(inputs, outputs, flags, device))))
+        calls = dict(zip(("bf16", "fp8"), map(call_of, layers_to_time(inputs, outputs, flags, device)), strict=True))
         times = time_in_turn(calls, device, repeats=10, warmup=3)
         gains[inputs, outputs] = spread(times["bf16"])["median"] / spread(times["fp8"])["median"]
         print0(f"FP8 for {inputs} -> {outputs} on {tokens} tokens: {gains[inputs, outputs]:.2f} times as fast as {dtype}")

@@ -20,7 +20,8 @@ class Recompute(Feature):
     class Config:
         """Activations"""
         recompute_activations: bool = flag(
-            False, "compute norms, rotary positions and squared ReLUs again in the backward pass instead of keeping them", free=True)
+            False, "compute norms, rotary positions and squared ReLUs again in the backward pass instead of keeping them",
+            free=True)
 
     @classmethod
     def enabled(cls, config) -> bool:
@@ -29,7 +30,8 @@ class Recompute(Feature):
     @classmethod
     def validate(cls, config) -> list[str]:
         if cls.enabled(config) and not config.run.compile:
-            return ["--recompute-activations is done by the compiler, and has no effect under --no-compile: leave one of them out"]
+            return ["--recompute-activations is done by the compiler, and has no effect under --no-compile: "
+                    "leave one of them out"]
         return []
 
     def on_model(self, model, horizon) -> None:

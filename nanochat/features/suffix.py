@@ -93,15 +93,15 @@ class Suffix(Feature):
             return None
         measured = result["speedup_measured"]
         return (f"{result['schedule']}: {result['active_layers_mean']:.2f} of {self.policy.n_layer} blocks trained on average "
-                f"({result['active_layers_range']}) | speed-up over full steps: predicted {result['speedup_predicted']:.2f} with k "
-                f"{result['backward_over_forward']:.2f}{'' if self.parts else ' (assumed)'}, "
+                f"({result['active_layers_range']}) | speed-up over full steps: predicted {result['speedup_predicted']:.2f} with "
+                f"k {result['backward_over_forward']:.2f}{'' if self.parts else ' (assumed)'}, "
                 + (f"measured {measured:.2f}" if measured else "not measured, as no step was full"))
 
     def cost(self) -> CostModel:
         """A step's cost in seconds, as this run's plain full steps took; in FLOPs until there are such steps."""
         if not self.parts:
             return cost_in_flops(self.shape)
-        return cost_in_seconds(self.shape, *map(statistics.median, zip(*self.parts)))
+        return cost_in_seconds(self.shape, *map(statistics.median, zip(*self.parts, strict=True)))
 
     def state_dict(self) -> dict:
         return {"policy": self.policy.state_dict()} | {name: getattr(self, name) for name in self.STATE}
@@ -143,5 +143,5 @@ def relevance_of_blocks(blocks, metric: str) -> list[float]:
             norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(t))) for t in (gradients, weights)]
             values.append(norms[0] / (norms[1] + EPSILON))
         else:
-            values.append(sum((p.detach() * g).abs().sum() for p, g in zip(weights, gradients)))
+            values.append(sum((p.detach() * g).abs().sum() for p, g in zip(weights, gradients, strict=True)))
     return torch.stack(values).tolist()

@@ -112,7 +112,7 @@ class Folder:
             else:
                 time.sleep(POLL)  # the rest is with other workers
         write_csv(self.path)
-        return [self.row(cell) for cell in cells]
+        return [row for cell in cells if (row := self.row(cell))]
 
     def note_other_commits(self, cells: list[Cell]) -> None:
         """Say so where finished cells are of other code than what is here now: they are not run again."""
@@ -120,8 +120,8 @@ class Folder:
         others = {row["git_commit"] for cell in cells if (row := self.row(cell))} - {here, None}
         if here and others and not self.noted:
             self.noted = True
-            print0(f"note: cells in {self.path} were run at commit {', '.join(sorted(c[:9] for c in others))}, here is {here[:9]}; "
-                   "another --out runs all of them anew")
+            print0(f"note: cells in {self.path} were run at commit {', '.join(sorted(c[:9] for c in others))}, here is "
+                   f"{here[:9]}; another --out runs all of them anew")
 
     def _take(self, cell: Cell) -> dict | None:
         """Run the cell, unless another worker has it or has done it."""
@@ -190,8 +190,8 @@ class Folder:
                 while process.poll() is None and not (found := list_steps(self.run_dir(cell))):
                     time.sleep(0.01)
                     beat()
-                victim = process.pid  # torchrun ends with its first rank; killed itself, it would leave the ranks behind
-                if self.processes > 1:
+                victim: int | None = process.pid
+                if self.processes > 1:  # torchrun ends with its first rank; killed itself, it would leave the ranks behind
                     victim = read_result(self.run_dir(cell).with_name(f".{self.tag(cell)}.lock")).get("pid")
                 if process.poll() is not None or not victim:
                     return None

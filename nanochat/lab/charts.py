@@ -22,8 +22,8 @@ class Lines:
 
     def draw(self, figure) -> None:
         axes = figure.subplots()
-        for colour, (name, points) in zip(COLOURS, self.curves.items()):
-            x, y, low, high = zip(*points)
+        for colour, (name, points) in zip(COLOURS, self.curves.items(), strict=False):  # no more curves than colours
+            x, y, low, high = zip(*points, strict=True)
             axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set(xlabel=self.x_label, ylabel=self.y_label, xscale="log" if self.log_x else "linear")
@@ -71,4 +71,5 @@ def save(chart: Lines | Dots, path: Path) -> str:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=180)
     path.write_bytes(picture.getvalue())
-    return f'<img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">'
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    return f'<img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{encoded}">'

@@ -9,8 +9,19 @@ from pathlib import Path
 from nanochat.common import format_table, print0, write_atomic
 from nanochat.lab import target
 from nanochat.lab.cells import Cell, Folder
-from nanochat.lab.decide import (DECISIONS, Verdict, good, judge, judge_series, net_gain, number, pairs_of, quality,
-                                 worth_of_a_step)
+from nanochat.lab.decide import (
+    DECISIONS,
+    Verdict,
+    good,
+    judge,
+    judge_series,
+    known_quality,
+    net_gain,
+    number,
+    pairs_of,
+    quality,
+    worth_of_a_step,
+)
 from nanochat.lab.plan import Variant, interleaved, matched, pilot, shorter
 from nanochat.lab.report import write_report
 from nanochat.lab.rows import config_of, write_csv
@@ -50,8 +61,8 @@ class Contest:
             if self.control:
                 variants.append(shorter(contest.baseline, CONTROL, "control"))
             cells += [Cell(v.name, seed, v.flags) for v in interleaved(variants, i)]
-        rows = {}
-        for cell, row in zip(cells, self.folder.run(cells)):
+        rows: dict[str, list[dict]] = {}
+        for cell, row in zip(cells, self.folder.run(cells), strict=True):
             rows.setdefault(cell.variant, []).append(row)
         return rows
 
@@ -62,10 +73,10 @@ class Contest:
         if not good(first):
             print0(f"note: {self.baseline.name} failed, so there is no {self.match} to match: the others keep their length")
             return self
-        usable = [not timed or good(row) for row in measured or self.candidates]
+        pilots: list[dict | None] = [*measured] or [None] * len(self.candidates)
         return replace(self, candidates=tuple(
-            matched(v, first, row, self.match) if ok else v
-            for v, row, ok in zip(self.candidates, measured or [None] * len(self.candidates), usable)))
+            matched(v, first, row, self.match) if row is None or good(row) else v
+            for v, row in zip(self.candidates, pilots, strict=True)))
 
     def calibration(self, rows: dict[str, list[dict]]) -> list[dict]:
         """The baseline's rows of several horizons, of the seeds that have them."""
@@ -79,8 +90,11 @@ class Contest:
 
     def extrapolated(self, name: str, rows: dict[str, list[dict]]):
         """Intervals of the time to target of the baseline and of `name`, each from its runs of several horizons."""
-        found = [self.crossing(v, rows) for v in ("baseline", name)] if self.horizons else [None]
-        return tuple((c.low, c.high) for c in found) if all(found) else None
+        if not self.horizons:
+            return None
+        found = [self.crossing(v, rows) for v in ("baseline", name)]
+        known = tuple((c.low, c.high) for c in found if c)
+        return known if len(known) == len(found) else None
 
     def crossing(self, name: str, rows: dict[str, list[dict]]) -> target.Crossing | None:
         """Time to target of a variant, extrapolated across its horizons; also put into its rows."""
@@ -177,7 +191,7 @@ def noise(contest: Contest, seeds: list[int]) -> tuple[dict, dict]:
     rows = contest.run(seeds)
     pairs, worth = pairs_of(rows["baseline"], rows["again"]), worth_of_a_step(contest.calibration(rows))
     saved = [math.log(b["train_time_sec"] / c["train_time_sec"]) for b, c in pairs]
-    values = [quality(row) for row in rows["baseline"] if good(row)]
+    values = [known_quality(row) for row in rows["baseline"] if good(row)]
     if len(pairs) < 2:
         return {"error": "fewer than two pairs were finished"}, rows
     time_sd, quality_sd = statistics.stdev(saved) / math.sqrt(2), statistics.stdev(values)

@@ -76,7 +76,7 @@ def read_template(name: str) -> Template:
         if unknown or read.get("match", "steps") not in MATCHES:
             raise ValueError(f"unknown key {unknown.pop()!r}" if unknown else f"match must be one of {', '.join(MATCHES)}")
         names, values = list(read.get("grid", {})), list(read.get("grid", {}).values())
-        grid = [dict(zip(names, combination)) for combination in itertools.product(*values)] if names else []
+        grid = [dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)] if names else []
         variants = {"_".join(_short(k, v) for k, v in cell.items()): " ".join(f"{k}={v}" for k, v in cell.items())
                     for cell in grid}
         variants |= {key: str(flags) for key, flags in read.get("variants", {}).items()}
@@ -207,6 +207,7 @@ def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match:
     if match == "flops":
         flops = baseline_row["flops_per_token"] * baseline_row["tokens_seen"]
         return Variant(variant.name, (*variant.flags, "--num-iterations=-1", f"--target-flops={flops:.17g}"))
+    assert pilot_row is not None, "equal time needs the rate of a pilot"
     seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
     steps = max(1, math.floor(baseline_row["train_time_sec"] / seconds))
     return Variant(variant.name, (*variant.flags, f"--num-iterations={steps}"))

@@ -42,7 +42,7 @@ def write_report(folder: Path) -> Path:
     rows, verdict = read_rows(folder), read_result(folder / "verdict.json")
     if not rows and not verdict:
         raise UserError(f"{folder} holds no runs of the lab")
-    groups = {}
+    groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["variant"], []).append(row)
     shown = [name for name in verdict.get("variants", {}) if name in groups] or list(groups)
@@ -90,7 +90,7 @@ def write_report(folder: Path) -> Path:
 
 def curve(rows: list[dict], x: str) -> list[tuple[float, float, float, float]]:
     """Validation over "step" or "time": at each evaluation x, the mean over seeds, the lowest and the highest."""
-    by_step = {}
+    by_step: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         for step, seconds, bpb in row["val_curve"]:
             if number(bpb) is not None:
@@ -110,7 +110,7 @@ def times_to_target(variants: dict[str, list[dict]]) -> Dots | None:
     known of any."""
     values, intervals = {}, {}
     for name, rows in variants.items():
-        if found := [row["time_to_target_sec_measured"] for row in rows if good(row) and number(row["time_to_target_sec_measured"])]:
+        if found := [measured for row in rows if good(row) and number(measured := row["time_to_target_sec_measured"])]:
             values[name] = found
             with suppress(UserError):  # no scipy: dots without an interval
                 mean, width = statistics.fmean(found), half_width(found, 0.025)
@@ -127,7 +127,7 @@ def scaling(table: list[dict]) -> Lines:
     """Bits per byte over the training FLOPs of baseline and candidate, a point per depth."""
     curves = {}
     for name in dict.fromkeys(row["variant"] for row in table):
-        by_depth = {}
+        by_depth: dict[int, list[tuple[float, float]]] = {}
         for row in table:
             if row["variant"] == name and number(row["val_bpb"]):
                 by_depth.setdefault(row["depth"], []).append((row["tokens_trained"] * row["flops_per_token"], row["val_bpb"]))
@@ -149,7 +149,7 @@ def _machines(rows: list[dict]) -> list[dict]:
     columns = {"host": "host", "device": "device", "dtype": "dtype", "torch": "torch_version", "commit": "git_commit",
                "uncommitted changes": "git_dirty"}
     found = {tuple(row[field] for field in columns.values()) for row in rows}
-    return [dict(zip(columns, known)) for known in sorted(found, key=str)]
+    return [dict(zip(columns, known, strict=True)) for known in sorted(found, key=str)]
 
 
 def _table(rows: list[dict], kind: str = "") -> str:

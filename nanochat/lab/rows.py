@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,7 +35,7 @@ MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_targ
 COLUMNS = PLAN_COLUMNS + MORE_COLUMNS
 
 
-def config_of(flags: list[str]):
+def config_of(flags: Sequence[str]):
     """The Config of base_train's `flags`. UserError for wrong ones, before anything is started."""
     return parse_config(FEATURES, list(flags))
 

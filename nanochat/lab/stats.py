@@ -6,13 +6,14 @@ What two seeds can tell: with n=2 the 95 % bound of a mean is 6.3 standard error
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from nanochat.common import UserError
 
 
-@lru_cache(maxsize=None)
+@cache
 def t_quantile(p: float, df: float) -> float:
     """The t that a fraction `p` in (0, 1) lies below, with `df` > 0 degrees of freedom. UserError without scipy."""
     try:
@@ -45,9 +46,9 @@ class Slope:
     high: float
 
 
-def common_slope(points: list[tuple[object, float, float]]) -> Slope | None:
+def common_slope(points: Sequence[tuple[object, float, float]]) -> Slope | None:
     """Least squares of y on x for (group, x, y), with one slope and a level per group. None where there is no slope to see."""
-    groups = {}
+    groups: dict[object, list[tuple[float, float]]] = {}
     for group, x, y in points:
         groups.setdefault(group, []).append((x, y))
     centred = [(x - statistics.fmean(p[0] for p in group), y - statistics.fmean(p[1] for p in group))

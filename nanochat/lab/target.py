@@ -30,7 +30,7 @@ class Crossing:
 
 def time_to_target(points: list[tuple[float, float]], target: float, level: float = 0.95) -> Crossing | None:
     """Where (seconds, value) of whole runs meet `target`. None for fewer than four points or fewer than three horizons."""
-    t, value = (np.array(side, dtype=float) for side in zip(*points)) if points else (np.zeros(0), np.zeros(0))
+    t, value = (np.array(side, dtype=float) for side in zip(*points, strict=True)) if points else (np.zeros(0), np.zeros(0))
     if len(points) < 4 or np.ptp(t) == 0 or len(np.unique(np.round(np.log(t), 1))) < 3:
         return None
     grid = np.geomspace(t.min() / 10, t.max() * 1000, 1500)

@@ -17,7 +17,8 @@ from nanochat.common import UserError, print0, set_aside, write_atomic
 
 REPLACES = "replaces.txt"  # in a run under --overwrite, until it has weights: the name that the run before it has now
 OWN = re.compile(r"(config|result|trackers|eval_\d+)\.json|metrics\.jsonl|loss\.png|report\.html|replaces\.txt|tokenizer|"
-                 r"tensorboard|wandb|trackio|\.?step_\d+.*|\..+\.tmp|\.DS_Store|Thumbs\.db|desktop\.ini")  # the last: file managers' own
+                 r"tensorboard|wandb|trackio|\.?step_\d+.*|\..+\.tmp|\.DS_Store|Thumbs\.db|desktop\.ini")
+# The last three are file managers' own.
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -40,8 +41,8 @@ def start_problem(folder: Path, overwrite: bool) -> str | None:
     if has_weights(folder) and not overwrite:
         steps = list_steps(folder)
         trained = f"trained to step {steps[-1]}" if steps else "with checkpoints that were set aside"
-        return (f"there is a run of this name, {trained}: {folder}. Go on with it (--resume-from-step=latest), choose another name "
-                "(--model-tag=NAME), or replace it (--overwrite)")
+        return (f"there is a run of this name, {trained}: {folder}. Go on with it (--resume-from-step=latest), choose another "
+                "name (--model-tag=NAME), or replace it (--overwrite)")
     return None
 
 

@@ -1,0 +1,60 @@
+"""Golden runs: what holds on any machine. The same run agrees with itself, and what has changed is found and named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dev.golden import differences, record
+
+ROOT = Path(__file__).parent.parent
+RUN = {"device": "cpu", "step 0 loss": "0x1p+2", "step 1 loss": "0x1p+1", "model": "ab"}
+
+
+def golden(*argv, **environment):
+    return subprocess.run([sys.executable, "-m", "dev.golden", *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment)
+
+
+@pytest.mark.slow
+def test_a_run_agrees_with_itself_and_not_with_another_seed(tmp_path):
+    done = golden("--write", tmp_path / "golden.json", "--runs", "plain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = json.loads((tmp_path / "golden.json").read_text())
+    assert sum(what.endswith(" loss") for what in before["plain"]) == 16
+    assert {"step 0 val_bpb", "step 15 grad_norm", "step 15 batch_crc32", "model", "optimizer"} <= set(before["plain"])
+    done = golden("--against", tmp_path / "golden.json", "--runs", "plain")
+    assert done.returncode == 0 and "the same bits in 1 runs" in done.stdout, done.stdout + done.stderr
+    row, = differences(before, {"plain": record("plain", tmp_path, "--seed=7")})
+    assert row["run"] == "plain" and row["first difference"] in ("step 0 val_bpb", "step 0 batch_crc32")
+
+
+@pytest.mark.parametrize("now, first", [
+    (RUN, None), (RUN | {"model": "ac"}, "model"), (RUN | {"step 1 loss": "0x1p+3", "model": "ac"}, "step 1 loss"),
+    ({what: RUN[what] for what in list(RUN)[:-1]}, "model"), (RUN | {"step 2 loss": "0x1p+0"}, "step 2 loss"),
+    ({"failed": "error: no text"}, "failed"),
+])
+def test_the_first_difference_is_named(now, first):
+    rows = differences({"a": RUN, "b": RUN}, {"a": RUN, "b": now})
+    assert [(row["run"], row["first difference"]) for row in rows] == ([("b", first)] if first else [])
+
+
+def test_a_run_that_fails_is_named_and_not_recorded(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "golden.json").write_text(json.dumps({"plain": RUN}))
+    done = golden("--against", tmp_path / "golden.json", "--runs", "plain", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "no torch here" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].split()[:3] == ["plain", "failed", "None"]
+    done = golden("--write", tmp_path / "other.json", "--runs", "plain", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "no torch here" in done.stderr and not (tmp_path / "other.json").exists()
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--against", "{tmp}/missing.json"], "--write"), (["--write", "{tmp}/a", "--against", "{tmp}/b"], "either"), ([], "either"),
+    (["--write", "{tmp}"], "is a folder"), (["--write", "{tmp}/a", "--runs", "planes"], "did you mean plain?")])
+def test_what_cannot_be_is_refused(tmp_path, argv, says):
+    done = golden(*(word.format(tmp=tmp_path) for word in argv))
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
