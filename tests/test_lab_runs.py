@@ -67,7 +67,9 @@ def test_a_comparison(compared, base):
     assert batches["baseline-s1"] == batches["candidate-s1"] != batches["baseline-s2"] == batches["candidate-s2"]
     assert json.loads((out / "verdict.json").read_text())["line"] == said.splitlines()[-1]
     assert "<img" in (out / "report.html").read_text()
-    assert not list((base / "lab").glob("text-*/base_checkpoints/*"))  # checkpoints of runs that ended well are let go
+    cells = {path.name for path in (out / "cells").iterdir() if path.is_dir()}
+    kept = [path.name for path in (base / "lab").glob("text-*/base_checkpoints/*")]
+    assert len(cells) == 4 and not [name for name in kept if name.endswith(tuple(cells))]  # of runs that ended well none is kept
 
 
 @pytest.mark.slow
