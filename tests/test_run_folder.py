@@ -105,6 +105,27 @@ def test_files_of_other_programs_are_left_alone(base, name):
     assert [p.name for p in folder.iterdir()] == [name] and (folder / name).read_text() == "of another program"
 
 
+@pytest.mark.parametrize("name", ["step_000300.pt", "step_000300/pytorch_model.bin", "step_7/model.bin", ".step_1.pt"])
+def test_checkpoints_of_other_programs_are_left_alone(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("trained elsewhere")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="another program"):
+            run_folder.begin(tmp_path, overwrite)
+    assert (tmp_path / name).read_text() == "trained elsewhere"
+
+
+def test_a_first_checkpoint_that_was_only_being_written_is_no_run(tmp_path):
+    (tmp_path / ".step_000005.writing").mkdir()
+    (tmp_path / ".step_000005.writing" / MODEL).write_bytes(b"half")
+    run_folder.begin(tmp_path, overwrite=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".step_000005.replaced").mkdir()
+    (tmp_path / ".step_000005.replaced" / MODEL).write_bytes(b"whole")
+    with pytest.raises(UserError, match="--resume-from-step"):
+        run_folder.begin(tmp_path, overwrite=False)
+
+
 # ---- --overwrite
 
 def test_overwrite_deletes_the_old_run_only_when_the_new_one_has_weights(base):

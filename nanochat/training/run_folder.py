@@ -17,18 +17,28 @@ from nanochat.common import UserError, print0, set_aside, write_atomic
 
 REPLACES = "replaces.txt"  # in a run under --overwrite, until it has weights: the name that the run before it has now
 OWN = re.compile(r"(config|result|trackers|eval_\d+)\.json|metrics\.jsonl|loss\.png|report\.html|replaces\.txt|tokenizer|"
-                 r"tensorboard|wandb|trackio|\.?step_\d+.*|\..+\.tmp|\.DS_Store|Thumbs\.db|desktop\.ini")
+                 r"tensorboard|wandb|trackio|\..+\.tmp|\.DS_Store|Thumbs\.db|desktop\.ini")
 # The last three are file managers' own.
+
+CHECKPOINT = re.compile(r"step_\d+(~\d+)?|\.step_\d+\.(?P<change>writing|replaced|deleting)")
+PARTS = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}  # of a checkpoint
 
 
 def foreign_files(folder: Path) -> list[str]:
     """Names in a run's folder that this program does not write."""
-    return sorted(p.name for p in folder.glob("*") if not OWN.fullmatch(p.name))
+    return sorted(p.name for p in folder.glob("*") if not OWN.fullmatch(p.name) and not _is_checkpoint(p))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is a folder as checkpoints have it, whole or not."""
+    return bool(CHECKPOINT.fullmatch(path.name)) and path.is_dir() and {p.name for p in path.iterdir()} <= PARTS
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether any weights lie in a run's folder: checkpoints, also those set aside."""
-    return any(folder.glob("*step_*/model.safetensors"))
+    """Whether any weights lie in a run's folder: checkpoints, also those set aside, but for one that was only being written or
+    deleted when its process was killed."""
+    return any(found and found["change"] in (None, "replaced") and (path / "model.safetensors").exists()
+               for path in folder.glob("*step_*") if (found := CHECKPOINT.fullmatch(path.name)))
 
 
 def start_problem(folder: Path, overwrite: bool) -> str | None:
