@@ -48,8 +48,9 @@ def test_every_script_looks_first(script):
     assert len(done.stderr.splitlines()) == 1
 
 
-def launch(*words, base):
-    return subprocess.run([sys.executable, "-m", "nanochat.runtime.launch", "--standalone", "--nproc_per_node=2", "-m", *words],
+def launch(*words, base, module=True):
+    return subprocess.run([sys.executable, "-m", "nanochat.runtime.launch", "--standalone", "--nproc_per_node=2",
+                           *["-m"] * module, *words],
                           cwd=ROOT, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})
 
@@ -62,6 +63,20 @@ def test_an_error_of_all_ranks_is_said_once(base, flags, named):
     done = launch("scripts.base_train", *flags, base=base)
     assert done.returncode == 2 and done.stderr.count("error:") == 1 and named in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_is_said_although_rank_0_meets_it_last(base, tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text("""import os, time
+from nanochat.cli.program import cli
+from nanochat.common import UserError
+def main():
+    time.sleep(2 if os.environ["RANK"] == "0" else 0)
+    raise UserError("the same on both")
+cli(main, parallel=True)""")
+    done = launch(str(script), base=base, module=False)
+    assert done.returncode == 2 and done.stderr == "error: the same on both\n"
 
 
 @pytest.mark.slow

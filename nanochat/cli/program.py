@@ -1,16 +1,20 @@
 """How every script begins and ends: tolerant streams, a launch environment that makes sense, one line for an error. No torch."""
 
+import signal
 import sys
+import time
 
 from nanochat.cli.launch_environment import check_launch_environment
 from nanochat.cli.output import tolerant_streams
 from nanochat.common import RankError, UserError, is_main_rank
 
+SECONDS_FOR_RANK_0 = 30.0  # to reach the error that another rank has met, and to print it
+
 
 def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
     """Run a script's `main()` and exit with its status; a UserError is one message and status 2, Ctrl-C status 130.
 
-    parallel: torchrun may start several of it, which meet the same errors: rank 0 prints them.
+    parallel: torchrun may start several of it, which meet the same errors: rank 0 prints them, the others wait until it has.
     for_its_output: what it prints is all that it does, so it stops when nobody reads that any more (`| head`).
     """
     tolerant_streams(go_on=not for_its_output)
@@ -21,7 +25,9 @@ def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
     try:
         status = main()
     except UserError as e:
-        fail(e, quietly=not is_main_rank() and not isinstance(e, RankError))
+        if not is_main_rank() and not isinstance(e, RankError):
+            wait_to_be_ended()
+        fail(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = 130
@@ -30,8 +36,16 @@ def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
     sys.exit(status)
 
 
-def fail(error: UserError, quietly: bool = False) -> None:
+def wait_to_be_ended() -> None:
+    """Let rank 0 print the error that all ranks meet. torchrun ends every rank as soon as one has failed: were this one the
+    first, rank 0 would be ended before it could print. Returns where rank 0 has not failed: the error is this rank's own."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    time.sleep(SECONDS_FOR_RANK_0)
+
+
+def fail(error: UserError) -> None:
     """End the program with an error that the user can mend."""
-    if not quietly:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
