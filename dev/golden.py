@@ -18,11 +18,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cli.paths import ROOT, child_environment, list_steps, output_problem, resolve, step_dir
+from nanochat.cli.flags import flag, parse
+from nanochat.cli.paths import child_environment, list_steps, output_problem, step_dir
 from nanochat.cli.program import cli
-from nanochat.common import UserError, format_table, print0, write_atomic
-from nanochat.flags import flag, parse
-from nanochat.metrics import read_metrics
+from nanochat.common import ROOT, UserError, format_table, print0, resolve
+from nanochat.runtime.files import write_atomic
+from nanochat.training.records import read_metrics
 
 COMMON = ("--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=4 --total-batch-size=128 "
           "--vocab-size=300 --num-iterations=16 --warmup-steps=2 --lr-multiplier=20 --eval-every=6 --eval-tokens=512 "

@@ -29,10 +29,9 @@ from pathlib import Path
 import torch
 
 from nanochat.cli.paths import list_steps, list_tags, runs_dir, step_dir
-from nanochat.common import UserError, print0, set_aside
-from nanochat.integrity import check_file, read_json, read_sealed, seal, sync_folder, write_hashed
-from nanochat.shape import GPTConfig
-from nanochat.training.run_folder import delete_replaced
+from nanochat.common import UserError, print0
+from nanochat.recipe.shape import GPTConfig
+from nanochat.runtime.files import check_file, read_json, read_sealed, seal, set_aside, sync_folder, write_hashed
 
 SCHEMA_VERSION = 2
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -125,11 +124,13 @@ class CheckpointWriter:
 
     keep_last: how many of the run's own checkpoints to keep, besides the best by validation; -1 keeps all.
     report: takes a line of text.
+    on_saved: called after each checkpoint that was written.
     own: steps of the checkpoints that the run has written so far, which only grow.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int = -1, report: Callable[[str], None] = print0):
-        self.run_dir, self.keep_last, self.report = run_dir, keep_last, report
+    def __init__(self, run_dir: Path, keep_last: int = -1, report: Callable[[str], None] = print0,
+                 on_saved: Callable[[], None] = lambda: None):
+        self.run_dir, self.keep_last, self.report, self.on_saved = run_dir, keep_last, report, on_saved
         self.own: set[int] = set()
         self.thread = ThreadPoolExecutor(1, "checkpoints")
         self.pending: Future | None = None
@@ -174,7 +175,7 @@ class CheckpointWriter:
             return e if isinstance(e, UserError) else UserError(f"could not save the checkpoint of step {step}: {e!r}")
         self.report(f"step {step} | saved {folder}")
         try:
-            delete_replaced(self.run_dir)
+            self.on_saved()
             if self.keep_last > 0:
                 delete_old(self.run_dir, step, self.keep_last, val_bpb, self.own)
         except OSError as e:
@@ -299,7 +300,7 @@ def load_model(source: str, device, phase: str, model_tag: str | None = None, st
 
     source: "base". phase: "train" or "eval". model_tag and step: by default the run trained last, and its last step.
     """
-    from nanochat.device import pick_compute_dtype
+    from nanochat.runtime.device import pick_compute_dtype
     from nanochat.tokenizer import get_tokenizer
     assert source == "base" and phase in ("train", "eval"), (source, phase)
     folder = runs_dir()

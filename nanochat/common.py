@@ -1,11 +1,13 @@
-"""What every part of the repository needs and none owns: user errors, small files, printing, progress. No torch."""
+"""What every part of the repository needs and none owns: user errors, the base directory, printing, progress. No torch."""
 
 import os
 import shutil
 import sys
 import time
-from itertools import count
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout, or what an installed package lies in
+BASE, HERE = "NANOCHAT_BASE_DIR", "NANOCHAT_CWD"
 
 
 class UserError(Exception):
@@ -22,32 +24,40 @@ class Diverged(Exception):
     """The loss or a gradient is not finite. The run ends with the status `diverged`."""
 
 
+def user_dir() -> Path:
+    """The folder that relative paths are meant from: the working directory, or, for a program that another one has started
+    from the root of the checkout, that one's ($NANOCHAT_CWD)."""
+    try:
+        working = Path.cwd()
+    except OSError:
+        raise UserError("the folder you are in has been deleted: change to another one.") from None
+    return Path(os.environ.get(HERE) or working) if working == ROOT else working
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """The absolute path that the user means, `~` and `~user` included. UserError where that home does not exist."""
+    try:
+        return user_dir() / Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home directory. Write the path out.") from None
+
+
 def get_base_dir() -> Path:
-    """The base directory (nanochat/cli/paths.py), under the public nanochat's name for it."""
-    from nanochat.cli import paths
-    return paths.get_base_dir()
+    """Where tokenizers, tokens and runs live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Made if missing."""
+    try:
+        path = resolve(os.environ.get(BASE) or "~/.cache/nanochat")
+    except UserError as e:
+        raise UserError(f"no base directory: {e} Set {BASE} to a folder you can write to.") from None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot use the base directory {path}: {e.strerror}. Set {BASE} to a folder you can write to.") from None
+    return path
 
 
 def is_main_rank() -> bool:
     """True on rank 0 of a torchrun job, and in any other process."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small text file so that readers see the old one or the new one whole, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def set_aside(path: Path, name: str | None = None) -> Path:
-    """Rename a file or folder to the first free one of NAME~1, NAME~2, ..., by default of its own name; returns where it is."""
-    aside = next(aside for n in count(1) if not os.path.lexists(aside := path.with_name(f"{name or path.name}~{n}")))
-    os.rename(path, aside)
-    return aside
 
 
 def print0(*args, **kwargs) -> None:

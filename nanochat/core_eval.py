@@ -30,13 +30,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.cli.paths import get_base_dir, resolve
-from nanochat.common import Progress, UserError, print0
-from nanochat.device import all_reduce_sum
-from nanochat.runtime.distributed import on_main_rank_first
+from nanochat.common import Progress, UserError, get_base_dir, print0, resolve
+from nanochat.runtime.distributed import all_reduce_sum, broadcast_object, on_main_rank_first, rank_and_world_size
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CONNECT_TIMEOUT = 10.0       # seconds without an answer before the network counts as absent
@@ -58,8 +55,6 @@ def find_bundle(bundle_dir: str | Path | None = None, url: str = BUNDLE_URL) -> 
     Raises CoreUnavailable, within seconds where there is no network. Under torchrun rank 0 does the work, and all ranks
     must call.
     """
-    if not dist.is_initialized():
-        return _find_bundle(bundle_dir, url)
     outcome = [None, None]
 
     def find() -> None:
@@ -68,10 +63,10 @@ def find_bundle(bundle_dir: str | Path | None = None, url: str = BUNDLE_URL) -> 
         except UserError as e:  # the other ranks wait for an answer, so a failure is one too
             outcome[1] = str(e)
     on_main_rank_first(find, others=lambda: None)  # a download may take longer than a collective waits
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CoreUnavailable(outcome[1])
-    return outcome[0]
+    folder, trouble = broadcast_object(outcome)
+    if trouble is not None:
+        raise CoreUnavailable(trouble)
+    return folder
 
 
 def _find_bundle(bundle_dir, url: str) -> Path:
@@ -292,7 +287,7 @@ def count_right(model, batch: list[tuple], device, pad: int) -> int:
 
 def evaluate_task(model, tokenizer, device, task: dict, questions: list[dict]) -> float:
     """Accuracy on one task. Rank r of n takes the questions r, r + n, ...; every rank gets the result."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     mine = range(rank, len(questions), world_size)
     progress = Progress(f"  {task['label']}", total=len(mine), unit=" questions")
     right = torch.zeros(1, device=device)
@@ -308,7 +303,7 @@ def evaluate_core(model, tokenizer, device, max_per_task: int = -1, bundle_dir: 
     """CORE of `model`, which gives logits (B, T, V) for ids (B, T); -1 takes every question of every task.
 
     Returns `results` {label: accuracy}, `centered_results` {label: centered accuracy} and `core_metric`, their mean.
-    Raises CoreUnavailable where there is no bundle. Call it within `nanochat.device.evaluation(model)`.
+    Raises CoreUnavailable where there is no bundle. Call it within `nanochat.runtime.device.evaluation(model)`.
     """
     tasks = load_tasks(find_bundle(bundle_dir))
     results, centered = {}, {}

@@ -27,14 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.cli.paths import get_base_dir, writable_base_dir
+from nanochat.cli.flags import flag, parse
+from nanochat.cli.paths import writable_base_dir
 from nanochat.cli.program import cli
-from nanochat.common import Progress, UserError, format_table, print0, write_atomic
+from nanochat.common import Progress, UserError, format_table, get_base_dir, print0
 from nanochat.data.reading import describe_left_out
+from nanochat.data.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity
 from nanochat.data.split import VAL_CHARS, section_end, separate_documents, split_documents
-from nanochat.flags import flag, parse
-from nanochat.integrity import file_digest, read_json, read_sealed, seal
-from nanochat.sources import Counts, SourceFlags, expected_bytes, iter_documents, source_identity
+from nanochat.runtime.files import file_digest, read_json, read_sealed, seal, write_atomic
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 SHARD_TOKENS = 100_000_000

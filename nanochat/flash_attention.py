@@ -5,7 +5,7 @@ t - s <= W. Written down like that it makes (T, T) scores per head. Six ways to 
 
     fa3      FlashAttention-3 (arXiv 2407.08608): scores live in the chip's own memory. A separate package.
     varlen   FlashAttention-2 (arXiv 2307.08691) as bundled with PyTorch on CUDA, the entry that knows windows.
-    native   the same in C++ for CPUs that multiply bf16 natively (nanochat/cpp/attention.cpp), where there is a compiler.
+    native   the same in C++ for CPUs that multiply bf16 natively (nanochat/kernels/cpp/attention.cpp), where there is a compiler.
     chunked  a loop over chunks of queries that multiplies only with the keys they can see: plain matrix products, which
              a CPU does 2-3 times faster than PyTorch's CPU flash kernel. For CPUs without a compiler, and for fp32.
     sdpa     PyTorch's scaled_dot_product_attention: full context on any device. It has no windows.
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.device import cpu_multiplies_bf16
+from nanochat.runtime.device import cpu_multiplies_bf16
 
 FULL = -1  # the window that is none
 
@@ -149,8 +149,9 @@ def _load_fa3():
     try:
         import flash_attn_interface
     except ImportError:
-        import kernels
         from huggingface_hub import snapshot_download
+
+        import kernels
         # local_files_only: a training run does not download code behind the user's back; `kernels download` does it.
         folder = Path(snapshot_download("kernels-community/flash-attn3", local_files_only=True))
         named = "package_name" in inspect.signature(kernels.get_local_kernel).parameters  # until release 0.10 or so
@@ -159,7 +160,7 @@ def _load_fa3():
 
 
 def _load_native():
-    from nanochat.native_attention import load
+    from nanochat.kernels.cpu_attention import load
     return load()
 
 

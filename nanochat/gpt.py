@@ -27,12 +27,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.embedding import Embedding
 from nanochat.flash_attention import flash_attn
-from nanochat.losses import softcapped_cross_entropy, softcapped_logits
-from nanochat.norms import add_norm, mix_norm, rms_norm
+from nanochat.kernels.cross_entropy import softcapped_cross_entropy, softcapped_logits
+from nanochat.kernels.embedding import Embedding
+from nanochat.kernels.linear import Linear
+from nanochat.kernels.norms import add_norm, mix_norm, rms_norm
 from nanochat.optim import MuonAdamW
-from nanochat.shape import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size, window_sizes
+from nanochat.recipe.shape import (
+    SMEAR_GATE_CHANNELS,
+    VE_GATE_CHANNELS,
+    GPTConfig,
+    has_value_embedding,
+    padded_vocab_size,
+    window_sizes,
+)
 
 QK_SCALE = 1.2
 ROTARY_BASE = 100_000
@@ -51,24 +59,10 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
 class Kernels:
     """The seams: each function may be swapped before compilation for a faster one with the same meaning."""
     norm: Callable = rms_norm                    # (..., C) -> (..., C)
-    mix_norm: Callable = mix_norm                # a block's beginning, see nanochat/norms.py
+    mix_norm: Callable = mix_norm                # a block's beginning, see nanochat/kernels/norms.py
     add_norm: Callable = add_norm                # between attention and MLP, likewise
     attention: Callable = windowed_attention     # q (B, T, H, D), k and v (B, T, H_kv, D), window -> (B, T, H, D)
-    loss: Callable = softcapped_cross_entropy    # see nanochat/losses.py
-
-
-class Linear(nn.Linear):
-    """A bias-free linear layer with fp32 master weights, multiplied in the dtype of its input (no autocast)."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
-    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as products in `dtype` take it."""
-        return self.weight.to(dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight_in(x.dtype))
+    loss: Callable = softcapped_cross_entropy    # see nanochat/kernels/cross_entropy.py
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -153,7 +147,7 @@ class GPT(nn.Module):
 
     `compute_dtype` is the dtype of activations and matrix products, and of the embedding tables (except fp16, whose
     gradients need fp32 tables); every other parameter is fp32. `momentum_dtype`: see MuonAdamW. `recompute_activations`:
-    see nanochat/compilation.py.
+    see nanochat/runtime/compilation.py.
     """
 
     momentum_dtype = torch.float32

@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from nanochat.device import all_reduce_sum
+from nanochat.runtime.distributed import all_reduce_sum
 
 
 @torch.no_grad()

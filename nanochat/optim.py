@@ -21,7 +21,7 @@ wait to learn of it. In a compiled rule the choice is part of the last pass over
 import torch
 from torch import Tensor
 
-from nanochat.shape import MUON_BATCH
+from nanochat.recipe.shape import MUON_BATCH
 
 # (a, b, c) of X <- a X + (b A + c A A) X with A = X X^T: five iterations, safety 2e-2, cushion 2 (arXiv 2505.16932).
 POLAR_EXPRESS = (

@@ -24,7 +24,8 @@ from pathlib import Path
 import tiktoken
 
 from nanochat.common import UserError, get_base_dir, print0
-from nanochat.integrity import read_json
+from nanochat.data.text import replace_lone_surrogates
+from nanochat.runtime.files import read_json
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # in front of every document
@@ -281,13 +282,7 @@ def get_token_bytes(device="cpu", tokenizer: Tokenizer | None = None):
     return torch.from_numpy((tokenizer or get_tokenizer()).token_bytes()).to(device)
 
 
-def replace_lone_surrogates(text: str) -> str:
-    """`text` with each half of a broken UTF-16 pair, which JSON may carry and UTF-8 cannot, replaced by U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 
 
 def _cut_long_runs(text: str) -> list[str]:

@@ -18,10 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cli.paths import ROOT, output_problem, resolve
+from nanochat.cli.flags import flag, parse
+from nanochat.cli.paths import output_problem
 from nanochat.cli.program import cli
-from nanochat.common import UserError, format_table
-from nanochat.flags import flag, parse
+from nanochat.common import ROOT, UserError, format_table, resolve
 
 RESULTS = ROOT / "attempts" / "results"
 LONGEST = 60  # characters of a cell

@@ -11,11 +11,12 @@ import json
 import time
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.paths import located, runs_dir, writable_base_dir
 from nanochat.cli.program import cli
-from nanochat.common import Progress, UserError, format_duration, format_table, is_main_rank, print0, write_atomic
-from nanochat.flags import flag, parse
-from nanochat.sources import SourceFlags
+from nanochat.common import Progress, UserError, format_duration, format_table, is_main_rank, print0
+from nanochat.data.sources import SourceFlags
+from nanochat.runtime.files import write_atomic
 from scripts.sample import ModelFlags
 
 KINDS = ("core", "bpb", "sample")
@@ -133,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     flags, model_flags = parse([EvalFlags, ModelFlags], argv, prog="python -m scripts.base_eval",
                                description="Evaluate a base model.")
     writable_base_dir()
-    from nanochat.device import close_device, device_name, dtype_name, evaluation
+    from nanochat.runtime.device import device_name, dtype_name, evaluation
+    from nanochat.runtime.distributed import leave_process_group
     started = time.monotonic()
     model, tokenizer, state, ranks = model_flags.load()
     tag, step = state["model_tag"], state["step"]
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         sections = {name: value | where if isinstance(value, dict) else value for name, value in record.items()}
         save({"model_tag": tag, "step": step, **sections}, runs_dir() / tag / f"eval_{step:06d}.json")
         print(f"took {format_duration(time.monotonic() - started)}")
-    close_device()
+    leave_process_group()
 
 
 if __name__ == "__main__":

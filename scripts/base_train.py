@@ -10,16 +10,16 @@ $NANOCHAT_BASE_DIR/base_checkpoints/<model-tag>/.
 from nanochat.cli.paths import runs_dir
 from nanochat.cli.program import cli
 from nanochat.common import UserError, is_main_rank
-from nanochat.config import parse_config
 from nanochat.features import FEATURES
-from nanochat.lock import RunLock
+from nanochat.runtime.lock import RunLock
+from nanochat.training.config import parse_config
 from nanochat.training.run_folder import start_problem
 
 
 def main() -> int:
     config = parse_config(FEATURES, prog="python -m scripts.base_train")
     if config.run.explain:
-        from nanochat.explain import explain_flags
+        from nanochat.training.explain import explain_flags
         print(explain_flags(config))
         return 0
     run_dir = runs_dir() / config.model_tag
@@ -27,10 +27,10 @@ def main() -> int:
         if is_main_rank():
             RunLock(run_dir).release()  # one that is training now is named
         raise UserError(f"{problem}.")
-    from nanochat.device import close_device  # torch comes in only now: a wrong flag is answered before
-    from nanochat.train import build_and_train
+    from nanochat.runtime.distributed import leave_process_group  # loads torch: only once the flags are right
+    from nanochat.training.loop import build_and_train
     status = build_and_train(config)
-    close_device()
+    leave_process_group()
     return status
 
 

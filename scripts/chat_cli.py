@@ -8,9 +8,9 @@ is what a base model can do, so it is the default for one.
 import sys
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import UserError
-from nanochat.flags import flag, parse
 from scripts.sample import ModelFlags, SamplingFlags
 
 

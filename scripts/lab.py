@@ -24,11 +24,12 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from nanochat.cli.paths import get_base_dir, output_problem, resolve, writable_base_dir
+from nanochat.cli.flags import LARGEST_SEED, flag, parse, raise_problems
+from nanochat.cli.paths import output_problem, writable_base_dir
 from nanochat.cli.program import cli
-from nanochat.common import UserError, format_table, print0, write_atomic
-from nanochat.flags import LARGEST_SEED, flag, parse, raise_problems
+from nanochat.common import UserError, format_table, get_base_dir, print0, resolve
 from nanochat.lab import cycle as cycles, plan, stats
+from nanochat.runtime.files import write_atomic
 
 
 @dataclass

@@ -25,13 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cli.paths import ROOT, child_environment, list_steps, output_problem, resolve, step_dir, writable_base_dir
+from nanochat.cli.flags import LARGEST_SEED, build_parser, flag, parse
+from nanochat.cli.paths import child_environment, list_steps, output_problem, step_dir, writable_base_dir
 from nanochat.cli.program import cli
-from nanochat.common import UserError, print0, write_atomic
-from nanochat.config import parse_config
+from nanochat.common import ROOT, UserError, print0, resolve
 from nanochat.features import FEATURES
-from nanochat.flags import LARGEST_SEED, build_parser, flag, parse
-from nanochat.metrics import read_metrics
+from nanochat.runtime.files import write_atomic
+from nanochat.training.config import parse_config
+from nanochat.training.records import read_metrics
 
 DEFAULTS = ("--data=python --max-chars=2000000 --vocab-size=512 --depth=4 --head-dim=32 --aspect-ratio=16 --max-seq-len=128 "
             "--device-batch-size=4 --total-batch-size=1024 --num-iterations=200 --save-every=5 --eval-every=50 "

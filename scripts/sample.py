@@ -6,9 +6,9 @@ Without `-p` the prompt is read from standard input. One sample streams as it is
 import sys
 from dataclasses import dataclass
 
+from nanochat.cli.flags import LARGEST_SEED, flag, parse
 from nanochat.cli.program import cli
-from nanochat.config import DeviceFlags
-from nanochat.flags import LARGEST_SEED, flag, parse
+from nanochat.training.config import DeviceFlags
 
 
 @dataclass
@@ -20,7 +20,7 @@ class ModelFlags(DeviceFlags):
     def load(self):
         """(model in eval mode on the device, tokenizer, checkpoint's state, ranks). UserError where there is none."""
         from nanochat.checkpoint_manager import load_model
-        from nanochat.device import init_device
+        from nanochat.runtime.device import init_device
         device, ranks = init_device(self.device_type)
         return *load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype), ranks
 

@@ -8,10 +8,10 @@ their files or can fetch them within a few seconds.
 import threading
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import format_table, print0
-from nanochat.flags import flag, parse
-from nanochat.sources import SourceFlags
+from nanochat.data.sources import SourceFlags
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 PEER_SECONDS = 5  # how long to wait for the peers' files, all together
@@ -54,8 +54,8 @@ class TokEvalFlags(SourceFlags):
 
 def main() -> None:
     flags, = parse([TokEvalFlags], prog="python -m scripts.tok_eval", description="Compression of the tokenizer.")
+    from nanochat.data.sources import iter_documents
     from nanochat.dataset import split_documents
-    from nanochat.sources import iter_documents
     from nanochat.tokenizer import get_tokenizer
     tokenizers = {"ours": get_tokenizer()}
     fetched = fetch_peers()

@@ -3,12 +3,12 @@
 import time
 from dataclasses import asdict, dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.paths import writable_base_dir
 from nanochat.cli.program import cli
 from nanochat.common import format_duration, print0
 from nanochat.data.reading import describe_left_out
-from nanochat.flags import flag, parse
-from nanochat.sources import Counts, TokenizerFlags, iter_documents
+from nanochat.data.sources import Counts, TokenizerFlags, iter_documents
 
 
 @dataclass

@@ -21,7 +21,7 @@ def base(tmp_path_factory):
     """A base directory of the module's own, with a little text in base/text: some files of the library."""
     base = tmp_path_factory.mktemp("base")
     (base / "text").mkdir()
-    for name in ("gpt", "optim", "dataset", "tokenizer", "train"):
+    for name in ("gpt", "optim", "dataset", "tokenizer", "engine"):
         shutil.copy(Path(__file__).parent.parent / "nanochat" / f"{name}.py", base / "text")
     before, os.environ["NANOCHAT_BASE_DIR"] = os.environ["NANOCHAT_BASE_DIR"], str(base)
     yield base

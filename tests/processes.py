@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from nanochat.cli.output import tolerant_streams
-from nanochat.config import parse_config
 from nanochat.features import FEATURES
-from nanochat.setup import Run
-from nanochat.train import run_to_the_end
+from nanochat.training.build import Run
+from nanochat.training.config import parse_config
+from nanochat.training.loop import run_to_the_end
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["nanochat.train"])
+SERVER.set_forkserver_preload(["nanochat.training.loop"])
 
 
 def anew(flags) -> list[str]:

@@ -34,8 +34,8 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.rng import rng_state, set_rng_state
-from nanochat.shape import GPTConfig
+from nanochat.recipe.shape import GPTConfig
+from nanochat.runtime.rng import rng_state, set_rng_state
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.randn(4).bfloat16(), "c": torch.zeros((), dtype=torch.int64)}
 MOMENTS = {"a/exp_avg": torch.randn(2, 3)}

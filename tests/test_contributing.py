@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_features import STEPS, final_bytes, steps_of, train
 
 from nanochat.features import FEATURES
-from test_features import STEPS, final_bytes, steps_of, train
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 0.5  # below every step's norm

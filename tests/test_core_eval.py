@@ -16,7 +16,7 @@ from torch import nn
 from nanochat import core_eval
 from nanochat.checkpoint_manager import build_model
 from nanochat.core_eval import CoreUnavailable, evaluate_core, evaluate_task, find_bundle, load_questions, load_tasks
-from nanochat.shape import GPTConfig
+from nanochat.recipe.shape import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 CHOICE = [

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from nanochat.common import UserError, get_base_dir
+from nanochat.data.sources import Counts, hub_address, iter_documents, python_files
 from nanochat.dataset import TokenDataset, learning_sample, prepare_tokens, split_documents, train_tokenizer
-from nanochat.sources import Counts, hub_address, iter_documents, python_files
 from nanochat.tokenizer import Tokenizer
 
 
@@ -99,7 +99,7 @@ def test_hub_addresses():
 
 def test_hub_without_the_library():
     code = ("import sys; sys.modules['datasets'] = None\n"  # what Python does where an import must fail
-            "from nanochat.cli.program import cli\nfrom nanochat.sources import iter_documents\n"
+            "from nanochat.cli.program import cli\nfrom nanochat.data.sources import iter_documents\n"
             "cli(lambda: next(iter_documents('hf:climbmix')) and 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "pip install datasets" in done.stderr and "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ from nanochat.checkpoint_manager import build_model, save_checkpoint
 from nanochat.common import UserError
 from nanochat.dataset import prepare_tokens
 from nanochat.engine import Engine, KVCache, sample_next_token
-from nanochat.shape import GPTConfig
+from nanochat.recipe.shape import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat import flash_attention as fa, native_attention
+from nanochat import flash_attention as fa
 from nanochat.flash_attention import flash_attn, make_attention
-from nanochat.native import why_not_native
+from nanochat.kernels import cpu_attention as native_attention
+from nanochat.kernels.cpp_kernels import why_not_native
 
 # What the choice can come to on this machine, and the general one that needs no set-up.
 WORKING = [name for name in fa.BACKENDS

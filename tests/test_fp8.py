@@ -14,11 +14,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_kernels import compiled_for_hopper, interpreted
 
 from nanochat import features, fp8
 from nanochat.common import UserError
-from nanochat.compilation import CompiledModel
-from nanochat.config import parse_config
 from nanochat.features import FEATURES
 from nanochat.features.fp8 import Fp8Flags, convert, linear_sizes, reason_to_leave_out
 from nanochat.fp8 import (
@@ -34,12 +33,13 @@ from nanochat.fp8 import (
     scaled_mm,
 )
 from nanochat.gpt import GPT, Linear
-from nanochat.metrics import read_metrics
-from nanochat.setup import Run
-from nanochat.shape import GPTConfig, shape_of_depth
-from nanochat.train import evaluate, run_to_the_end, train_step
+from nanochat.recipe.shape import GPTConfig, shape_of_depth
+from nanochat.runtime.compilation import CompiledModel
+from nanochat.training.build import Run
+from nanochat.training.config import parse_config
+from nanochat.training.loop import evaluate, run_to_the_end, train_step
+from nanochat.training.records import read_metrics
 from test_gpt import TINY, batch, tiny_model
-from triton_kernels import compiled_for_hopper, interpreted
 
 ROOT = Path(__file__).parent.parent
 PLAIN, CACHED = Float8LinearConfig(), Float8LinearConfig(cache_weights=True)

@@ -15,15 +15,15 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from nanochat.checkpoint_manager import MANIFEST, MODEL, OPTIMIZER, STATE, load_checkpoint, save_checkpoint, saved_shape, step_dir
+from nanochat.cli.flags import build_parser
 from nanochat.common import UserError
-from nanochat.config import Config, parse_config
+from nanochat.data.sources import iter_documents
 from nanochat.dataset import CHECKED, TokenDataset, prepare_tokens
 from nanochat.features import FEATURES
-from nanochat.flags import build_parser
-from nanochat.integrity import file_digest, seal
-from nanochat.metrics import ROW_COLUMNS, MetricsFile, read_metrics
-from nanochat.sources import iter_documents
+from nanochat.runtime.files import file_digest, seal
 from nanochat.tokenizer import Tokenizer
+from nanochat.training.config import Config, parse_config
+from nanochat.training.records import ROW_COLUMNS, MetricsFile, read_metrics
 
 TIMES = int(os.environ.get("NANOCHAT_FUZZ", "1"))
 
@@ -245,7 +245,7 @@ def test_parquet_with_changed_bytes(tmp_path_factory, data):
 @given(data=st.data())
 def test_records_with_changed_bytes(tmp_path_factory, data):
     """What is whole is read; a resume keeps that and nothing of the steps that it will do again; and it can be plotted."""
-    from nanochat.plot import plot_run
+    from nanochat.training.plot import plot_run
     folder = tmp_path_factory.mktemp("records")
     path = folder / "metrics.jsonl"
     rows = [dict.fromkeys(ROW_COLUMNS) | {"step": i, "loss": 5.0 - i} for i in range(4)]

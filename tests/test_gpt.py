@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.checkpoint_manager import build_model
 from nanochat.gpt import GPT
-from nanochat.shape import GPTConfig, flops_per_token, param_counts, shape_of_depth, window_sizes
+from nanochat.recipe.shape import GPTConfig, flops_per_token, param_counts, shape_of_depth, window_sizes
 
 TINY = GPTConfig(sequence_len=32, vocab_size=101, n_layer=5, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
 

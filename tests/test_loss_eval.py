@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from nanochat.checkpoint_manager import build_model
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.shape import GPTConfig
+from nanochat.recipe.shape import GPTConfig
 
 VOCAB, T = 11, 24
 TOKEN_BYTES = torch.tensor([1, 1, 2, 3, 4, 7, 1, 0, 5, 2, 0], dtype=torch.int32)  # 7 and 10 are special

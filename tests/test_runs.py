@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.config import Config, parse_config
+from nanochat.cli.flags import build_parser, parse
 from nanochat.features import FEATURES
-from nanochat.flags import build_parser, parse
 from nanochat.lab.rows import read_csv
+from nanochat.training.config import Config, parse_config
 from scripts.lab import Experiment, JudgeFlags, LabFlags, TableFlags
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH_FREE = {"common", "flags", "config", "shape", "horizon", "schedules", "suffix_policy", "explain", "planner", "lock",
-              "interruption", "paths", "output", "launch_environment", "program", "run_folder", "reading", "files", "split",
-              "hub", "metrics"}
-PARTS = {"gpt", "optim", "fp8", "losses", "flash_attention", "native_attention", "norms", "tokenizer", "dataset",
-         "dataloader", "sources", "shape", "files", "split", "reading", "hub"}
+# From the ground up: each may import what stands below it, and itself. `nanochat` is the modules that lie flat, under the names
+# of the public nanochat.
+LAYERS = ("nanochat.common", "nanochat.cli", "nanochat.recipe", "nanochat.runtime", "nanochat.data", "nanochat.kernels",
+          "nanochat", "nanochat.features", "nanochat.training", "nanochat.benchmarks", "nanochat.lab", "scripts")
+TORCH_FREE = ("nanochat.common", "nanochat.cli", "nanochat.recipe", "nanochat.data", "nanochat.lab")
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -32,31 +32,58 @@ def uses(found: set[str], package: str) -> bool:
     return any(name == package or name.startswith(package + ".") for name in found)
 
 
-library = sorted((ROOT / "nanochat").rglob("*.py"))
+def module_of(path: Path) -> str:
+    """The dotted name of a file's module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module: str) -> str | None:
+    """The layer that a dotted name belongs to; None for what is not of this house."""
+    found = [layer for layer in LAYERS if module == layer or module.startswith(layer + ".")]
+    return max(found, key=len, default=None)
+
+
+library = sorted(p for folder in ("nanochat", "scripts") for p in (ROOT / folder).rglob("*.py"))
 by_name = pytest.mark.parametrize("path", library, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 @by_name
-def test_the_library_imports_neither_scripts_nor_attempts_nor_dev(path):
-    assert not any(uses(imports(path), outside) for outside in ("scripts", "attempts", "dev", "tests"))
+def test_a_layer_imports_only_those_below_it(path):
+    own = layer_of(module_of(path))
+    for name in imports(path):
+        assert not uses({name}, "attempts") and not uses({name}, "dev") and not uses({name}, "tests")
+        layer = layer_of(name)
+        if layer and name != "nanochat":  # `from nanochat import x` counts as nanochat.x too
+            assert LAYERS.index(layer) <= LAYERS.index(own), f"{own} is below {name}"
+
+
+def test_every_folder_is_a_layer():
+    """A folder that is new finds its place in LAYERS, or this fails: `nanochat` would take it for one of the flat modules."""
+    folders = {module_of(p.parent) for p in library} - {"nanochat", "scripts"}
+    assert all(layer_of(folder) not in ("nanochat", None) for folder in folders), folders
 
 
 @by_name
-def test_who_may_import_whom(path):
-    found, name = imports(path), path.stem
-    if name in TORCH_FREE or "lab" in path.parts:
-        assert not uses(found, "torch")
-    if name in PARTS and "features" not in path.parts:
-        for owner in ("config", "features", "metrics", "train", "setup"):
-            assert not uses(found, f"nanochat.{owner}"), owner
-    if "features" in path.parts and name != "__init__":
-        others = {p.stem for p in (ROOT / "nanochat/features").glob("*.py")} - {name, "__init__"}
-        assert not any(uses(found, f"nanochat.features.{other}") for other in others)
-        assert not uses(found, "nanochat.train") and not uses(found, "nanochat.setup")
+def test_torch_is_imported_above_the_arithmetic_only(path):
+    if layer_of(module_of(path)) in TORCH_FREE:
+        assert not uses(imports(path), "torch")
+
+
+@by_name
+def test_one_module_knows_collectives(path):
+    if module_of(path) not in ("nanochat.runtime.distributed", "nanochat.runtime.launch"):
+        assert not uses(imports(path), "torch.distributed")
+
+
+@by_name
+def test_features_are_apart_and_load_torch_late(path):
+    if layer_of(module_of(path)) == "nanochat.features" and path.stem not in ("__init__", "base"):
+        others = {p.stem for p in (ROOT / "nanochat/features").glob("*.py")} - {path.stem, "__init__", "base"}
+        assert not any(uses(imports(path), f"nanochat.features.{other}") for other in others)
         assert not uses(imports(path, top_level_only=True), "torch"), "flags are parsed before torch is loaded"
 
 
-@pytest.mark.parametrize("path", sorted([*library, *(ROOT / "scripts").glob("*.py")]), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", library, ids=lambda p: str(p.relative_to(ROOT)))
 def test_optional_packages_are_imported_where_they_are_used(path):
     optional = ("wandb", "tensorboard", "trackio", "datasets", "pyarrow", "matplotlib", "scipy", "rich", "yaml", "tokenizers",
                 "zstandard")

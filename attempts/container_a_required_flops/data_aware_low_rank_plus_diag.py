@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Quality, RankFlags, mean, rank_of, time_layers
-from nanochat.attempts import Attempt, block_matrices, inputs_of, second_moments
+from nanochat.benchmarks.attempts import Attempt, block_matrices, inputs_of, second_moments
+from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/data_aware_low_rank_plus_diag.py"
 METHODS = ("svd", "data_aware", "data_aware_diagonal")

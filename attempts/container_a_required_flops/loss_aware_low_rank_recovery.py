@@ -19,10 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Quality, RankFlags, rank_of
-from nanochat.attempts import Attempt, Training, block_matrices, second_moments, train_in_turn
+from nanochat.benchmarks.attempts import Attempt, Training, block_matrices, second_moments, train_in_turn
+from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/loss_aware_low_rank_recovery.py"
 INITS = ("svd", "data_aware", "random")

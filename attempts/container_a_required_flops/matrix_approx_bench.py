@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Quality, RankFlags, mean, rank_of, time_layers, time_models
-from nanochat.attempts import Attempt, ModelFlags, block_matrices, inputs_of, kind_of, second_moments
+from nanochat.benchmarks.attempts import Attempt, ModelFlags, block_matrices, inputs_of, kind_of, second_moments
+from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/matrix_approx_bench.py"
 PRESETS = {

@@ -8,8 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat import bench
-from nanochat.flags import flag
+from nanochat.benchmarks import bench
+from nanochat.cli.flags import flag
+from nanochat.runtime import timing
 
 
 @dataclass
@@ -82,7 +83,7 @@ def time_layers(layers: dict[str, tuple[Callable, list]], x, device, repeats: in
 
     for name, (function, parameters) in layers.items():
         add(name, function, parameters)
-    times, first = bench.time_in_turn(calls, device, repeats, at_least=bench.SHORT, label="timing layers"), next(iter(layers))
+    times, first = timing.time_in_turn(calls, device, repeats, at_least=timing.SHORT, label="timing layers"), next(iter(layers))
     rows = {name: {} for name in layers}
     for name, kind in times:
         rows[name] |= against(times[name, kind], times[first, kind], kind)
@@ -97,10 +98,10 @@ def time_models(models: dict[str, Callable], batch, device, repeats: int) -> dic
             model(*batch).backward()
             model.zero_grad(set_to_none=True)
         return run
-    times = bench.time_in_turn({name: call(model) for name, model in models.items()}, device, repeats, label="timing models")
+    times = timing.time_in_turn({name: call(model) for name, model in models.items()}, device, repeats, label="timing models")
     first = next(iter(times.values()))
     return {name: against(seconds, first, "training") for name, seconds in times.items()}
 
 
 def against(seconds: list[float], dense: list[float], kind: str) -> dict[str, dict]:
-    return {f"{kind}_ms": bench.spread([1000 * s for s in seconds]), f"speedup_{kind}": bench.speedup(seconds, dense)}
+    return {f"{kind}_ms": timing.spread([1000 * s for s in seconds]), f"speedup_{kind}": timing.speedup(seconds, dense)}

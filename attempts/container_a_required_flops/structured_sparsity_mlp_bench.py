@@ -24,10 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Flags, Quality, mean, wrong_shares
-from nanochat.attempts import Attempt, ModelFlags, Training, block_matrices, inputs_of, second_moments, train_in_turn
+from nanochat.benchmarks.attempts import Attempt, ModelFlags, Training, block_matrices, inputs_of, second_moments, train_in_turn
+from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag
 
 SCRIPT = "attempts/container_a_required_flops/structured_sparsity_mlp_bench.py"
 PRESETS = {

@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat import bench
-from nanochat.attempts import Attempt
+from nanochat.benchmarks import bench
+from nanochat.benchmarks.attempts import Attempt
+from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag
+from nanochat.runtime import timing
 
 SCRIPT = "attempts/container_b_effective_flops/attention_backend_bench.py"
 OURS = ("fa3", "varlen", "native", "chunked", "sdpa", "blocks", "masked")
@@ -242,9 +243,9 @@ def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
         calls[name, "forward"] = lambda function=function: forward(function, tensors, shape.window)
         if len(found) > 1:
             calls[name, "training"] = lambda function=function: gradients_only(function, tensors, dy, shape.window)
-    times = bench.time_in_turn(calls, device, flags.repeats, at_least=bench.SHORT, label=str(shape))
+    times = timing.time_in_turn(calls, device, flags.repeats, at_least=timing.SHORT, label=str(shape))
     for (name, what), seconds in times.items():
-        rows[name][f"{what}_ms"] = bench.spread([1000 * s for s in seconds])
+        rows[name][f"{what}_ms"] = timing.spread([1000 * s for s in seconds])
     chosen = choose_backend(device, dtype, shape.head_dim, shape.T, shape.window)
     row = {**shape._asdict(), "heads": flags.heads, "batch": flags.tokens // shape.T, "chosen": chosen, "backends": rows}
     for what in ("forward", "training"):
@@ -254,7 +255,7 @@ def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
         times_forward = 1 if what == "forward" else 3.5
         row[f"{what}_gflops"] = best and times_forward * flops(shape, flags) / rows[best][f"{what}_ms"]["median"] / 1e6
         timed = best and (chosen, what) in times
-        row[f"chosen_{what}_slower"] = bench.speedup(times[best, what], times[chosen, what]) if timed else None
+        row[f"chosen_{what}_slower"] = timing.speedup(times[best, what], times[chosen, what]) if timed else None
     return row
 
 

@@ -3,7 +3,7 @@
     python attempts/container_d_convergence/dynamic_block_update_schedule_bench.py --equal-time-budget --json-out d.json
 
 `full_update` trains every block at every step, `static_suffix` always the top few, `dynamic_suffix` the suffix that the
-policy chooses, which is the very policy that training uses (nanochat/suffix_policy.py). All start from the same weights
+policy chooses, which is the very policy that training uses (nanochat/recipe/suffix_policy.py). All start from the same weights
 and see the same batches in the same order (residual_stack.py). Validation always runs through all blocks.
 
 A step that trains a of n blocks costs C(a) = always + n F + a B: forward everywhere, backward and update only in the
@@ -36,14 +36,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat import bench
-from nanochat.cli.paths import resolve
+from nanochat.benchmarks import bench
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
-from nanochat.common import Progress, format_table
+from nanochat.common import Progress, format_table, resolve
 from nanochat.features.suffix import relevance_of_blocks
-from nanochat.flags import flag, parse
-from nanochat.schedules import lr_multiplier
-from nanochat.suffix_policy import SCHEDULES, CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
+from nanochat.recipe.schedules import lr_multiplier
+from nanochat.recipe.suffix_policy import SCHEDULES, CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
+from nanochat.runtime import timing
 
 SCRIPT = "attempts/container_d_convergence/dynamic_block_update_schedule_bench.py"
 PRESETS = {
@@ -168,7 +168,7 @@ class Training:
                              warmdown_ratio=self.flags.warmdown_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.flags.lr
-        seconds, (loss, relevance) = bench.timed(self.device, self._update, *self.task.batch(step), decision)
+        seconds, (loss, relevance) = timing.timed(self.device, self._update, *self.task.batch(step), decision)
         loss = loss.item()
         self.policy.observe(step, loss, relevance)
         self.active.append(self.policy.n_layer - decision.active_start)
@@ -234,8 +234,8 @@ def measure_cost(flags: BenchFlags, task, device, repeats: int = 5) -> CostModel
             out = block(out)
 
     n = flags.n_layers
-    times = bench.time_in_turn({"all": lambda: step(0), "top": lambda: step(n - 1), "forward": forward}, device, repeats)
-    every, top, ahead = (bench.spread(seconds)["median"] for seconds in times.values())
+    times = timing.time_in_turn({"all": lambda: step(0), "top": lambda: step(n - 1), "forward": forward}, device, repeats)
+    every, top, ahead = (timing.spread(seconds)["median"] for seconds in times.values())
     backward = max(0.0, every - top) / (n - 1)
     return CostModel(ahead / n, backward, max(0.0, every - ahead - n * backward))
 
@@ -299,7 +299,7 @@ class Race:
 
     def result(self, run: Training, measured: CostModel) -> dict:
         """One schedule's row in the JSON. Latencies are without the first step, which also makes the optimizer's state."""
-        latency = bench.latency_ms(run.seconds[1:] or run.seconds)
+        latency = timing.latency_ms(run.seconds[1:] or run.seconds)
         final = number(run.validations[-1][-1])
         row = {
             "status": "diverged" if run.diverged else "ok",
@@ -317,7 +317,7 @@ class Race:
         if self.full:
             full_final = number(self.full.validations[-1][-1])
             row["val_vs_full_pct"] = 100 * (final / full_final - 1) if final and full_final else None
-            full_latency = bench.latency_ms(self.full.seconds[1:] or self.full.seconds)
+            full_latency = timing.latency_ms(self.full.seconds[1:] or self.full.seconds)
             row["speedup_vs_full"] = full_latency["mean_ms"] / latency["mean_ms"]
         return row
 
@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
                           validate=impossible)
     flags, started = flags.filled(), time.monotonic()
     device, dtype = flags.open_device()
-    from nanochat.device import device_name, dtype_name
+    from nanochat.runtime.device import device_name, dtype_name
     from residual_stack import Task
     task = Task(flags.seed, (flags.batch_size, flags.seq_len), device, dtype)
     measured = measure_cost(flags, task, device)

@@ -13,12 +13,12 @@ import importlib.util
 import time
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import format_table, print0
-from nanochat.config import DeviceFlags
 from nanochat.features.fp8 import Fp8Flags, device_trouble, layers_to_time
-from nanochat.flags import flag, parse
-from nanochat.shape import shape_of_depth
+from nanochat.recipe.shape import shape_of_depth
+from nanochat.training.config import DeviceFlags
 
 PRESETS = {  # depth, head_dim, vocabulary, tokens of a micro-batch
     "cpu-d4": (4, 64, 4096, 4096), "cpu-d6": (6, 64, 4096, 4096),
@@ -71,9 +71,10 @@ def main() -> None:
     flags, = parse([BenchFlags], prog="python -m dev.bench.fp8_linear")
     import torch
 
-    from nanochat import bench
-    from nanochat.device import device_name, init_device, peak_flops, pick_compute_dtype
+    from nanochat.benchmarks import bench
     from nanochat.fp8 import refresh_weights
+    from nanochat.runtime import timing
+    from nanochat.runtime.device import device_name, init_device, peak_flops, pick_compute_dtype
     bench.check_writable(flags.json_out)
     started = time.monotonic()
     device, _ = init_device(flags.device_type)
@@ -99,8 +100,8 @@ def main() -> None:
             variants[name, "forward"] = lambda f=forward: [f(x) for _ in range(flags.calls)] and None
             variants[name, "forward_backward"] = lambda f=forward, w=layer.weight: [
                 torch.autograd.grad(f(x), (x, w), g) for _ in range(flags.calls)] and None
-        times = bench.time_in_turn(variants, device, flags.repeats)
-        seconds = {key: bench.spread([t / flags.calls for t in spent]) for key, spent in times.items()}
+        times = timing.time_in_turn(variants, device, flags.repeats)
+        seconds = {key: timing.spread([t / flags.calls for t in spent]) for key, spent in times.items()}
         cast = seconds.pop("cast")
         return {name: {call: seconds[name, call] for call in CALLS} for name in layers}, cast
 

@@ -9,10 +9,10 @@ per second, as `dev.bench.train_step` prints it.
 import time
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import format_table
-from nanochat.flags import flag, parse
-from nanochat.sources import SourceFlags
+from nanochat.data.sources import SourceFlags
 
 
 @dataclass
@@ -29,7 +29,7 @@ def main() -> None:
     flags, = parse([BenchFlags], prog="python -m dev.bench.loader")
     import torch
 
-    from nanochat import bench
+    from nanochat.benchmarks import bench
     from nanochat.dataloader import PackedRows, TrainLoader
     from nanochat.dataset import TokenDataset, prepare_tokens
     from nanochat.tokenizer import get_tokenizer

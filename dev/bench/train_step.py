@@ -13,8 +13,8 @@ counted as in result.json (6 per matmul parameter, 12 x width x window for atten
 The steps are the first ones of a run: what a schedule does later is not seen here.
 
 The breakdown comes from torch's profiler, on two more steps of each variant, and from a table of kernel names
-(nanochat/bench.py). Muon and AdamW are all that runs in their update; of the rest a kernel belongs where its name or the
-operator it runs in says: matrix products (casts of weights aside), attention with everything batched, loss with its soft cap,
+(nanochat/benchmarks/bench.py). Muon and AdamW are all that runs in their update; of the rest a kernel belongs where its name or
+the operator it runs in says: matrix products (casts of weights aside), attention with everything batched, loss with its soft cap,
 embedding with lookups and their gradient. `host` is the time in which no kernel runs. What this cannot tell:
   - a kernel that a compiler fused from several parts counts whole for the first of loss, attention and embedding that its
     name has, else as norms and elementwise: embedding has what was fused with a lookup, gates and norms among it;
@@ -35,13 +35,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat import bench
+from nanochat.benchmarks import bench
+from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import UserError, format_table, get_base_dir
-from nanochat.config import Config, DeviceFlags, parse_config
 from nanochat.features import FEATURES
-from nanochat.flags import flag, parse
-from nanochat.shape import flops_per_token
+from nanochat.recipe.shape import flops_per_token
+from nanochat.runtime import timing
+from nanochat.training.config import Config, DeviceFlags, parse_config
 
 if TYPE_CHECKING:
     import torch
@@ -104,8 +105,8 @@ class Variant:
     def __init__(self, config: Config, base_dir):
         import torch
 
-        from nanochat.setup import Run
-        from nanochat.train import settle
+        from nanochat.training.build import Run
+        from nanochat.training.loop import settle
         held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # by the variants before this one
         # a tokenizer of its own for each size of vocabulary
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir / "bench" / f"vocabulary_{config.data.vocab_size}")
@@ -118,7 +119,7 @@ class Variant:
         self.peak_mem_mib = self.run.tally.peaks[-1] - held / 2**20
 
     def __call__(self) -> None:
-        from nanochat.train import train_step
+        from nanochat.training.loop import train_step
         train_step(self.run)
         self.run.step += 1
 
@@ -127,7 +128,7 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     """The `results` of the bench's JSON, by variant, and the device."""
     import torch
 
-    from nanochat.device import dtype_name
+    from nanochat.runtime.device import dtype_name
     torch._inductor.config.cpp.enable_kernel_profile = True  # names a CPU's compiled kernels; asks for new graphs
     base_dir, variants, rounds = get_base_dir(), {}, []
     for name, config in configs.items():
@@ -141,14 +142,14 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     times = {name: [] for name in calls}
     for _ in range(flags.rounds if flags.against else 1):
         theirs = bench.rate_of(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
-        now = bench.time_in_turn(calls, device, flags.repeats, warmup=1)
+        now = timing.time_in_turn(calls, device, flags.repeats, warmup=1)
         rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
         for name, spent in now.items():
             times[name] += spent
     peak, results = products * peak_flops / min(times.pop("gemm")), {}
     for name, variant in variants.items():
         tokens, shape = variant.run.horizon.total_batch_size, variant.run.model.config
-        seconds = bench.spread(times[name])
+        seconds = timing.spread(times[name])
         rate = tokens / seconds["median"]
         parts, unknown = bench.breakdown(variant, device, seconds["median"]) if device.type != "mps" else (None, None)
         results[name] = {

@@ -12,32 +12,12 @@ import re
 import tempfile
 from pathlib import Path
 
-from nanochat.common import UserError, is_main_rank, print0
+from nanochat.common import BASE, HERE, UserError, get_base_dir, is_main_rank, print0, resolve, user_dir
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or what an installed package lies in
-BASE, HERE = "NANOCHAT_BASE_DIR", "NANOCHAT_CWD"
 NOTED = ".home-nanochat"  # in the default base directory: that others use it too has been said
 
 
 # ---- what the user typed
-
-def user_dir() -> Path:
-    """The folder that relative paths are meant from: the working directory, or, for a program that another one has started
-    from the root of the checkout, that one's ($NANOCHAT_CWD)."""
-    try:
-        working = Path.cwd()
-    except OSError:
-        raise UserError("the folder you are in has been deleted: change to another one.") from None
-    return Path(os.environ.get(HERE) or working) if working == ROOT else working
-
-
-def resolve(path: str | os.PathLike) -> Path:
-    """The absolute path that the user means, `~` and `~user` included. UserError where that home does not exist."""
-    try:
-        return user_dir() / Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: there is no such home directory. Write the path out.") from None
-
 
 def portable_source(source: str) -> str:
     """A source of text (`--data`) as records keep it: one inside the base directory relative to that, others as typed."""
@@ -82,19 +62,6 @@ def unwritable_reason(folder: Path) -> str | None:
 
 
 # ---- the base directory
-
-def get_base_dir() -> Path:
-    """Where tokenizers, tokens and runs live: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Made if missing."""
-    try:
-        path = resolve(os.environ.get(BASE) or "~/.cache/nanochat")
-    except UserError as e:
-        raise UserError(f"no base directory: {e} Set {BASE} to a folder you can write to.") from None
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot use the base directory {path}: {e.strerror}. Set {BASE} to a folder you can write to.") from None
-    return path
-
 
 def writable_base_dir() -> Path:
     """The base directory, for who is about to write there: UserError, before any work, where that is not possible.

@@ -36,8 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from nanochat.cli.paths import resolve, user_dir
-from nanochat.common import UserError
+from nanochat.common import UserError, resolve, user_dir
 from nanochat.data.reading import COLUMN_HINT, Counts, Reading, describe_left_out
 
 CHUNK = 2**20  # bytes copied at once

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from nanochat.common import UserError
-from nanochat.tokenizer import replace_lone_surrogates
+from nanochat.data.text import replace_lone_surrogates
 
 COLUMN_HINT = "Name the one with the text (--text-column NAME)"
 MOST_KINDS = 10  # of files left out, that are named in the one line about them

@@ -32,7 +32,7 @@ the text ends before and V is less, the last quarter of the longest document val
 from collections.abc import Iterable, Iterator
 
 from nanochat.common import UserError
-from nanochat.sources import Counts, text_digest
+from nanochat.data.sources import Counts, text_digest
 
 VAL_EVERY = 20  # one unit in so many goes to validation ...
 VAL_CHARS = 8_000_000  # ... until validation holds this many characters

@@ -6,8 +6,8 @@ which bf16's eight bits resolve. AdamW's second moment moves by as little as 0.5
 
 from dataclasses import dataclass
 
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.cli.flags import flag
+from nanochat.features.base import Feature
 
 
 class Bf16Momentum(Feature):

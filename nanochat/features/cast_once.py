@@ -1,4 +1,4 @@
-"""Cast the weights of the linear layers once per optimizer step, instead of in every micro-batch (nanochat/cast.py).
+"""Cast the weights of the linear layers once per optimizer step, instead of in every micro-batch (nanochat/kernels/linear.py).
 
 The bits are the same; the copies take two bytes per weight. What is saved is traffic: six bytes per weight and product,
 which matters the more the fewer tokens a micro-batch has and the slower the memory is.
@@ -6,9 +6,9 @@ which matters the more the fewer tokens a micro-batch has and the slower the mem
 
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag
 from nanochat.common import print0
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.features.base import Feature
 
 
 class CastOnce(Feature):
@@ -25,8 +25,7 @@ class CastOnce(Feature):
         return config.features[cls.name].cast_once
 
     def on_model(self, model, horizon) -> None:
-        from nanochat.cast import CastOnceLinear
-        from nanochat.gpt import Linear
+        from nanochat.kernels.linear import CastOnceLinear, Linear
         plain = {name: layer for name, layer in model.linears().items()
                  if type(layer) is Linear and layer.weight.dtype != model.compute_dtype}
         self.layers = [CastOnceLinear.from_linear(layer, model.compute_dtype) for layer in plain.values()]
@@ -37,5 +36,5 @@ class CastOnce(Feature):
         self.after_update()
 
     def after_update(self) -> None:
-        from nanochat.cast import refresh
+        from nanochat.kernels.linear import refresh
         refresh(self.layers)

@@ -1,15 +1,15 @@
 """Cross-entropy by chunks of tokens: forward and backward of the head and the loss at once, a chunk at a time.
 
 The logits of all tokens are the largest tensors of a step, and the passes over them the most work outside of matrix
-products. By chunks (nanochat/losses.py) neither they nor their gradients are ever there as a whole, and a kernel goes
-over each chunk once. The loss and the gradients are those of the plain one, rounded in another order.
+products. By chunks (nanochat/kernels/cross_entropy.py) neither they nor their gradients are ever there as a whole, and a kernel
+goes over each chunk once. The loss and the gradients are those of the plain one, rounded in another order.
 """
 
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag
 from nanochat.common import print0
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.features.base import Feature
 
 
 class ChunkedCe(Feature):
@@ -38,8 +38,8 @@ class ChunkedCe(Feature):
         return []
 
     def on_model(self, model, horizon) -> None:
-        from nanochat.gpt import Linear
-        from nanochat.losses import ChunkedCrossEntropy, default_chunk, kernel_name
+        from nanochat.kernels.cross_entropy import ChunkedCrossEntropy, default_chunk, kernel_name
+        from nanochat.kernels.linear import Linear
         head, device = model.lm_head.weight, model.get_device().type
         chunk = self.config.ce_chunk_tokens or default_chunk(head.size(0), model.compute_dtype, device)
         model.kernels.loss = ChunkedCrossEntropy(chunk, plain=Linear)

@@ -7,9 +7,10 @@ start with it empty every time.
 import os
 from dataclasses import dataclass
 
-from nanochat.cli.paths import folder_problem, resolve
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.cli.flags import flag
+from nanochat.cli.paths import folder_problem
+from nanochat.common import resolve
+from nanochat.features.base import Feature
 
 
 class CompileCache(Feature):

@@ -8,8 +8,8 @@ or an evaluation everything is read. A schedule that decides each step by the la
 
 from dataclasses import dataclass
 
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.cli.flags import flag
+from nanochat.features.base import Feature
 
 
 class DeferredLoss(Feature):

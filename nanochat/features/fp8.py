@@ -13,10 +13,10 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
+from nanochat.cli.flags import flag, flag_name
 from nanochat.common import Diverged, UserError, format_table, print0
-from nanochat.features import Feature
-from nanochat.flags import flag, flag_name
-from nanochat.shape import VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size
+from nanochat.features.base import Feature
+from nanochat.recipe.shape import VE_GATE_CHANNELS, GPTConfig, has_value_embedding, padded_vocab_size
 
 MULTIPLE = 16  # as in nanochat/fp8.py, which loads torch: of which every dimension of an FP8 product must be a multiple
 LARGEST_VOCABULARY = 2**24
@@ -99,8 +99,9 @@ class Fp8(Feature):
             raise UserError(trouble)
         if flags.fp8_policy == "auto":
             shapes = {(layers[name].in_features, layers[name].out_features) for name, why in left_out.items() if not why}
-            gains = on_every_rank(measure_shapes(sorted(shapes), self.tokens, model.compute_dtype, model.get_device(),
-                                                 flags, self.compile))
+            from nanochat.runtime.distributed import broadcast_object
+            gains = broadcast_object(measure_shapes(sorted(shapes), self.tokens, model.compute_dtype, model.get_device(),
+                                                    flags, self.compile))
             for name, why in left_out.items():
                 gain = gains.get((layers[name].in_features, layers[name].out_features), math.inf)
                 if not why and gain < PAYS_FROM:
@@ -233,7 +234,7 @@ def device_trouble(device_type: str, emulate: bool) -> str | None:
     """Why --fp8 cannot be had on a device; None where it can, and where there is no such device, which others say."""
     import torch
 
-    from nanochat.device import autodetect_device_type
+    from nanochat.runtime.device import autodetect_device_type
     device_type = device_type or autodetect_device_type()
     if device_type == "mps":
         return "--fp8: on Apple GPUs torch has no FP8 numbers at all. Leave it out, or add --device-type cpu --fp8-emulate"
@@ -266,7 +267,7 @@ def layers_to_time(inputs: int, outputs: int, flags: Fp8Flags, device):
     import torch
 
     from nanochat.fp8 import refresh_weights
-    from nanochat.gpt import Linear
+    from nanochat.kernels.linear import Linear
     pair = torch.nn.ModuleDict({name: Linear(inputs, outputs) for name in ("bf16", "fp8")}).to(device)
     convert(pair, ["fp8"], flags, device)
     if flags.fp8_backend == "custom":
@@ -278,7 +279,7 @@ def measure_shapes(shapes: list[tuple[int, int]], tokens: int, dtype, device, fl
     """How many times as fast as bf16 forward and backward of a layer are in FP8, by (inputs, outputs), medians of ten."""
     import torch
 
-    from nanochat.bench import spread, time_in_turn
+    from nanochat.runtime.timing import spread, time_in_turn
     gains = {}
     for inputs, outputs in shapes:
         torch._dynamo.reset()  # every shape is a graph, of which a function may have only so many
@@ -294,13 +295,3 @@ def measure_shapes(shapes: list[tuple[int, int]], tokens: int, dtype, device, fl
         print0(f"FP8 for {inputs} -> {outputs} on {tokens} tokens: {gains[inputs, outputs]:.2f} times as fast as {dtype}")
     torch._dynamo.reset()
     return gains
-
-
-def on_every_rank(value):
-    """Rank 0's value, on every rank."""
-    import torch.distributed as dist
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

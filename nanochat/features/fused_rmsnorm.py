@@ -1,4 +1,4 @@
-"""RMSNorm fused with the sum before it, one pass forward and one backward (nanochat/norms.py), on NVIDIA GPUs.
+"""RMSNorm fused with the sum before it, one pass forward and one backward (nanochat/kernels/norms.py), on NVIDIA GPUs.
 
 torch.compile fuses these by itself. On a CPU kernels of our own were nearly twice as fast as its when timed alone, and
 forward and backward of a model no faster for it (dev/LOG.md): there the flag changes nothing, and says so. On GPUs the
@@ -8,9 +8,9 @@ of it has been normed, so that it needs a second pass in any case.
 
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag
 from nanochat.common import print0
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.features.base import Feature
 
 
 class FusedRmsnorm(Feature):
@@ -26,7 +26,7 @@ class FusedRmsnorm(Feature):
         return config.features[cls.name].fused_rmsnorm
 
     def on_model(self, model, horizon) -> None:
-        from nanochat.norms import fused_add_norm, fused_mix_norm, kernels_for
+        from nanochat.kernels.norms import fused_add_norm, fused_mix_norm, kernels_for
         device = model.get_device().type
         if written_in := kernels_for(device):
             model.kernels.mix_norm, model.kernels.add_norm = fused_mix_norm, fused_add_norm

@@ -8,8 +8,8 @@ over memory. No product and no attention is computed twice. FP8 layers keep what
 
 from dataclasses import dataclass
 
-from nanochat.features import Feature
-from nanochat.flags import flag
+from nanochat.cli.flags import flag
+from nanochat.features.base import Feature
 
 
 class Recompute(Feature):

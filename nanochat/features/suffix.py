@@ -1,6 +1,6 @@
 """Dynamic suffix training: each step trains the top blocks that still matter; those below run forward only.
 
-The policy (nanochat/suffix_policy.py) decides before a step and is told its loss afterwards, so `active_start` is one
+The policy (nanochat/recipe/suffix_policy.py) decides before a step and is told its loss afterwards, so `active_start` is one
 number per optimizer step, whatever the micro-batches. Relevance is measured on the gradients of probe steps alone, which
 train everything anyway, and leaves the device in one transfer. Under torchrun every rank sees the same averaged
 gradients and loss and so decides the same.
@@ -9,11 +9,11 @@ gradients and loss and so decides the same.
 import statistics
 from dataclasses import dataclass
 
+from nanochat.cli.flags import flag
 from nanochat.common import UserError
-from nanochat.features import Feature
-from nanochat.flags import flag
-from nanochat.shape import flops_per_token, padded_vocab_size
-from nanochat.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
+from nanochat.features.base import Feature
+from nanochat.recipe.shape import flops_per_token, padded_vocab_size
+from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
 
 EPSILON = 1e-12  # keeps the relevance of a block of zeros finite
 PARTS_KEPT = 32  # full steps whose parts are remembered

@@ -23,12 +23,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cli.paths import ROOT, child_environment, list_steps, step_dir
-from nanochat.common import Progress, UserError, format_duration, print0, write_atomic
+from nanochat.cli.paths import child_environment, list_steps, step_dir
+from nanochat.common import ROOT, Progress, UserError, format_duration, print0
 from nanochat.lab.claim import Claim, held
 from nanochat.lab.plan import horizon_of
 from nanochat.lab.rows import config_of, make_row, read_result, write_csv
-from nanochat.metrics import git_state
+from nanochat.runtime.files import write_atomic
+from nanochat.runtime.provenance import git_state
 from nanochat.tokenizer import FILE_NAME, get_tokenizer
 
 POLL = 1.0         # seconds between looks at a run, each a sign of life to the other workers

@@ -8,7 +8,8 @@ import re
 from datetime import date
 from pathlib import Path
 
-from nanochat.common import UserError, write_atomic
+from nanochat.common import UserError
+from nanochat.runtime.files import write_atomic
 
 PHASES = {"0": "baseline and target lock", "0.5": "tactical RMSNorm check", "1": "theory transfer", "2": "data and horizon",
           "3": "shape at fixed budget", "4": "support lane", "5": "miniseries"}

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanochat.common import format_table, print0, write_atomic
+from nanochat.common import format_table, print0
 from nanochat.lab import target
 from nanochat.lab.cells import Cell, Folder
 from nanochat.lab.decide import (
@@ -26,7 +26,8 @@ from nanochat.lab.plan import Variant, interleaved, matched, pilot, shorter
 from nanochat.lab.report import write_report
 from nanochat.lab.rows import config_of, write_csv
 from nanochat.lab.stats import t_quantile
-from nanochat.shape import scaling_params
+from nanochat.recipe.shape import scaling_params
+from nanochat.runtime.files import write_atomic
 
 CALIBRATION = (0.97, 0.94)  # shares of the horizon, beside the whole of it
 CALIBRATION_SEEDS = 3       # at most: from there on the seeds' own noise decides

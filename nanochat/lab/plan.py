@@ -19,8 +19,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.cli.paths import resolve as resolve_path
-from nanochat.common import UserError
+from nanochat.common import UserError, resolve as resolve_path
 from nanochat.lab.rows import config_of
 
 HERE = Path(__file__).parent
@@ -146,7 +145,7 @@ def resolve(variant: str, flags: list[str], baseline: list[str]) -> list[str]:
     """`flags` with those relative to the baseline's flags (`--name=xNUMBER`) replaced by values.
 
     A batch is rounded to what divides into micro-batches, which shrink for it; its learning rate and weight decay follow by
-    the transfer laws (nanochat/horizon.py). A data ratio carries along a number of steps that was given.
+    the transfer laws (nanochat/recipe/horizon.py). A data ratio carries along a number of steps that was given.
     """
     if not any(re.fullmatch(RELATIVE, flag.partition("=")[2]) for flag in flags):
         return flags

@@ -11,11 +11,12 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from nanochat.common import UserError, write_atomic
+from nanochat.common import UserError
 from nanochat.lab.charts import COLOURS, Dots, Lines, save
 from nanochat.lab.decide import good, number
 from nanochat.lab.rows import read_result, read_rows
 from nanochat.lab.stats import half_width
+from nanochat.runtime.files import write_atomic
 
 BPB = "validation (bits per byte)"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # holds the browser to it: nothing is fetched

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nanochat.common import UserError, format_table, write_atomic
-from nanochat.config import parse_config
+from nanochat.cli.flags import flag_name
+from nanochat.common import UserError, format_table
 from nanochat.features import FEATURES
-from nanochat.flags import flag_name
 from nanochat.lab.claim import held
+from nanochat.runtime.files import write_atomic
+from nanochat.training.config import parse_config
 
 SCHEMA_VERSION = 1
 PLAN_COLUMNS = (

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 
 from nanochat.cli.paths import list_steps
-from nanochat.common import UserError, print0, set_aside, write_atomic
+from nanochat.common import UserError, print0
+from nanochat.runtime.files import set_aside, write_atomic
 
 REPLACES = "replaces.txt"  # in a run under --overwrite, until it has weights: the name that the run before it has now
 OWN = re.compile(r"(config|result|trackers|eval_\d+)\.json|metrics\.jsonl|loss\.png|report\.html|replaces\.txt|tokenizer|"

@@ -1,0 +1,98 @@
+// Soft-capped cross-entropy of rows of logits, and its gradient written over them. For nanochat/kernels/cross_entropy.py, which has the
+// same in plain PyTorch. With u = exp(2 z / cap) and r = 1 / (1 + u), the capped logit is s = cap tanh(z / cap) = cap (1 - 2 r)
+// and its slope is 4 r (1 - r). As |s| <= cap, exp(s) neither overflows nor vanishes: a row needs no maximum, so that one pass
+// over it gives the sum of exp(s) and all of the gradient but the division by that sum.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bf16.h"
+
+namespace {
+
+// 2^x within 2e-7 of its size: 2^n by the exponent's bits, the rest by a polynomial fitted to 2^f for |f| <= 1/2.
+inline __m512 exp2_of(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(0.0013264727f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096715130f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555073358f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402224243f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931470037f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// 1 / (1 + u) of logits z. Beyond the clamp it is 0 or 1 to every bit that counts; a NaN passes through.
+inline __m512 r_of(__m512 z, float cap) {
+    __m512 x = _mm512_mul_ps(z, _mm512_set1_ps(2.0f * LOG2_E / cap));
+    x = _mm512_max_ps(_mm512_set1_ps(-60.0f), _mm512_min_ps(_mm512_set1_ps(60.0f), x));
+    const __m512 d = _mm512_add_ps(exp2_of(x), _mm512_set1_ps(1.0f));
+    const __m512 r = _mm512_rcp14_ps(d);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f)), r);  // a step of Newton's
+}
+
+inline __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline void store(float* p, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, x); }
+inline __mmask16 first(int64_t n) { return n >= LANES ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1; }
+
+// One row. `scratch` holds `vocab` numbers.
+template <typename T>
+float row_loss(T* logits, int64_t target, int64_t width, int64_t vocab, float cap, float scale, float* scratch) {
+    if (target < 0) {
+        std::fill_n(logits, width, T(0));
+        return 0.0f;
+    }
+    const __m512 log2_cap = _mm512_set1_ps(cap * LOG2_E);
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t i = 0; i < vocab; i += LANES) {
+        const __mmask16 mask = first(vocab - i);
+        const __m512 r = r_of(load(logits + i, mask), cap);
+        const __m512 e = exp2_of(_mm512_fnmadd_ps(_mm512_set1_ps(2.0f * cap * LOG2_E), r, log2_cap));
+        sums = _mm512_mask_add_ps(sums, mask, sums, e);
+        _mm512_mask_storeu_ps(scratch + i, mask, _mm512_mul_ps(e, _mm512_fnmadd_ps(r, r, r)));
+    }
+    const float sum = _mm512_reduce_add_ps(sums);
+    const float r = _mm512_cvtss_f32(r_of(load(logits + target, 1), cap));
+    const __m512 factor = _mm512_set1_ps(4.0f * scale / sum);
+    for (int64_t i = 0; i < width; i += LANES) {
+        const __m512 g = _mm512_maskz_loadu_ps(first(vocab - i), scratch + i);  // zero in the padding
+        store(logits + i, _mm512_mul_ps(g, factor), first(width - i));
+    }
+    store(logits + target, _mm512_set1_ps(4.0f * scale * (scratch[target] / sum - r * (1.0f - r))), 1);
+    return std::log(sum) - cap * (1.0f - 2.0f * r);
+}
+
+template <typename T>
+int64_t rows_loss(T* logits, const int64_t* targets, float* losses, int64_t rows, int64_t width, int64_t vocab, float cap,
+                  float scale) {
+    int64_t wrong = 0;
+#pragma omp parallel reduction(+ : wrong)
+    {
+        std::vector<float> scratch(vocab);
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            if (targets[row] < -1 || targets[row] >= vocab) {
+                ++wrong;
+                continue;
+            }
+            losses[row] = row_loss(logits + row * width, targets[row], width, vocab, cap, scale, scratch.data());
+        }
+    }
+    return wrong;
+}
+
+}  // namespace
+
+// logits (rows, width) in fp32 or bf16, of which the first `vocab` columns count; targets (rows,), -1 = ignored. Gives the
+// losses (rows,) in nats, zero where ignored, and writes the gradient of their sum, times `scale`, over the logits, zero
+// in the padding. Returns how many targets are no token; their rows are left alone.
+extern "C" int64_t loss_fp32(float* logits, const int64_t* targets, float* losses, int64_t rows, int64_t width, int64_t vocab,
+                             float cap, float scale) {
+    return rows_loss(logits, targets, losses, rows, width, vocab, cap, scale);
+}
+extern "C" int64_t loss_bf16(bf16* logits, const int64_t* targets, float* losses, int64_t rows, int64_t width, int64_t vocab,
+                             float cap, float scale) {
+    return rows_loss(logits, targets, losses, rows, width, vocab, cap, scale);
+}

@@ -1,0 +1,90 @@
+"""From one dial to a whole run: tokens, batch size, learning rate, weight decay and steps. Pure arithmetic, no torch.
+
+The reference point is d12, tuned by hand at B_ref = 2^19 tokens a step. From there:
+- tokens     D = ratio x (block matrices + lm_head)
+- batch      B = B_ref (D / D_ref)^0.383, the power law of arXiv 2505.13738, rounded to a power of two
+- LR         x sqrt(B / B_ref): the usual square-root rule, derived for AdamW, assumed to hold for Muon
+- decay      x sqrt(B / B_ref) x D_ref / D, which keeps tau = B / (eta lambda D) constant (arXiv 2405.13698);
+             again derived for AdamW
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from nanochat.recipe.shape import GPTConfig, flops_per_token, scaling_params, shape_of_depth
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19  # tokens
+BATCH_EXPONENT = 0.383
+DEFAULT_RATIO = 12.0     # tokens per scaling parameter, where none is given
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """What a run will do. Batch sizes are in tokens over all ranks; multipliers include the user's."""
+    num_iterations: int
+    total_batch_size: int
+    grad_accum_steps: int
+    lr_scale: float
+    weight_decay: float
+    target_tokens: int
+    flops_per_token: int
+    reason: str  # what set num_iterations
+
+    @property
+    def total_tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+    @property
+    def total_flops(self) -> float:
+        return float(self.flops_per_token) * self.total_tokens
+
+
+def nearest_batch_sizes(total: int, micro: int) -> str:
+    """In words, the multiples of `micro` on either side of `total`, for the message that refuses it."""
+    below, above = total // micro * micro, -(-total // micro) * micro
+    return f"{below:,} or {above:,}" if below and below != above else f"{above:,}"
+
+
+def predicted_batch(tokens: float, reference_tokens: float) -> float:
+    """The predicted optimal batch B_opt in tokens, before rounding."""
+    return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
+
+
+def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int = 1, total_batch_size: int = -1,
+                 num_iterations: int = -1, target_flops: float = -1.0, target_param_data_ratio: float = DEFAULT_RATIO,
+                 weight_decay: float = 0.28, batch_multiplier: float = 1.0, lr_multiplier: float = 1.0,
+                 wd_multiplier: float = 1.0) -> Horizon:
+    """The horizon of a run; of `num_iterations`, `target_flops` and the ratio the first that is positive counts.
+
+    ValueError, with the nearest that would do, where `total_batch_size` is not a whole number of micro-batches.
+    """
+    ratio = target_param_data_ratio if target_param_data_ratio > 0 else DEFAULT_RATIO
+    reference = replace(shape_of_depth(REFERENCE_DEPTH), vocab_size=config.vocab_size)
+    tokens, reference_tokens = ratio * scaling_params(config), ratio * scaling_params(reference)
+    micro = device_batch_size * config.sequence_len * world_size
+
+    if total_batch_size > 0:
+        if total_batch_size % micro:
+            raise ValueError(
+                f"--total-batch-size {total_batch_size:,} is not a whole number of micro-batches of {micro:,} tokens "
+                f"({device_batch_size} rows x {config.sequence_len} tokens x {world_size} ranks): "
+                f"use {nearest_batch_sizes(total_batch_size, micro)}, or change --device-batch-size.")
+        batch = total_batch_size
+    else:
+        predicted = 2 ** round(math.log2(predicted_batch(tokens, reference_tokens))) * batch_multiplier
+        batch = max(1, round(predicted / micro)) * micro
+
+    flops = flops_per_token(config)
+    if num_iterations > 0:
+        steps, reason = num_iterations, "--num-iterations"
+    elif target_flops > 0:
+        steps, reason = max(1, round(target_flops / (flops * batch))), "--target-flops"
+    else:
+        steps, reason = max(1, int(tokens // batch)), "--target-param-data-ratio"
+    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+    return Horizon(
+        num_iterations=steps, total_batch_size=batch, grad_accum_steps=batch // micro,
+        lr_scale=batch_scale * lr_multiplier,
+        weight_decay=weight_decay * batch_scale * (reference_tokens / tokens) * wd_multiplier,
+        target_tokens=int(tokens), flops_per_token=flops, reason=reason)

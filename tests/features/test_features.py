@@ -1,0 +1,208 @@
+"""Rooms: every one, switched off, changes no bit of a run; switched on, it survives a kill and a resume. And the hooks of
+the protocol are called where they say, shown by a room of the test's own that trains suffixes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.cli.flags import flag
+from nanochat.common import UserError
+from nanochat.features import FEATURES, Feature
+from nanochat.training.build import Run
+from nanochat.training.config import parse_config
+from nanochat.training.loop import run_to_the_end
+from nanochat.training.records import read_metrics
+from processes import anew
+
+ROOT = Path(__file__).parents[2]
+SWITCHED_ON = {
+    "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
+    "bf16_momentum": ["--no-compile", "--bf16-momentum"],
+    "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
+    "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
+    "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
+    "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
+    "compile_cache": ["--compile", "--compile-cache-dir={tmp}", "--depth=1", "--aspect-ratio=32"],
+    "recompute": ["--compile", "--recompute-activations", "--depth=1", "--aspect-ratio=32"],
+    "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
+               "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0",
+               "--dyn-final-full-frac=0.13", "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
+}  # flags that switch each room on
+STEPS = 8
+
+
+class Alternate(Feature):
+    """Trains the upper half on odd steps, counts what it sees, and keeps a state that decides the next step."""
+    name = "alternate"
+
+    @dataclass
+    class Config:
+        """Alternate"""
+        alternate_from: int = flag(-1, "first step on which only the upper half may be trained; -1 is off")
+
+    @classmethod
+    def enabled(cls, config):
+        return config.features[cls.name].alternate_from >= 0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.frozen, self.evaluations, self.gradients = False, 0, []
+
+    def on_model(self, model, horizon):
+        self.half = model.config.n_layer // 2
+
+    def before_step(self, step):
+        self.frozen = not self.frozen and step >= self.config.alternate_from
+        return {"active_start": self.half if self.frozen else 0}
+
+    def after_backward(self, model, step):
+        self.gradients.append([block.mlp.c_fc.weight.grad is not None for block in model.transformer.h])
+
+    @contextmanager
+    def eval_context(self, model):
+        self.evaluations += 1
+        yield
+
+    def metrics(self):
+        return {"step_kind": "suffix" if self.frozen else "full", "active_start": self.half if self.frozen else 0,
+                "active_layers": self.half if self.frozen else 2 * self.half}
+
+    def summary(self):
+        return {"schedule": "alternate"}
+
+    def state_dict(self):
+        return {"frozen": self.frozen}
+
+    def load_state_dict(self, state):
+        self.frozen = state["frozen"]
+
+
+ROOMS = (*FEATURES, Alternate)
+SWITCHED_ON["alternate"] = ["--no-compile", "--alternate-from=3"]
+
+
+def train(base, tag, *extra, rooms=ROOMS):
+    argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 "
+            f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
+            f"--data={base / 'text'} --model-tag={tag}").split()
+    run = Run(parse_config(rooms, anew([*argv, *extra])), rooms)
+    assert run_to_the_end(run) == 0
+    return run
+
+
+def final_bytes(run):
+    return [(run.run_dir / f"step_{STEPS:06d}" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+
+
+def steps_of(run):
+    rows = read_metrics(run.run_dir / "metrics.jsonl")
+    return [(r["step"], r["loss"], r["step_kind"], r["active_start"]) for r in rows if r["loss"] is not None]
+
+
+def test_every_room_is_tested_here():
+    assert set(SWITCHED_ON) == {room.name for room in ROOMS}
+
+
+@pytest.fixture(scope="module")
+def all_off(base):
+    """A run that has every room and switches none on."""
+    return train(base, "all-off", "--no-compile")
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
+def test_switched_off_it_changes_no_bit(base, room, all_off):
+    without = train(base, "without", "--no-compile", rooms=tuple(r for r in ROOMS if r is not room))
+    assert steps_of(without) == steps_of(all_off) and final_bytes(without) == final_bytes(all_off)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
+def test_switched_on_it_survives_a_resume(base, room, tmp_path):
+    on = [f.format(tmp=tmp_path) for f in SWITCHED_ON[room.name]]
+    whole = train(base, f"whole-{room.name}", *on)
+    halved = whole.run_dir.with_name(f"halved-{room.name}")
+    shutil.copytree(whole.run_dir, halved)
+    for step in (6, STEPS):
+        shutil.rmtree(halved / f"step_{step:06d}")
+    resumed = train(base, halved.name, *on, "--resume-from-step=latest")
+    assert resumed.first_step == 3
+    assert steps_of(resumed) == steps_of(whole) and final_bytes(resumed) == final_bytes(whole)
+
+
+def test_hooks_are_called_where_they_say(base):
+    run = train(base, "hooks", *SWITCHED_ON["alternate"])
+    room = run.features.rooms[-1]
+    assert [row[2:] for row in steps_of(run)] == [("full", 0)] * 3 + [("suffix", 2), ("full", 0)] * 2 + [("suffix", 2)]
+    assert room.gradients == [[True] * 4] * 3 + [[False, False, True, True], [True] * 4] * 2 + [[False, False, True, True]]
+    assert room.evaluations == 3 + 3  # evaluations at 0, 4 and 8; checkpoints at 3, 6 and 8
+    assert json.loads((run.run_dir / "result.json").read_text())["schedule"] == "alternate"
+
+
+def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
+    """Between the checkpoints of steps 3 and 4 only the upper half was trained."""
+    from nanochat.checkpoint_manager import load_checkpoint
+    run = train(base, "frozen", *SWITCHED_ON["alternate"], "--save-every=1")
+    (before, state_before, _), (after, state_after, _) = (load_checkpoint(run.run_dir, step) for step in (3, 4))
+    for name in before:
+        frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear",
+                                  "x0_lambdas", "resid_lambdas"))
+        changed = not torch.equal(before[name], after[name])
+        assert changed != frozen, name
+        for key in (k for k in state_before if k.startswith(name + "/")):
+            assert not frozen or torch.equal(state_before[key], state_after[key]), key
+
+
+@pytest.mark.slow
+def test_deferring_changes_no_number_and_no_row(base, all_off):
+    """Nor beside a schedule that decides by the last loss, which is then read at once."""
+    def rows(run):
+        timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
+        return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(run.run_dir / "metrics.jsonl")]
+    for other in (["--no-compile"], SWITCHED_ON["suffix"]):
+        at_once = all_off if other == ["--no-compile"] else train(base, "at-once", *other)
+        later = train(base, "later", *other, "--deferred-loss-logging")
+        assert rows(at_once) == rows(later) and final_bytes(at_once) == final_bytes(later)
+        assert later.features.defers == (other == ["--no-compile"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", ([], ["--chunked-ce"], SWITCHED_ON["suffix"],
+                                    ["--fp8", "--fp8-emulate", "--fp8-min-dim=16", "--fp8-include-regex=mlp"]), ids=str)
+def test_casting_once_changes_no_bit(base, others):
+    """Beside other rooms too; and each layer that multiplies in bf16 is one of these, none where nothing needs a cast."""
+    flags = ["--no-compile", "--dtype=bfloat16", *others]
+    each, once = train(base, "cast-each", *flags), train(base, "cast-once", *flags, "--cast-once")
+    assert steps_of(each) == steps_of(once) and final_bytes(each) == final_bytes(once)
+    kinds = [type(layer).__name__ for layer in once.model.linears().values()]
+    assert "Linear" not in kinds and kinds.count("CastOnceLinear") == len(kinds) - kinds.count("Float8Linear") > 0
+    if not others:
+        in_fp32 = train(base, "cast-none", "--no-compile", "--dtype=float32", "--cast-once")
+        assert {type(layer).__name__ for layer in in_fp32.model.linears().values()} == {"Linear"}
+
+
+@pytest.mark.slow
+def test_the_compile_cache_serves_another_process(base, tmp_path):
+    """The second process finds the first one's graphs: it compiles no C++ of its own."""
+    argv = ["--depth=1", "--head-dim=24", "--aspect-ratio=24", "--max-seq-len=16", "--device-batch-size=2",
+            "--total-batch-size=32", "--num-iterations=1", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1",
+            "--device-type=cpu", f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
+    libraries = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *anew(argv)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        libraries.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.so")})
+    assert libraries[0] and libraries[0] == libraries[1]
+
+
+def test_a_compile_cache_that_cannot_be_written_is_refused(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Choose another place"):
+        train(base, "uncached", "--compile", f"--compile-cache-dir={tmp_path / 'file' / 'cache'}")

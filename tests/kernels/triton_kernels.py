@@ -1,0 +1,34 @@
+"""How Triton kernels are tried without a GPU: run by its interpreter, and compiled to PTX. In a process of their own, as
+Triton reads its environment when it is first imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+"""
+
+
+def interpreted(code: str) -> None:
+    """Run `code`, which ends in print("equal"), with the kernels it calls interpreted."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernels are not run here")
+    done = _python(code, TRITON_INTERPRET="1")
+    assert done.stdout == "equal\n", done.stderr
+
+
+def compiled_for_hopper(code: str) -> str:
+    """What `code` prints; it finds GPUTarget, ASTSource and compile imported."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
+    done = _python(COMPILER + code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)

@@ -1,0 +1,179 @@
+"""The lab for real, on small but whole runs: compared, crashed, diverged, stopped, shared, killed and resumed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.lab.rows import read_csv
+from nanochat.training.records import read_metrics
+
+ROOT = Path(__file__).parents[2]
+PROFILE = """# A few seconds a run, most of them Python's imports.
+--device-type=cpu --no-compile --dtype=float32 --data={text} --vocab-size=300
+--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --window-pattern=L --device-batch-size=4 --total-batch-size=128
+--num-iterations=12 --warmup-steps=2 --lr-multiplier=20
+--eval-every=6 --eval-tokens=512 --core-metric-every=-1 --sample-every=-1
+"""
+
+
+@pytest.fixture(scope="module")
+def out(base):
+    (base / "tiny.flags").write_text(PROFILE.format(text=base / "text"))
+    return base / "experiment"
+
+
+def start(base, *argv):
+    command = [sys.executable, "-m", "scripts.lab", *map(str, argv), f"--profile={base / 'tiny.flags'}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)})
+
+
+def lab(base, *argv):
+    process = start(base, *argv)
+    said, _ = process.communicate(timeout=900)
+    return process.returncode, said
+
+
+def rows(folder, variant=None):
+    return [row for row in read_csv(folder / "runs.csv") if variant in (None, row["variant"])]
+
+
+@pytest.fixture(scope="module")
+def compared(base, out):
+    """Four runs, which the other tests go on from: the same baseline is never trained twice. What they left, as it was then, lies
+    in `as-compared`."""
+    status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    shutil.copytree(out, base / "as-compared")
+    return status, said
+
+
+@pytest.mark.slow
+def test_a_comparison(compared, base):
+    (status, said), out = compared, base / "as-compared"
+    assert status == 0, said
+    assert re.fullmatch(r"verdict: (keep optional|reject|inconclusive) \(.+\)", said.splitlines()[-1])
+    assert [(r["variant"], r["seed"], r["status"]) for r in rows(out)] == [
+        ("baseline", "1", "ok"), ("candidate", "1", "ok"), ("candidate", "2", "ok"), ("baseline", "2", "ok")]
+    batches = {path.parent.name[:-9]: [row["batch_crc32"] for row in read_metrics(path)]
+               for path in (out / "cells").glob("*/metrics.jsonl")}
+    assert batches["baseline-s1"] == batches["candidate-s1"] != batches["baseline-s2"] == batches["candidate-s2"]
+    assert json.loads((out / "verdict.json").read_text())["line"] == said.splitlines()[-1]
+    assert "<img" in (out / "report.html").read_text()
+    cells = {path.name for path in (out / "cells").iterdir() if path.is_dir()}
+    kept = [path.name for path in (base / "lab").glob("text-*/base_checkpoints/*")]
+    assert len(cells) == 4 and not [name for name in kept if name.endswith(tuple(cells))]  # of runs that ended well none is kept
+
+
+@pytest.mark.slow
+def test_the_same_command_again_trains_nothing(compared, base, out):
+    before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")}
+    status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    assert status == 0 and said.splitlines()[-1] == compared[1].splitlines()[-1]
+    assert {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")} == before
+
+
+@pytest.mark.slow
+def test_candidates_that_crash_or_diverge_are_rows_and_rejects(compared, base, out):
+    for flags, ended in (("--val-data=/no/such/file", "failed"), ("--matrix-lr=1e38 --embedding-lr=1e38", "diverged")):
+        status, said = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", f"--out={out}")
+        assert status == 1 and said.splitlines()[-1].startswith("verdict: reject (no instability")
+        assert [r["status"] for r in rows(out, "candidate")[-2:]] == [ended] * 2
+        assert [r["status"] for r in rows(out, "baseline")] == ["ok", "ok"]
+
+
+@pytest.mark.slow
+def test_named_variants_are_rows_of_a_table_of_ones_own(compared, base, out):
+    """The first is the comparison's baseline, which is not trained again; the second ends before its first step."""
+    columns = "variant bpb=val_bpb:.3f compiled=compile:.0f val_data exit_code status"
+    status, said = lab(base, "run", "--variant", "baseline=", "bad=--val-data=/no/such/file", "--match=steps", "--seeds", 1,
+                       f"--columns={columns}", f"--out={out}")
+    bpb = float(rows(out, "baseline")[0]["val_bpb"])
+    table = [line.split() for line in said[said.index("\nvariant "):].splitlines()[1:4]]
+    assert status == 1 and table == ["variant bpb compiled val_data exit_code status".split(),
+                                     ["baseline", f"{bpb:.3f}", "0", "NA", "0", "ok"],
+                                     ["bad", "NA", "0", "/no/such/file", "2", "failed"]]
+    log = Path(re.search(r"^bad seed 1 failed: (.+)", said, re.MULTILINE)[1]).read_text()
+    assert log.startswith("+ ") and "scripts.base_train" in log.splitlines()[0] and "/no/such/file" in log.splitlines()[-1]
+    assert "[1/1] bad" in said
+
+
+@pytest.mark.slow
+def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out):
+    status, said = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    assert status == 0, said
+    resumed, = rows(out, "candidate-resumed")
+    assert resumed["killed_at"].startswith("step_0000") and resumed["status"] == "ok"
+    same, = [r for r in rows(out, "candidate") if r["seed"] == resumed["seed"] and r["warmdown_shape"] == "cosine"]
+    assert (resumed["final_loss"], resumed["val_bpb"]) == (same["final_loss"], same["val_bpb"])
+    assert re.search(r"^pass +resume", said, re.MULTILINE)
+    assert len(rows(out, "control")) == 2
+
+
+@pytest.mark.slow
+def test_a_against_a(compared, base, out):
+    status, said = lab(base, "noise", "--no-calibrate", f"--out={out}")
+    assert status == 0, said
+    again, baseline = rows(out, "again"), [r for r in rows(out, "baseline") if not r["killed_at"]]
+    assert [(r["seed"], r["val_bpb"]) for r in again] == [(r["seed"], r["val_bpb"]) for r in baseline]  # the same bits
+    card = json.loads((out / "noise.json").read_text())
+    assert card["pairs"] == 2 and card["same_seed_same_bits"] and card["a_against_a"]["decision"] != "promote"
+    assert card["control"]["decision"] != "promote" and card["control_as_candidate"]["decision"] == "reject"
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
+    out, template = base / "shared", base / "mine.json"
+    template.write_text(json.dumps({"variants": {"cosine": "--warmdown-shape=cosine"}}))
+    argv = ("sweep", template, "--baseline=--num-iterations=40 --save-every=5", "--no-calibrate", f"--out={out}")
+    stopped, other = start(base, *argv), start(base, *argv)
+    while not any((base / "lab").glob("text-*/base_checkpoints/*/step_*")) and stopped.poll() is None:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(300) == 130, stopped.stdout.read()
+    said, _ = other.communicate(timeout=900)
+    assert other.returncode == 0 and "verdict: inconclusive" in said.splitlines()[-1], said
+    assert sorted((r["variant"], r["seed"], r["status"], r["steps_done"]) for r in rows(out)) == [
+        (variant, seed, "ok", "40") for variant in ("baseline", "cosine") for seed in "12"]
+    begun = [len(re.findall(r"^\+ ", log.read_text(), re.MULTILINE)) for log in (out / "cells").glob("*/log.txt")]
+    assert len(begun) == 4 and sum(begun) <= 5  # only the run that was stopped was begun again
+    assert not list((out / "cells").glob("*.claim"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argv, says", [
+    (["compare", "--candidate=--no-such"], "--no-such"), (["compare"], "needs --candidate"), (["sweep"], "TEMPLATE"),
+    (["compare", "--candidate=--depth=3", "--seeds", "1", "1"], "twice"),
+    (["run", "--variant", "a b=--fp8"], "NAME"), (["run", "--variant", "a=", "a="], "twice"),
+    (["run", "--variant", "a=--no-such"], "a: unknown flag"), (["run", "--variant", "a=", "--candidate=--depth=3"], "not both"),
+    (["run", "--variant", "a=", "b=--num-iterations=5", "--match=time"], "--match free"),
+    (["run", "--control", "--horizons", ".5", ".6", ".7"], "--control is not for lab run"),
+    (["sweep", "B", "--match=time"], "--match is not for lab sweep"), (["noise", "--candidate=--fp8"], "not for lab noise"),
+    (["sweep", "Z"], "A-theory"), (["judge"], "not a command"),
+    (["miniseries", "--candidate=--fp8", "--depths", "4"], "--depths"),
+    (["compare", "--candidate=--warmdown-shape=linear"], "nothing to compare")])
+def test_a_wrong_command_line_is_one_message(base, argv, says):
+    process = subprocess.run([sys.executable, "-m", "scripts.lab", *argv], cwd=ROOT, capture_output=True, text=True,
+                             env={**os.environ, "NANOCHAT_BASE_DIR": str(base)})
+    assert process.returncode == 2 and says in process.stderr
+    assert process.stderr.startswith("error: ") and "Traceback" not in process.stderr
+
+
+def test_a_cycle_by_its_commands(base, tmp_path):
+    def cycle(*argv):
+        done = subprocess.run([sys.executable, "-m", "scripts.lab", "cycle", *argv, f"--file={tmp_path / 'c.json'}"], cwd=ROOT,
+                              capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    assert cycle("status")[0] == 2
+    assert cycle("start", "--name=one")[0] == 2  # a cycle declares its target first
+    assert cycle("start", "--name=one", "--target-metric-threshold=1.7")[0] == 0
+    status, said = cycle("phase", "--phase=0")
+    assert status == 0 and "val_bpb of 1.7" in said and re.search(r"^0 .* done$", said, re.MULTILINE)
+    assert cycle("phase", "--phase=9")[0] == 2
