@@ -1,18 +1,16 @@
-"""Does a refactor change a bit? Record tiny runs before it, and train them again after it.
+"""Does a refactor change the results? Record tiny runs before it, and train them again after it.
 
     python -m dev.golden --write /tmp/golden.json        # before
     python -m dev.golden --against /tmp/golden.json      # after: exit status 1, and a table, where anything differs
 
-Each run is a real `scripts.base_train`, uncompiled, on text that this file makes. Recorded are, of every step, the checksum of
-its tokens, the first block trained, loss and gradient norm; bits per byte of every evaluation; SHA-256 of the final weights and
-optimizer state. Bits depend on processor and torch, so a file is for the machine that wrote it, and is not committed.
+Each run is a real `scripts.base_train`, uncompiled, on generated text. The record has for every step the checksum of its tokens,
+the first block trained, loss and gradient norm; bits per byte of every evaluation; SHA-256 of the final weights and optimizer
+state. The last bits depend on processor and torch, so a record is valid on the machine that wrote it, and is not committed.
 """
 
-import hashlib
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from nanochat.cli.flags import flag, parse
 from nanochat.cli.paths import child_environment, list_steps, output_problem, step_dir
 from nanochat.cli.program import cli
 from nanochat.common import ROOT, UserError, format_table, print0, resolve
-from nanochat.runtime.files import write_atomic
+from nanochat.lab.processes import training_command
+from nanochat.runtime.files import file_digest, write_atomic
 from nanochat.training.records import read_metrics
 
 COMMON = ("--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=4 --total-batch-size=128 "
@@ -34,7 +33,7 @@ FP8 = "--fp8 --fp8-emulate --fp8-min-dim=16"
 CHUNKED = "--chunked-ce --ce-chunk-tokens=48"
 DEFERRED = "--deferred-loss-logging"
 ALL = f"{FP8} {CHUNKED} --bf16-momentum --cast-once --fused-rmsnorm --dtype=bfloat16"
-RUNS = {  # flags beside COMMON
+RUNS = {  # flags in addition to COMMON
     "plain": "",
     "dynamic-suffix": DYNAMIC,
     "static-suffix": "--block-update-schedule=static_suffix --static-active-layers=2",
@@ -42,10 +41,10 @@ RUNS = {  # flags beside COMMON
     "chunked": CHUNKED,
     "deferred": DEFERRED,
     "all": f"{ALL} {DEFERRED}",
-    "all-with-suffix": f"{ALL} {DYNAMIC}",  # whose decisions need each loss at once: nothing is left to defer
+    "all-with-suffix": f"{ALL} {DYNAMIC}",  # its decisions need each loss at once, so no loss is deferred
     "accumulated-fp32": "--dtype=float32 --device-batch-size=1",
     "two-ranks": "--device-batch-size=2",
-    "killed": "",  # with kill -9 after its first checkpoint, and resumed
+    "killed": "",  # by kill -9 after its first checkpoint, then resumed
 }
 COLUMNS = ("batch_crc32", "active_start", "loss", "grad_norm", "val_bpb")  # in the order in which a step decides them
 
@@ -71,7 +70,7 @@ def main() -> int:
         now = record_runs(flags.runs, Path(base))
     if flags.write:
         if failed := [f"{name}: {run['failed']}" for name, run in now.items() if "failed" in run]:
-            raise UserError("nothing is recorded, as these runs failed:\n  " + "\n  ".join(failed))
+            raise UserError("nothing was recorded, as these runs failed:\n  " + "\n  ".join(failed))
         write_atomic(resolve(flags.write), json.dumps(now, indent=1) + "\n")
         print0(f"written to {flags.write}")
         return 0
@@ -88,7 +87,7 @@ def read_record(path: str) -> dict:
 
 
 def record_runs(names: list[str], base: Path) -> dict[str, dict]:
-    """Train the runs of these names in the base directory `base`; a record of each."""
+    """Train these runs in the base directory `base`; a record of each."""
     records = {}
     for name in names:
         started = time.monotonic()
@@ -98,14 +97,12 @@ def record_runs(names: list[str], base: Path) -> dict[str, dict]:
 
 
 def record(name: str, base: Path, *more: str) -> dict:
-    """Train one run, with `more` flags; what it came to, by "step 3 loss" and the like. {"failed": its last words} if it does."""
+    """Train one run, with `more` flags; its record, with keys like "step 3 loss", or {"failed": its last line of output}."""
     text, folder = base / "text.txt", base / "base_checkpoints" / name
     if not text.exists():
-        text.write_text(made_up_text())
-    command = [sys.executable, "-m"]
-    if name == "two-ranks":
-        command += ["nanochat.runtime.launch", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["scripts.base_train", *COMMON.split(), *RUNS[name].split(), f"--data={text}", f"--model-tag={name}", *more]
+        text.write_text(generated_text())
+    flags = [*COMMON.split(), *RUNS[name].split(), f"--data={text}", f"--model-tag={name}", *more]
+    command = training_command(flags, processes=2 if name == "two-ranks" else 1)
     environment = child_environment(base) | {"OMP_NUM_THREADS": "1"}
     if name == "killed":
         victim = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -116,38 +113,37 @@ def record(name: str, base: Path, *more: str) -> dict:
             return {"failed": f"it ended with exit status {victim.returncode} before it could be killed"}
         command.append("--resume-from-step=latest")
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return outcome(folder) if done.returncode == 0 else {"failed": done.stdout.strip().rpartition("\n")[2]}
+    return record_of(folder) if done.returncode == 0 else {"failed": done.stdout.strip().rpartition("\n")[2]}
 
 
-def made_up_text() -> str:
-    """Some 100 000 characters of made-up words, few of which are frequent, the same everywhere."""
-    dice = random.Random(0)
-    words = ["".join(dice.choices("aeioubdfgklmnprst", k=dice.randint(1, 8))) for _ in range(400)]
+def generated_text() -> str:
+    """About 100 000 characters of random words with a skewed distribution, the same on every machine."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioubdfgklmnprst", k=rng.randint(1, 8))) for _ in range(400)]
     weights = [1 / (rank + 1) for rank in range(len(words))]
-    return "\n".join(" ".join(dice.choices(words, weights, k=12)) + "." for _ in range(1500))
+    return "\n".join(" ".join(rng.choices(words, weights, k=12)) + "." for _ in range(1500))
 
 
-def outcome(folder: Path) -> dict:
-    """The record of a run that has ended."""
+def record_of(folder: Path) -> dict:
+    """The record of a run that has ended: settings, metrics (floats as hex), digests."""
     result = json.loads((folder / "result.json").read_text())
     found = {name: result[name] for name in ("device", "torch_version", "dtype")}
     for row in sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"]):
         found |= {f"step {row['step']} {name}": value.hex() if isinstance(value, float) else value
                   for name in COLUMNS if (value := row[name]) is not None}
     final = step_dir(folder, list_steps(folder)[-1])
-    return found | {name: hashlib.sha256((final / f"{name}.safetensors").read_bytes()).hexdigest()
-                    for name in ("model", "optimizer")}
+    return found | {name: file_digest(final / f"{name}.safetensors") for name in ("model", "optimizer")}
 
 
 def differences(before: dict[str, dict], now: dict[str, dict]) -> list[dict]:
-    """A row for each run that differs, with the first thing in which it does."""
+    """A row for each run that differs, with its first difference."""
     rows = []
     for name, run in now.items():
-        differing = [what for what in {**run, **before[name]} if run.get(what) != before[name].get(what)]
+        differing = [key for key in {**run, **before[name]} if run.get(key) != before[name].get(key)]
         if differing:
-            what = differing[0]
-            rows.append({"run": name, "first difference": what, "before": str(before[name].get(what))[:24],
-                         "now": str(run.get(what))[:80], "differing": f"{len(differing)} of {len(run)}"})
+            key = differing[0]
+            rows.append({"run": name, "first difference": key, "before": str(before[name].get(key))[:24],
+                         "now": str(run.get(key))[:80], "differing": f"{len(differing)} of {len(run)}"})
     return rows
 
 

@@ -1,7 +1,7 @@
 """Import every module of nanochat and scripts:   python -m dev.import_all
 
-With the packages of an installation without extras (`pip install .`) that must work: others are imported where they are
-used. Exit status 1 where a module cannot be imported, with each named.
+This must work with the packages of an installation without extras (`pip install .`), as optional ones are imported where they
+are used. Exit status 1, with a list, where modules cannot be imported.
 """
 
 import importlib
@@ -21,7 +21,7 @@ def main() -> int:
     for name in found:
         try:
             importlib.import_module(name)
-        except Exception as e:  # whatever importing it raises is what is asked for
+        except Exception as e:  # any error of an import is what this looks for
             failed[name] = e
     for name, e in failed.items():
         print(f"{name}: {type(e).__name__}: {e}")

@@ -119,7 +119,7 @@ class CheckpointWriter:
 
     `save` returns as soon as the tensors are copied to host memory; a second one waits for the first. The copies are
     kept for the next time, so this costs as much host memory as a checkpoint has bytes. A checkpoint that cannot be
-    written is reported at once and training goes on, as stopping would save nothing: there is time to make room until
+    written is reported at once and training goes on, as stopping would save nothing: there is time to free disk space until
     the next one. If the last one could not be written, `close` raises its UserError.
 
     keep_last: how many of the run's own checkpoints to keep, besides the best by validation; -1 keeps all.
@@ -197,8 +197,8 @@ def delete_old(run_dir: Path, newest: int, keep_last: int, val_bpb: dict[int, fl
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def finish_what_was_killed(run_dir: Path) -> None:
-    """Undo or finish what a killed writer left half done. Only for who alone writes in this folder."""
+def recover_interrupted_writes(run_dir: Path) -> None:
+    """Undo or complete the writes of a process that was killed. Only for the process that holds the run's lock."""
     for hidden in run_dir.glob(".step_*.replaced"):
         target = run_dir / hidden.stem[1:]
         if target.exists():
@@ -210,13 +210,13 @@ def finish_what_was_killed(run_dir: Path) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def set_aside_later(run_dir: Path, step: int) -> None:
-    """Rename the checkpoints after `step` to NAME~1, NAME~2, ..., where a resume with other flags leads to another future."""
+def archive_later_checkpoints(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step` to NAME~1, NAME~2, ...: a resume with other flags trains other weights."""
     for later in (step_dir(run_dir, s) for s in list_steps(run_dir) if s > step):
         print0(f"{later.name} belongs to the run as it was: it is now {set_aside(later).name}")
 
 
-# ---- room on the disk
+# ---- disk space
 
 def total_bytes(tensors: dict) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -235,7 +235,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
 
 
-def check_room(run_dir: Path, one: int, count: int, rows: int) -> None:
+def check_disk_space(run_dir: Path, one: int, count: int, rows: int) -> None:
     """Before training: UserError where not even one of `count` checkpoints of `one` byte each fits beside `rows` of metrics;
     a note where fewer than two do, or fewer than will be written."""
     fit = (free_bytes(run_dir) - rows * ROW_BYTES) // max(one, 1)

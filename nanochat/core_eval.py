@@ -1,20 +1,20 @@
-"""CORE: one number for what a base model can do, the mean over 22 tasks of DCLM (arXiv 2406.11794).
+"""The CORE metric of a base model: the mean over 22 tasks of DCLM (arXiv 2406.11794).
 
-Every task is a list of questions that a base model answers by likelihood alone, after a few solved examples:
+A task is a list of questions, which the model answers by likelihood after a few solved examples (few-shot):
 - multiple_choice: one question, several answers; the answer whose tokens have the lowest mean loss is chosen.
-- schema: several contexts, one continuation (Winograd: who is "it"?); the context that makes it likeliest is chosen.
-- language_modeling: the model must continue the context exactly, token by token, as its own likeliest choice.
+- schema: several contexts, one continuation (Winograd: who is "it"?); the context under which it has the lowest loss is chosen.
+- language_modeling: every token of the continuation must be the model's most likely one.
 
-Tasks differ in how far guessing gets, so each accuracy is centered, (accuracy - baseline) / (1 - baseline): 0 is
-guessing, 1 is perfect. CORE is the plain mean of the centered accuracies.
+Random guessing scores differently in each task, so accuracies are centered: (accuracy - baseline) / (1 - baseline) is 0 for
+guessing and 1 for perfect answers. CORE is the mean of the centered accuracies.
 
-The bundle is a folder:
+The eval bundle is a folder:
     core.yaml            icl_tasks: [{label, icl_task_type, dataset_uri, num_fewshot: [n], continuation_delimiter}, ...]
     eval_meta_data.csv   columns "Eval Task" (the label) and "Random baseline" (in percent), and others
     eval_data/           one .jsonl per dataset_uri
 
-Order of the questions, choice of the solved examples and form of the prompts are those of nanochat, so that its
-published figures can be compared with ours.
+The order of questions, the choice of solved examples and the prompts are those of the public nanochat, so results can be compared
+with its published numbers.
 """
 
 import csv
@@ -36,31 +36,31 @@ from nanochat.common import Progress, UserError, get_base_dir, print0, resolve
 from nanochat.runtime.distributed import all_reduce_sum, broadcast_object, on_main_rank_first, rank_and_world_size
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-CONNECT_TIMEOUT = 10.0       # seconds without an answer before the network counts as absent
-MAX_UNPACKED = 4 * 2**30     # bytes: a zip that says it holds more is no eval bundle
-FORWARD_TOKENS = 8192        # positions per forward pass, padding included: bounds the memory of the logits
+CONNECT_TIMEOUT = 10.0       # seconds
+MAX_UNPACKED = 4 * 2**30     # bytes: a larger zip is not the eval bundle
+FORWARD_TOKENS = 8192        # tokens per forward pass, with padding: limits the memory of the logits
 DATA_SEED, FEWSHOT_SEED = 1337, 1234
 
 
 class CoreUnavailable(UserError):
-    """There is no usable eval bundle here and none can be fetched. Training and other evaluations go on without it."""
+    """There is no usable eval bundle and none can be downloaded. Training and other evaluations continue without CORE."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The bundle
 
 def find_bundle(bundle_dir: str | Path | None = None, url: str = BUNDLE_URL) -> Path:
-    """The folder of the eval bundle: `bundle_dir`, or `$NANOCHAT_BASE_DIR/eval_bundle`, downloaded if it is not there.
+    """The folder of the eval bundle: `bundle_dir`, or `$NANOCHAT_BASE_DIR/eval_bundle`, which is downloaded if missing.
 
-    Raises CoreUnavailable, within seconds where there is no network. Under torchrun rank 0 does the work, and all ranks
-    must call.
+    Under torchrun all ranks must call it; rank 0 does the work.
+    Raises: CoreUnavailable, within seconds if there is no network.
     """
     outcome = [None, None]
 
     def find() -> None:
         try:
             outcome[0] = _find_bundle(bundle_dir, url)
-        except UserError as e:  # the other ranks wait for an answer, so a failure is one too
+        except UserError as e:  # pass the error on to the other ranks, which wait for the result
             outcome[1] = str(e)
     on_main_rank_first(find, others=lambda: None)  # a download may take longer than a collective waits
     folder, trouble = broadcast_object(outcome)
@@ -81,7 +81,7 @@ def _find_bundle(bundle_dir, url: str) -> Path:
 
 
 def _download_bundle(url: str, folder: Path) -> None:
-    """Fetch the zip, unpack it beside `folder`, then rename: a half-written bundle never has the final name."""
+    """Download and unpack the zip beside `folder`, then rename: an incomplete bundle never has the final name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".eval_bundle_", dir=folder.parent) as scratch:
         archive, unpacked = Path(scratch) / "bundle.zip", Path(scratch) / "unpacked"
@@ -112,7 +112,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unzip, refusing a member that would land outside `folder` (or be a link that could lead there)."""
+    """Unzip into `folder`. Raises: CoreUnavailable for a damaged archive, or a member whose path or link leads outside."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             members = zipped.infolist()
@@ -130,7 +130,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def load_tasks(bundle: Path) -> list[dict]:
-    """The bundle's tasks as dicts: label, type, path (of the questions), num_fewshot, delimiter, baseline (a share)."""
+    """The tasks of a bundle as dicts: label, type, path (of the questions), num_fewshot, delimiter, baseline (from 0 to 1)."""
     try:
         import yaml
     except ImportError:
@@ -156,7 +156,7 @@ def load_tasks(bundle: Path) -> list[dict]:
 
 
 def load_questions(path: Path, max_per_task: int = -1) -> list[dict]:
-    """The task's questions, shuffled in a fixed order before `max_per_task` (-1: all) are taken."""
+    """The questions of a task, shuffled with a fixed seed; the first `max_per_task` of them, or all (-1)."""
     try:
         with open(path, encoding="utf-8") as file:
             questions = [json.loads(line) for line in file if line.strip()]
@@ -169,7 +169,7 @@ def load_questions(path: Path, max_per_task: int = -1) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a question to rows of tokens and the span of each that is scored
+# Prompts: from a question to rows of tokens and the span of each row that is scored
 
 def _solved(examples: list[str]) -> str:
     return "".join(example + "\n\n" for example in examples)
@@ -186,8 +186,8 @@ def _schema(question: dict, fewshot: list[dict], delimiter: str) -> list[str]:
 
 
 def _language_modeling(question: dict, fewshot: list[dict], delimiter: str) -> list[str]:
-    """[without, with] the continuation. The former is stripped: a space at its end would be a token of its own, while
-    in the latter that space belongs to the first word of the continuation."""
+    """[prompt, prompt + continuation]. The prompt alone is stripped: a space at its end would be a separate token, but belongs to
+    the first word of the continuation."""
     head = _solved([e["context"].strip() + delimiter + e["continuation"] for e in fewshot])
     prompt = head + question["context"].strip() + delimiter
     return [prompt.strip(), prompt + question["continuation"]]
@@ -197,23 +197,23 @@ RENDER = {"multiple_choice": _multiple_choice, "schema": _schema, "language_mode
 
 
 def pick_fewshot(questions: list[dict], index: int, n: int) -> list[dict]:
-    """`n` solved examples for question `index`: always the same ones, and never the question itself."""
+    """`n` solved examples for question `index`: always the same, never the question itself."""
     others = range(len(questions) - 1)  # positions in the list without question `index`
     picked = random.Random(FEWSHOT_SEED + index).sample(others, min(n, len(others)))
     return [questions[i + (i >= index)] for i in picked]
 
 
 def common_prefix(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """Number of tokens at the start that all rows share."""
     shortest = min(map(len, rows))
     return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
 
 
 def rows_and_spans(question: dict, fewshot: list[dict], task: dict, tokenizer, max_len: int | None):
-    """[(tokens, start, end), ...]: the rows that decide the question, and which of their tokens are scored.
+    """The rows of a question and their scored spans: [(tokens, start, end), ...].
 
-    A row longer than `max_len` loses tokens on the left, where the solved examples are. A span holds at least one
-    token and never the first of a row, for which there is no prediction.
+    A row longer than `max_len` is cropped on the left, where the solved examples are. A span has at least one token and never
+    the first of a row, which has no prediction.
     """
     prompts = RENDER[task["type"]](question, fewshot, task["delimiter"])
     rows = tokenizer(prompts, prepend=tokenizer.get_bos_token_id())
@@ -223,7 +223,7 @@ def rows_and_spans(question: dict, fewshot: list[dict], task: dict, tokenizer, m
         shared = common_prefix([row[::-1] for row in rows])
         starts = [len(row) - shared for row in rows]
     else:
-        starts = [common_prefix(rows)]  # the whole of the first row, unless the tokens merge across the seam
+        starts = [common_prefix(rows)]  # the first row's length, unless a token spans the boundary
         rows = rows[1:]
     spans = []
     for row, start in zip(rows, starts, strict=True):
@@ -237,8 +237,7 @@ def rows_and_spans(question: dict, fewshot: list[dict], task: dict, tokenizer, m
 # Scoring
 
 def prepare(questions: list[dict], indices: Iterable[int], task: dict, tokenizer, max_len: int | None):
-    """Yield (spans, gold) per question: its rows and spans, and the index of the right row, or None where the one row
-    has to be predicted token by token."""
+    """Yield (spans, gold) per question: its rows and spans, and the index of the correct row (None for language_modeling)."""
     for index in indices:
         question = questions[index]
         try:
@@ -251,7 +250,7 @@ def prepare(questions: list[dict], indices: Iterable[int], task: dict, tokenizer
 
 
 def batched(prepared: Iterable[tuple]) -> Iterator[list[tuple]]:
-    """Consecutive questions in groups for one forward pass, of at most FORWARD_TOKENS positions with the padding."""
+    """Group consecutive questions into batches of at most FORWARD_TOKENS tokens with padding."""
     batch, rows, longest = [], 0, 0
     for spans, gold in prepared:
         length = max(len(row) for row, _, _ in spans)
@@ -265,45 +264,46 @@ def batched(prepared: Iterable[tuple]) -> Iterator[list[tuple]]:
 
 
 @torch.no_grad()
-def count_right(model, batch: list[tuple], device, pad: int) -> int:
-    """How many questions of `batch` are answered rightly; padded on the right, where a causal model cannot look."""
+def count_correct(model, batch: list[tuple], device, pad: int) -> int:
+    """Number of correct answers in a batch. Rows are padded on the right, which a causal model does not see."""
     rows = [row for spans, _ in batch for row, _, _ in spans]
     ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, :len(row)] = torch.tensor(row)
-    row_logits = iter(model(ids.to(device)))  # of (T, V) each
-    verdicts = []
+    row_logits = iter(model(ids.to(device)))  # (T, V) per row
+    correct = []
     for spans, gold in batch:
-        losses = []  # per row: the mean loss of its span, or the share of its tokens that are not the likeliest
+        losses = []  # per row: mean loss of its span; for language_modeling, share of tokens that are not the most likely
         for row, start, end in spans:
-            logits = next(row_logits)[start - 1:end - 1]              # (n, V): those at t predict token t + 1
-            wanted = torch.tensor(row[start:end], device=device)      # (n,)
-            losses.append((logits.argmax(dim=-1) != wanted).float().mean() if gold is None
-                          else F.cross_entropy(logits, wanted))
+            logits = next(row_logits)[start - 1:end - 1]              # (n, V): logits at t predict token t + 1
+            targets = torch.tensor(row[start:end], device=device)     # (n,)
+            losses.append((logits.argmax(dim=-1) != targets).float().mean() if gold is None
+                          else F.cross_entropy(logits, targets))
         losses = torch.stack(losses)
-        verdicts.append(losses[0] == 0 if gold is None else losses.argmin() == gold)
-    return int(torch.stack(verdicts).sum())
+        correct.append(losses[0] == 0 if gold is None else losses.argmin() == gold)
+    return int(torch.stack(correct).sum())
 
 
 def evaluate_task(model, tokenizer, device, task: dict, questions: list[dict]) -> float:
-    """Accuracy on one task. Rank r of n takes the questions r, r + n, ...; every rank gets the result."""
+    """Accuracy on one task, the same on every rank. Rank r of n answers the questions r, r + n, ..."""
     rank, world_size = rank_and_world_size()
     mine = range(rank, len(questions), world_size)
     progress = Progress(f"  {task['label']}", total=len(mine), unit=" questions")
-    right = torch.zeros(1, device=device)
+    correct = torch.zeros(1, device=device)
     max_len = getattr(model, "max_seq_len", None)
     for batch in batched(prepare(questions, mine, task, tokenizer, max_len)):
-        right += count_right(model, batch, device, pad=tokenizer.get_bos_token_id())
+        correct += count_correct(model, batch, device, pad=tokenizer.get_bos_token_id())
         progress.update(len(batch))
     progress.close()
-    return all_reduce_sum(right).item() / len(questions)
+    return all_reduce_sum(correct).item() / len(questions)
 
 
 def evaluate_core(model, tokenizer, device, max_per_task: int = -1, bundle_dir: str | Path | None = None) -> dict:
-    """CORE of `model`, which gives logits (B, T, V) for ids (B, T); -1 takes every question of every task.
+    """The CORE metric of `model`: a function from ids (B, T) to logits (B, T, V).
 
+    max_per_task: questions per task; -1 takes all.
     Returns `results` {label: accuracy}, `centered_results` {label: centered accuracy} and `core_metric`, their mean.
-    Raises CoreUnavailable where there is no bundle. Call it within `nanochat.runtime.device.evaluation(model)`.
+    Raises: CoreUnavailable if there is no bundle. Call it within `nanochat.runtime.device.evaluation(model)`.
     """
     tasks = load_tasks(find_bundle(bundle_dir))
     results, centered = {}, {}

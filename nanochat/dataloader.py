@@ -1,17 +1,17 @@
-"""From documents to batches: rows that are full and begin with BOS, in an order that is a function, not a state.
+"""Batches from documents: full rows that begin with BOS, in an order that is a function of (seed, step), so without state.
 
-A row has row_len + 1 tokens, inputs and targets overlapping. The plain ways to make rows waste: rows cut from one long
-stream begin in mid-document, padding leaves holes, cropping what does not fit throws text away (about a third of it at
-2048 tokens). Here documents are packed best-fit: a row takes the longest document that still fits, again and again,
-and where none fits, one is cut so that the row is exactly full. What was cut off goes on in a later row, with a BOS in
-front (cf. "Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
+A row has row_len + 1 tokens: inputs and targets overlap. Simple ways to make rows waste tokens: rows cut from one long stream
+start in the middle of a document, padding wastes positions, and cropping drops text (about a third of it at 2048 tokens). Here
+documents are packed best-fit: a row takes the longest document that still fits, again and again; if none fits, one is cut so
+that the row is exactly full. The rest of a cut document continues in a later row, with a BOS in front (compare "Fewer
+Truncations Improve Language Modeling", arXiv 2404.10830).
 
-An epoch is a permutation of the documents drawn from (seed, epoch). Consecutive ones form groups of about four million
-tokens; each is packed by itself, into a number of rows that follows from its length alone, and its rows are shuffled.
-So any row of a run is found without making the rows before it, and a batch depends on nothing but (seed, step, rank,
-world size): there is nothing to save, and nothing to lose on resuming.
+An epoch is a permutation of the documents, drawn from (seed, epoch). Consecutive documents form groups of about four million
+tokens. Each group is packed separately, its number of rows follows from its length alone, and its rows are shuffled. So any row
+of a run can be computed without the rows before it, and a batch depends only on (seed, step, rank, world size): there is nothing
+to save for a resume.
 
-The tokens that are lost are those that the added BOS push out of a group's last row: about one in row_len.
+The only lost tokens are those that the added BOS push out of a group's last row: about one in row_len.
 """
 
 import zlib
@@ -27,21 +27,21 @@ from nanochat.common import UserError
 from nanochat.dataset import Split
 
 GROUP_TOKENS = 2**22
-GROUPS_KEPT = 4  # packed groups in memory: the rows of a step may lie in two of them
-PREFETCH = 2  # batches made ahead of the training step
+GROUPS_KEPT = 4  # packed groups in memory; the rows of a step may be in two of them
+PREFETCH = 2  # batches prepared ahead of the training step
 
 
 # ---- packing
 
 def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pack documents of these lengths into `lengths.sum() // row_tokens` rows, each exactly full.
+    """Pack documents of these lengths best-fit into `lengths.sum() // row_tokens` rows, each exactly full.
 
-    Returns pieces, (n, 3) int64 of [document, start, count], and first, (rows + 1,): row r is made of
-    pieces[first[r]:first[r + 1]]. The tokens of a piece are a BOS and then the document's from start + 1 on, `count` in
-    all. At start 0 that is the document's own BOS; further on it stands for the last token of the piece before.
+    Returns pieces, (n, 3) int64 of [document, start, count], and first, (rows + 1,): row r consists of
+    pieces[first[r]:first[r + 1]]. The tokens of a piece are a BOS and then the document's tokens from start + 1 on, `count` in
+    total. At start 0 the BOS is the document's own; in a later piece it replaces the last token of the previous piece.
     """
-    pool = [[] for _ in range(row_tokens + 1)]  # pieces by length; the last list also has all that are longer
-    lengths_there = 0  # bit n is set while pool[n] has pieces, so "the longest that fits" is one look at the bits
+    pool = [[] for _ in range(row_tokens + 1)]  # pieces by length; the last list also has all longer ones
+    lengths_there = 0  # bit n is set if pool[n] is not empty, so "the longest that fits" is the highest set bit
 
     def put(document: int, start: int, count: int) -> None:
         nonlocal lengths_there
@@ -62,8 +62,8 @@ def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(int(lengths.sum()) // row_tokens):
         space = row_tokens
         while space:
-            # Documents that fill a row or more begin none while there are others: they have to be cut anyway, so they
-            # are kept to fill what the others leave, which then are hardly ever cut.
+            # Documents of a row or more must be cut anyway, so they do not start a row while there are shorter ones: they fill
+            # the rest of rows, and shorter documents are hardly ever cut.
             fitting = lengths_there & ((1 << min(space + 1, row_tokens)) - 1)
             document, start, count = take((fitting or lengths_there).bit_length() - 1)
             used = min(count, space)
@@ -77,32 +77,32 @@ def pack(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class _Epoch:
-    """The documents of an epoch in order, where its groups begin among them, and the rows before each group."""
+    """The documents of an epoch in order, the first document of each group, and the number of rows before each group."""
     documents: np.ndarray
     first_document: np.ndarray  # (groups + 1,)
     first_row: np.ndarray  # (groups + 1,)
 
 
 class PackedRows:
-    """The endless sequence of training rows of a split, by index: epoch after epoch, each in another order."""
+    """The infinite sequence of training rows of a split, by index: epoch after epoch, each in a different order."""
 
     def __init__(self, split: Split, row_len: int, seed: int):
-        """Rows of `row_len` + 1 tokens. UserError if the split has not even one."""
+        """Rows have `row_len` + 1 tokens. Raises: UserError if the split has fewer tokens than one row."""
         self.split, self.row_len, self.row_tokens, self.seed = split, row_len, row_len + 1, seed
         assert row_len >= 1 and seed >= 0
         if split.num_tokens < self.row_tokens:
             raise UserError(f"the text has {split.num_tokens:,} tokens, one row needs {self.row_tokens:,}: "
                             "lower --max-seq-len or give more text.")
         self.group_tokens = max(GROUP_TOKENS, 16 * self.row_tokens)
-        self.num_groups = max(1, split.num_tokens // self.group_tokens)  # the last has up to twice as many tokens
-        # Each group drops less than a row, how much less depends on the permutation. Rounded down to what every epoch
-        # has, so that an index needs no look at the epochs before its own.
+        self.num_groups = max(1, split.num_tokens // self.group_tokens)  # the last group has up to twice as many tokens
+        # Each group drops less than one row; how much depends on the permutation. This is the number that every epoch has, so
+        # that the epoch of an index is a division.
         self.rows_per_epoch = split.num_tokens // self.row_tokens - (self.num_groups - 1)
         self._epoch = lru_cache(2)(self._make_epoch)
         self._group = lru_cache(GROUPS_KEPT)(self._make_group)
 
     def rows(self, indices) -> np.ndarray:
-        """Rows by their place in the run: (n,) -> (n, row_len + 1) int64 token ids."""
+        """Token ids of rows by their index in the run: (n,) -> (n, row_len + 1) int64."""
         out = np.empty((len(indices), self.row_tokens), np.int64)
         for row, index in zip(out, indices, strict=True):
             at = 0
@@ -113,10 +113,10 @@ class PackedRows:
         return out
 
     def report(self, groups: int = 4) -> dict[str, float]:
-        """What packing costs, measured on the first groups of the first epoch, as shares of their tokens or documents.
+        """The cost of packing, measured on the first groups of the first epoch, as shares of their tokens or documents.
 
-        `documents_cut_share` counts all documents that are in more than one piece, `documents_longer_share` those that
-        had to be because they are longer than a row.
+        documents_cut_share: documents in more than one piece.   documents_longer_share: documents longer than a row, which must
+        be cut.
         """
         epoch = self._epoch(0)
         tokens = added = used = documents = cut = longer = 0
@@ -154,7 +154,7 @@ class PackedRows:
         return _Epoch(documents, first_document, np.append(0, np.cumsum(group_tokens // self.row_tokens)))
 
     def _make_group(self, number: int, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The packed rows of one group, pieces naming documents of the split, and the order in which they are read."""
+        """(pieces, first, order): the packed rows of a group, see `pack`, with the split's document numbers, and their order."""
         epoch = self._epoch(number)
         documents = epoch.documents[epoch.first_document[group]:epoch.first_document[group + 1]]
         pieces, first = pack(self.split.doc_lengths[documents], self.row_tokens)
@@ -170,10 +170,9 @@ def _generator(*key: int) -> np.random.Generator:
 
 def batch(rows: PackedRows, step: int, micro_step: int, *, device_batch_size: int, grad_accum_steps: int, rank: int,
           world_size: int) -> np.ndarray:
-    """The rows that one rank trains on in one micro-step: (device_batch_size, row_len + 1) int64.
+    """The micro-batch of one rank in one micro-step: (device_batch_size, row_len + 1) int64.
 
-    The rows of a step are the next `device_batch_size * grad_accum_steps * world_size` of the sequence, whatever the
-    three factors are.
+    An optimizer step takes the next device_batch_size * grad_accum_steps * world_size rows: the same rows for the same product.
     """
     rows_per_micro_step = device_batch_size * world_size
     first = (step * grad_accum_steps + micro_step) * rows_per_micro_step + rank * device_batch_size
@@ -181,11 +180,11 @@ def batch(rows: PackedRows, step: int, micro_step: int, *, device_batch_size: in
 
 
 class TrainLoader:
-    """The batches of a run as tensors, made ahead of time by a thread: `start(step)`, then `next()` per micro-step."""
+    """The micro-batches of a run as tensors, prefetched by a thread: `start(step)`, then `next()` per micro-step."""
 
     def __init__(self, rows: PackedRows, *, device_batch_size: int, grad_accum_steps: int, rank: int, world_size: int,
                  device):
-        """UserError if the text has fewer rows than one optimizer step takes."""
+        """Raises: UserError if the text has fewer rows than one optimizer step needs."""
         rows_per_step = device_batch_size * grad_accum_steps * world_size
         if rows.rows_per_epoch < rows_per_step:
             raise UserError(f"the training text has {rows.split.num_tokens:,} tokens, one step needs "
@@ -195,10 +194,10 @@ class TrainLoader:
         self.share = dict(device_batch_size=device_batch_size, grad_accum_steps=grad_accum_steps, rank=rank,
                           world_size=world_size)
         self.thread, self.ahead, self.position = None, deque(), 0
-        self.made = self.seen = 0  # checksums of the step's tokens, as far as they are made and as far as they are given out
+        self.made = self.seen = 0  # CRC-32 of the step's tokens so far: of prefetched batches, and of those that `next` returned
 
     def start(self, step: int) -> None:
-        """Go to the first micro-step of an optimizer step; may be called again at any time."""
+        """Seek to the first micro-step of an optimizer step. May be called at any time."""
         self.close()
         self.thread = ThreadPoolExecutor(1, "loader", initializer=_use_device, initargs=(self.device,))
         self.position = step * self.grad_accum_steps  # in micro-steps
@@ -206,18 +205,18 @@ class TrainLoader:
             self._submit()
 
     def next(self):
-        """The next micro-step's (inputs, targets): int64 (B, T) on the device. Errors of the thread surface here."""
+        """(inputs, targets) of the next micro-step: int64 (B, T) on the device. Raises errors of the thread."""
         assert self.thread is not None, "call start(step) first"
         tensors, self.seen = self.ahead.popleft().result()
         self._submit()
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def checksum(self) -> int:
-        """CRC-32 of this rank's tokens (int64) in the present optimizer step so far, whatever its micro-batches are."""
+        """CRC-32 of this rank's tokens (int64) in the current optimizer step so far; independent of the micro-batch size."""
         return self.seen
 
     def close(self) -> None:
-        """Stop the thread; batches made ahead are dropped."""
+        """Stop the thread and drop prefetched batches."""
         if self.thread is not None:
             self.thread.shutdown(cancel_futures=True)
             self.thread = None
@@ -229,16 +228,16 @@ class TrainLoader:
 
     def _make(self, step: int, micro_step: int):
         rows = batch(self.rows, step, micro_step, **self.share)
-        self.made = zlib.crc32(rows, self.made if micro_step else 0)  # one thread makes them all, in order
+        self.made = zlib.crc32(rows, self.made if micro_step else 0)  # a single thread, so in order
         return _inputs_and_targets(rows, self.device), self.made
 
 
 def val_batches(split: Split, row_len: int, batch_size: int, num_tokens: int, rank: int, world_size: int,
                 device) -> Iterator[tuple]:
-    """(inputs, targets) of the rows to validate on: int64 tensors (B, T) on the device, the last perhaps of fewer rows.
+    """Yield (inputs, targets) of the validation rows: int64 (B, T) on the device; the last batch may be smaller.
 
-    The rows are always the same: the first ceil(num_tokens / row_len) of an order of their own, or all that there are.
-    Rank r takes every `world_size`-th from r on, which may be none. Text shorter than a row makes one shorter row.
+    The rows are always the same: the first ceil(num_tokens / row_len) in a fixed order, or all if there are fewer. Rank r takes
+    rows r, r + world_size, ..., possibly none. Text shorter than a row is one shorter row.
     """
     rows = PackedRows(split, min(row_len, split.num_tokens - 1), seed=0)
     count = min(max(1, -(-num_tokens // row_len)), rows.rows_per_epoch)
@@ -249,15 +248,15 @@ def val_batches(split: Split, row_len: int, batch_size: int, num_tokens: int, ra
 
 
 def _inputs_and_targets(rows: np.ndarray, device):
-    """(B, T + 1) int64 -> two contiguous tensors (B, T), in pinned memory for a CUDA device."""
+    """(B, T + 1) int64 -> two contiguous tensors (B, T), in pinned memory for CUDA devices."""
     import torch
-    # copied, as torch calls slices of a single row contiguous whatever their strides, and compilers do not
+    # Copied: torch calls a slice of a single row contiguous whatever its strides, but torch.compile does not and recompiles.
     tensors = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
     return tuple(t.pin_memory() for t in tensors) if torch.device(device).type == "cuda" else tensors
 
 
 def _use_device(device) -> None:
-    """Make the rank's GPU the thread's current one: pinned memory belongs to its context, else to the first GPU's."""
+    """Make the rank's GPU current in the thread: pinned memory belongs to the current GPU's context."""
     import torch
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)

@@ -1,17 +1,17 @@
-"""Text of any source, prepared once as tokens on disk: `python -m nanochat.dataset --data SOURCE`.
+"""Token datasets: text of any source, tokenized once and stored on disk. `python -m nanochat.dataset --data SOURCE`
 
-Split. About a twentieth of any text validates, never less than half of that nor more than 8 million characters, and text
-that is appended leaves it as it is: nanochat/data/split.py. What is in validation is dropped from training.
+Split. About a twentieth of the text is for validation, at most 8 million characters; text that is appended does not change the
+split of earlier text (nanochat/data/split.py). Validation documents are never trained on.
 
-On disk. `$NANOCHAT_BASE_DIR/tokens/<name>/` holds per split shards of token ids (`.bin`: uint16, or uint32 for
-vocabularies beyond 65536, each document with a BOS in front), the documents' lengths (`.lengths.npy`), and
-`manifest.json` with counts and checksums, its own among them. The folder is written under another name and renamed when
-it is complete, so what is found there is whole.
+Files. `$NANOCHAT_BASE_DIR/tokens/<name>/` has, for each split, shards of token ids (`.bin`: uint16, or uint32 for vocabularies
+beyond 65536; every document begins with BOS) and the lengths of their documents (`.lengths.npy`), and `manifest.json` with
+counts and checksums, including its own. The folder is written under a temporary name and renamed when complete, so a folder with
+the final name is always complete.
 
-Damage. Opening compares every file's size, and its checksum where the file is not the one that was compared before on this
-machine: same size, times of change and inode, noted in `checked.json`. So a start costs a second per GB once, and a file
-that was copied, edited or swapped for another is found. Only what changes bytes behind the file system's back, a rotting
-disk, is left to `--verify`, which reads everything.
+Damage. Opening a dataset compares the size of every file, and its checksum unless this machine has checked the same file before
+(same size, modification times and inode; noted in `checked.json`). So checking costs about a second per GB, once, and a file that
+was copied, edited or replaced is found. Damage that the file system does not see, by a failing disk, is found by `--verify`,
+which reads everything.
 """
 
 import hashlib
@@ -38,22 +38,22 @@ from nanochat.runtime.files import file_digest, read_json, read_sealed, seal, wr
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 SHARD_TOKENS = 100_000_000
-ENCODE_CHARS = 4_000_000  # characters handed to the encoder's threads at once
+ENCODE_CHARS = 4_000_000  # characters per call of the tokenizer, which encodes on several threads
 SCHEMA_VERSION = 3
-CHECKED = "checked.json"  # beside the manifest: which files were compared with it, see the module's docstring
-LEARNED_CHARS = 20_000_000  # enough text for a tokenizer: where it has less, --doc-cap does not count
-PIECE = 1000  # characters of a long document that a tokenizer learns from at a time, or a tenth of --doc-cap
+CHECKED = "checked.json"  # files whose checksums were compared: see the top of this file
+LEARNED_CHARS = 20_000_000  # enough text to train a tokenizer; --doc-cap limits only text beyond this
+PIECE = 1000  # characters of a piece of a long document that the tokenizer learns from, or a tenth of --doc-cap
 
 
 # ---- tokenizer and tokens
 
 def train_tokenizer(source: str, vocab_size: int, *, text_column: str = "text", skip_bad: bool = False,
                     max_chars: int = 2_000_000_000, doc_cap: int = 10_000, counts: Counts | None = None) -> Tokenizer:
-    """A tokenizer learned from the training documents of a source, `doc_cap` characters of each.
+    """Train a tokenizer on the training documents of a source, with about `doc_cap` characters of each.
 
-    The cap keeps a few very long documents from deciding the merges; where less than LEARNED_CHARS are learned from, more
-    of the long ones is taken. Where the source has too little text, the vocabulary is smaller than `vocab_size`, which is
-    said.
+    The cap prevents a few very long documents from deciding the merges. With less than LEARNED_CHARS of text in total, more of
+    the long documents is used. If the text has too few pairs to merge, the vocabulary is smaller than `vocab_size`, and a line
+    says so.
     """
     counts = Counts() if counts is None else counts
     documents = iter_documents(source, text_column=text_column, skip_bad=skip_bad, max_chars=max_chars, counts=counts)
@@ -86,17 +86,17 @@ def train_tokenizer(source: str, vocab_size: int, *, text_column: str = "text", 
     if (found := tokenizer.get_vocab_size()) < vocab_size:
         more = [name for name, cut in (("--doc-cap", learned < trained_on), ("--max-chars", read == max_chars)) if cut]
         if more:
-            print0(f"there are pairs for a vocabulary of {found} only, not {vocab_size}, in the {learned:,} characters that "
-                   f"were learned from; a larger {' or '.join(more)} takes more of the text")
+            print0(f"the {learned:,} characters that the tokenizer learns from have pairs for a vocabulary of {found} only, "
+                   f"not {vocab_size}; a larger {' or '.join(more)} uses more of the text")
         else:
             print0(f"the text has pairs for a vocabulary of {found} only, not {vocab_size}")
     return tokenizer
 
 
 def learning_sample(texts: Iterable[str], doc_cap: int) -> Iterator[str]:
-    """What a tokenizer learns from: documents of up to `doc_cap` characters whole, and of a longer one about so many, in
-    pieces from all over it. If that is less than LEARNED_CHARS in all, more of the pieces, until it is."""
-    reserve, stride, seen, size, learned = [], 1, 0, 0, 0  # every stride-th of the pieces left out, so that memory is bounded
+    """Yield the text that a tokenizer learns from: short documents whole, and about `doc_cap` characters of each longer one, in
+    pieces spread over it. If that is less than LEARNED_CHARS in total, more pieces follow until it is not."""
+    reserve, stride, seen, size, learned = [], 1, 0, 0, 0  # reserve: every stride-th unused piece, so that memory is limited
     piece_size = min(PIECE, max(doc_cap // 10, 100))
     for text in texts:
         if len(text) <= doc_cap:
@@ -129,12 +129,12 @@ def learning_sample(texts: Iterable[str], doc_cap: int) -> Iterator[str]:
 
 def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None = None, text_column: str = "text",
                    skip_bad: bool = False, max_chars: int = -1, force: bool = False) -> Path:
-    """Encode a source into a token dataset, or find the one made before; returns its folder.
+    """Tokenize a source into a token dataset, unless it exists already. Returns its folder.
 
-    The folder's name has a hash of all that decides its content: the tokenizer, these arguments, and each local file's
-    path, size and time of change. `python` and `hf:` may change unseen; they are prepared once, until `force`.
-    `val_source` is read whole if local, up to VAL_CHARS from the hub. UserError for bad text, a damaged dataset of this
-    name, or a disk that cannot be written.
+    The name of the folder contains a hash of everything that decides its content: the tokenizer, the arguments, and path, size
+    and modification time of each local file. Changes of `python` and `hf:` are not seen: use `force` to prepare them again.
+    val_source: read completely if local, up to VAL_CHARS characters from the hub.
+    Raises: UserError for bad text, a damaged dataset of this name, or a disk that cannot be written.
     """
     recipe = dict(source=source, val_source=val_source or None, text_column=text_column, skip_bad=skip_bad,
                   max_chars=max_chars, tokenizer_fingerprint=tokenizer.fingerprint())
@@ -162,9 +162,7 @@ def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None 
         manifest = dict(schema_version=SCHEMA_VERSION, **recipe, vocab_size=tokenizer.get_vocab_size(),
                         bos=tokenizer.get_bos_token_id(), dtype=_dtype(tokenizer).name, counts=asdict(counts),
                         python=sys.version.split()[0], splits=splits)
-        with open(temporary / "manifest.json", "w", encoding="utf-8") as f:
-            f.write(seal(manifest))
-            _sync(f)
+        write_atomic(temporary / "manifest.json", seal(manifest))
         TokenDataset(temporary, manifest)._note_checked()
         _put_in_place(temporary, folder)
     except OSError as e:
@@ -176,6 +174,7 @@ def prepare_tokens(source: str, tokenizer: Tokenizer, *, val_source: str | None 
 
 
 def _write_splits(folder: Path, labelled: Iterable[tuple[str, str]], tokenizer: Tokenizer, progress: Progress) -> dict:
+    """Tokenize ("train" | "val", text) pairs into shards. Returns the `splits` of the manifest."""
     writers = {name: _ShardWriter(folder, name, _dtype(tokenizer)) for name in ("train", "val")}
     for batch in _batches(labelled, ENCODE_CHARS):
         texts = [text for _, text in batch]
@@ -193,6 +192,7 @@ def _write_splits(folder: Path, labelled: Iterable[tuple[str, str]], tokenizer: 
 
 
 def _batches(labelled: Iterable[tuple[str, str]], chars: int) -> Iterator[list[tuple[str, str]]]:
+    """Lists of consecutive pairs with at least `chars` characters, the last perhaps fewer."""
     batch, size = [], 0
     for name, text in labelled:
         batch.append((name, text))
@@ -205,7 +205,7 @@ def _batches(labelled: Iterable[tuple[str, str]], chars: int) -> Iterator[list[t
 
 
 class _ShardWriter:
-    """Appends documents to numbered shards of one split; a document is never spread over two of them."""
+    """Appends documents to the numbered shards of one split; a document is never in two shards."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype):
         self.folder, self.split, self.dtype = folder, split, dtype
@@ -213,6 +213,7 @@ class _ShardWriter:
         self.file, self.lengths, self.shards = None, [], []
 
     def add(self, ids: list[int], text_bytes: int) -> None:
+        """Append a document of `text_bytes` bytes of text."""
         if self.file is None:
             self.file = open(self.folder / f"{self.split}_{len(self.shards):06d}.bin", "wb")
         self.file.write(np.array(ids, self.dtype).tobytes())
@@ -233,7 +234,7 @@ class _ShardWriter:
         self.file, self.lengths = None, []
 
     def close(self) -> dict:
-        """End the last shard; returns the split's entry in the manifest."""
+        """Finish the last shard. Returns the split's entry in the manifest."""
         if self.file is not None:
             self._end_shard()
         return dict(docs=self.docs, tokens=self.tokens, text_bytes=self.text_bytes, shards=self.shards)
@@ -249,6 +250,7 @@ def _sync(file) -> None:
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`, replacing an older one."""
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     if folder.exists():
         folder.rename(old)
@@ -259,10 +261,10 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 # ---- reading tokens
 
 class Split:
-    """The documents of one split, as memory-mapped tokens. Each begins with BOS, which its length counts."""
+    """The documents of one split as memory-mapped tokens. Each begins with BOS, which its length includes."""
 
     def __init__(self, shards: list[np.ndarray], lengths: list[np.ndarray], bos: int):
-        """`shards`: token ids of each shard, 1-d; `lengths`: of the documents in each, adding up to the shard's."""
+        """shards: token ids of each shard (tokens,).   lengths: of the documents in each shard (documents,)."""
         self.bos = bos
         self.doc_lengths = np.concatenate(lengths).astype(np.int64)
         self.num_docs, self.num_tokens = len(self.doc_lengths), int(self.doc_lengths.sum())
@@ -271,17 +273,17 @@ class Split:
         self._start_of_doc = np.concatenate([np.cumsum(part, dtype=np.int64) - part for part in lengths])
 
     def doc(self, i: int) -> np.ndarray:
-        """Token ids of document i, a view of the file: (doc_lengths[i],)."""
+        """Token ids (doc_lengths[i],) of document i, a view of the file."""
         return self.tokens(i, 0, int(self.doc_lengths[i]))
 
     def tokens(self, i: int, start: int, count: int) -> np.ndarray:
-        """`count` token ids of document i from its position `start` on, a view of the file."""
+        """Token ids (count,) of document i from position `start` on, a view of the file."""
         begin = self._start_of_doc[i] + start
         return self._shards[self._shard_of_doc[i]][begin:begin + count]
 
 
 class TokenDataset:
-    """A prepared token dataset, opened by `TokenDataset.open(folder)`."""
+    """A token dataset on disk; open it with `TokenDataset.open(folder)`."""
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
@@ -292,8 +294,10 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder) -> "TokenDataset":
-        """Open a folder that `prepare_tokens` made. UserError that names a file that is missing, of a wrong size, or changed
-        since it was last compared with its checksum."""
+        """Open a folder that `prepare_tokens` made.
+
+        Raises: UserError that names a file which is missing, has a wrong size, or changed since its checksum was compared.
+        """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
             raise UserError(f"{folder} is no token dataset: it has no manifest.json. Make one with "
@@ -309,7 +313,7 @@ class TokenDataset:
         return dataset
 
     def split(self, name: str) -> Split:
-        """`train` or `val`. Its files stay open, so that whatever happens to the folder, a run goes on reading them."""
+        """The split `train` or `val`. Its files stay open, so a run can read them even if the folder is deleted."""
         if name not in self._splits:
             self._splits[name] = self._open_split(name)
         return self._splits[name]
@@ -319,27 +323,27 @@ class TokenDataset:
         for tokens_file, lengths_file in self.manifest["splits"][name]["shards"]:
             path = self.folder / lengths_file["name"]
             try:
-                # a plain array on top of the map: slicing np.memmap itself is several times slower
+                # an ndarray view of the memory map: slicing np.memmap itself is several times slower
                 shards.append(np.asarray(np.memmap(self.folder / tokens_file["name"], self.manifest["dtype"], mode="r")))
                 lengths.append(np.load(path, allow_pickle=False))
                 if lengths[-1].dtype != np.uint32 or lengths[-1].ndim != 1 or lengths[-1].sum() != len(shards[-1]):
                     raise ValueError("the lengths do not add up")
-            except Exception:  # what numpy says of a header that makes no sense is of too many kinds to list
+            except Exception:  # numpy raises many kinds of errors for a damaged header
                 raise UserError(f"token shard {path} is damaged or not {tokens_file['name']}'s. {_REMEDY}") from None
         return Split(shards, lengths, self.bos)
 
     def verify(self) -> None:
-        """Read every file and compare its checksum with the manifest's. UserError that names the first that differs."""
+        """Compare the checksums of all files. Raises: UserError that names the first file that differs."""
         self._check(self._files())
 
     def fingerprint(self) -> str:
-        """32 hex digits that change with any token of either split."""
+        """Hash of all tokens of both splits, 32 hex digits."""
         splits = [[file["sha256"] for shard in self.manifest["splits"][name]["shards"] for file in shard]
                   for name in ("train", "val")]
         return hashlib.blake2b(json.dumps(splits).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> str:
-        """The splits as an aligned table (a long document counts once for each part), and what was read and left out."""
+        """A table of the splits (a document that was cut counts once per part), and what was read and skipped."""
         rows = [{"split": name, "documents": s["docs"], "tokens": s["tokens"], "text bytes": s["text_bytes"],
                  "bytes/token": round(s["text_bytes"] / (s["tokens"] - s["docs"]), 3), "shards": len(s["shards"])}
                 for name, s in self.manifest["splits"].items()]
@@ -348,12 +352,12 @@ class TokenDataset:
         return f"{format_table(rows)}\nread: {counts['documents']} documents{files}\n{self.left_out()}".rstrip("\n")
 
     def left_out(self) -> str:
-        """What the source has that is in neither split, in one line; "" if nothing."""
+        """One line about text of the source that is in neither split; "" if there is none."""
         found = describe_left_out(self.manifest["counts"])
         return f"left out: {found}" if found else ""
 
     def _check_manifest(self) -> None:
-        """ValueError, KeyError, TypeError or AttributeError for what `prepare_tokens` never writes."""
+        """Raises: ValueError, KeyError, TypeError or AttributeError for a manifest that `prepare_tokens` would not write."""
         manifest = self.manifest
         if manifest["dtype"] not in ("uint16", "uint32") or set(manifest["splits"]) != {"train", "val"} or \
                 set(manifest["counts"]) != set(asdict(Counts())) or not 0 <= self.bos < self.vocab_size:
@@ -370,7 +374,7 @@ class TokenDataset:
         return [file for split in self.manifest["splits"].values() for shard in split["shards"] for file in shard]
 
     def _check(self, files: list[dict]) -> None:
-        """Compare these files with their sizes, then with their checksums."""
+        """Compare the sizes of these files, then their checksums. Raises: UserError."""
         for file in files:
             path = self.folder / file["name"]
             actual = path.stat().st_size if path.is_file() else None
@@ -385,20 +389,21 @@ class TokenDataset:
             self._note_checked()
 
     def _checked(self) -> dict:
+        """File name -> `_stamp` at its last check on this machine."""
         try:
             return read_json(self.folder / CHECKED)
         except (OSError, ValueError):
             return {}
 
     def _note_checked(self) -> None:
-        """Note that every file is as the manifest says. In a folder that cannot be written, they are compared each time."""
+        """Note that all files match the manifest. In a read-only folder this fails, and they are checked each time."""
         with suppress(OSError):
             stamps = {file["name"]: _stamp(self.folder / file["name"]) for file in self._files()}
             write_atomic(self.folder / CHECKED, json.dumps(stamps, indent=1))
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """What changes when a file is written, replaced or copied, as far as the file system tells."""
+    """File attributes that change when a file is written, replaced or copied."""
     try:
         found = path.stat()
     except OSError:
@@ -413,20 +418,20 @@ _REMEDY = "Prepare the tokens again: `python -m nanochat.dataset --force` with t
 
 @dataclass
 class PrepareFlags(SourceFlags):
-    """The text, prepared as tokens on disk"""
-    val_data: str | None = flag(None, "a source to validate on; by default a part of --data is held out", metavar="SOURCE")
-    force: bool = flag(False, "prepare again even if the tokens are there")
-    verify: bool = flag(False, "check the checksum of every file")
+    """The text to tokenize"""
+    val_data: str | None = flag(None, "a source of validation text; by default a part of --data is held out", metavar="SOURCE")
+    force: bool = flag(False, "tokenize again even if the dataset exists")
+    verify: bool = flag(False, "read all files and compare their checksums")
 
 
 def main() -> None:
-    flags, = parse([PrepareFlags], prog="python -m nanochat.dataset", description="Prepare text as tokens on disk.")
+    flags, = parse([PrepareFlags], prog="python -m nanochat.dataset", description="Tokenize text and store it on disk.")
     writable_base_dir()
     folder = prepare_tokens(flags.data, get_tokenizer(), val_source=flags.val_data, force=flags.force, **flags.reading())
     dataset = TokenDataset.open(folder)
     if flags.verify:
         dataset.verify()
-        print0("every checksum agrees")
+        print0("all checksums match")
     print0(f"{flags.data} -> {folder}\n\n{dataset.summary()}")
 
 

@@ -1,9 +1,8 @@
-"""Text out of a trained model: a cache of keys and values, a sampler, and the loop between them.
+"""Text generation from a trained model: KV cache, sampler, and the generation loop.
 
-A decoder is causal: a new token changes no key or value of the tokens before it. So they are computed once and kept.
-*Prefill* runs the whole prompt through the model and fills the cache; *decode* then runs one token at a time, attending
-to the cache, which costs one position per token where recomputing would cost them all. Several samples of one prompt
-share its prefill: the cache of one row is copied to many.
+A decoder is causal: a new token does not change the keys and values of earlier tokens, so they are computed once and cached.
+*Prefill* runs the whole prompt through the model and fills the cache. *Decode* then runs one token at a time, which attends to
+the cache. Several samples of one prompt share the prefill: the cache is copied to all rows.
 
     engine = Engine(model, tokenizer)
     for text in engine.stream_text(tokenizer("The capital of France is", prepend="<|bos|>"), max_tokens=32):
@@ -17,22 +16,24 @@ import torch
 
 from nanochat.common import UserError
 
-SAMPLE_TOKENS = 48    # length of the samples that training and evaluation show
-PREFILL_CHUNK = 1024  # positions: bounds the logits that a long prompt needs at once (1024 x 32k x 4 bytes = 128 MiB)
+SAMPLE_TOKENS = 48    # length of the samples that training and evaluation print
+PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass: limits the logits to 1024 * 32k * 4 bytes = 128 MiB
 
 
 def sample_prompts(source: str) -> tuple[str, ...]:
-    """Prompts that suit a model trained on this text source."""
+    """Prompts for samples of a model trained on this source (`--data`)."""
     if source == "python":
         return "def __init__(self", "import os\n", "for i in range("
     return "The capital of France is", "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"
 
 
 class KVCache:
-    """Keys and values of all layers, each (B, T_max, H_kv, D) in `dtype`; every row is equally long.
+    """Keys and values of all layers, (B, T_max, H_kv, D) each. All rows have the same number of tokens.
 
-    `seq_len` is the room (in positions) to begin with: `reserve` doubles it at need, up to `max_seq_len` (None: no
-    limit). `num_heads` counts the key/value heads. `prev_embedding`, (B, 1, C) or None, belongs to the model's smear.
+    num_heads: key/value heads, H_kv.
+    seq_len: initial capacity T_max in tokens; `reserve` doubles it when needed, up to `max_seq_len` (None: no limit).
+
+    `prev_embedding` (B, 1, C), or None before the first token, is the embedding of the last token, for the model's smear.
     """
 
     def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype,
@@ -42,61 +43,61 @@ class KVCache:
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.pos = 0  # the same number on the host, so that nobody waits for the device to learn it
+        self.pos = 0  # the same number on the host: reading it does not synchronize with the device
         self.prev_embedding = None
 
     @classmethod
     def for_model(cls, model, batch_size: int, seq_len: int) -> "KVCache":
-        """An empty cache of the right shape, dtype and limit for `model`, on its device."""
+        """An empty cache with the shape, dtype, limit and device of `model`."""
         c = model.config
         return cls(batch_size, c.n_kv_head, min(seq_len, model.max_seq_len), c.n_embd // c.n_head, c.n_layer,
                    model.get_device(), model.compute_dtype, max_seq_len=model.max_seq_len)
 
     @property
     def seq_len(self) -> int:
-        """Positions there is room for now."""
+        """Current capacity in tokens."""
         return self.k_cache.size(2)
 
     def get_pos(self) -> int:
-        """Positions filled: where the next token goes."""
+        """Number of tokens in the cache: the position of the next one."""
         return self.pos
 
     def get_layer_cache(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This layer's (k, v), each (B, T_max, H_kv, D): views, written in place by the attention."""
+        """(k, v) of a layer, (B, T_max, H_kv, D) each: views, which attention writes in place."""
         return self.k_cache[layer], self.v_cache[layer]
 
     def advance(self, num_tokens: int) -> None:
-        """The model says that all layers have written `num_tokens` more positions."""
+        """Count `num_tokens` more tokens; the model calls it after all layers have written them."""
         assert self.pos + num_tokens <= self.seq_len, "written past the end: call reserve() before the forward pass"
         self.pos += num_tokens
         self.cache_seqlens += num_tokens
 
     def reset(self) -> None:
-        """Forget the text, keep the memory."""
+        """Empty the cache but keep its memory."""
         self.pos = 0
         self.cache_seqlens.zero_()
         self.prev_embedding = None
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` more positions, by doubling. UserError past `max_seq_len`."""
+        """Grow the capacity, by doubling, so that `num_tokens` more tokens fit. Raises: UserError beyond `max_seq_len`."""
         needed = self.pos + num_tokens
         if self.max_seq_len is not None and needed > self.max_seq_len:
             raise UserError(f"the text would be {needed} tokens long, but this model's positions end at "
                             f"{self.max_seq_len}. Shorten the prompt or ask for fewer tokens.")
         if needed <= self.seq_len:
             return
-        room = max(needed, 2 * self.seq_len)
-        room = room if self.max_seq_len is None else min(room, self.max_seq_len)
-        self.k_cache, self.v_cache = self._grown(self.k_cache, room), self._grown(self.v_cache, room)
+        capacity = max(needed, 2 * self.seq_len)
+        capacity = capacity if self.max_seq_len is None else min(capacity, self.max_seq_len)
+        self.k_cache, self.v_cache = self._grown(self.k_cache, capacity), self._grown(self.v_cache, capacity)
 
-    def _grown(self, cache: torch.Tensor, room: int) -> torch.Tensor:
+    def _grown(self, cache: torch.Tensor, capacity: int) -> torch.Tensor:
         layers, batch_size, _, heads, head_dim = cache.shape
-        bigger = cache.new_zeros(layers, batch_size, room, heads, head_dim)
+        bigger = cache.new_zeros(layers, batch_size, capacity, heads, head_dim)
         bigger[:, :, :self.pos] = cache[:, :, :self.pos]
         return bigger
 
     def prefill(self, other: "KVCache") -> None:
-        """Take over the text of `other`, whose one row is copied to all of ours (or row by row, if it has as many)."""
+        """Copy the tokens of `other` into this empty cache: its single row to all rows, or row by row if it has as many."""
         assert self.pos == 0, "prefill fills an empty cache"
         assert other.batch_size in (1, self.batch_size), f"{other.batch_size} rows do not fit {self.batch_size}"
         self.reserve(other.pos)
@@ -109,8 +110,11 @@ class KVCache:
 
 def sample_next_token(logits: torch.Tensor, rng: torch.Generator | None = None, temperature: float = 1.0,
                       top_k: int | None = None) -> torch.Tensor:
-    """One token (B, 1) int64 per row of logits (B, V): the likeliest at temperature 0, else drawn from
-    softmax(logits / temperature), among the `top_k` likeliest where given (None or 0: among all)."""
+    """Sample one token per row: logits (B, V) -> (B, 1) int64.
+
+    temperature: 0 is greedy (the most likely token), else tokens are drawn from softmax(logits / temperature).
+    top_k: draw only from the k most likely tokens; None or 0 draws from all.
+    """
     assert temperature >= 0, f"temperature must not be negative, got {temperature}"
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -121,7 +125,7 @@ def sample_next_token(logits: torch.Tensor, rng: torch.Generator | None = None, 
 
 
 class Engine:
-    """Samples from `model`, with `tokenizer` to know where a text ends."""
+    """Generates text with a model and its tokenizer."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -132,19 +136,19 @@ class Engine:
     @torch.no_grad()
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None, temperature: float = 1.0,
                  top_k: int | None = None, seed: int = 42) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue the prompt `tokens`; yields (token_column, token_masks) per step, both `num_samples` long.
+        """Continue the prompt `tokens`. Yields (tokens, masks) per step, one entry for each of `num_samples` rows.
 
-        A row ends with <|assistant_end|> or <|bos|>; after that it repeats its end token. A mask is 1 where the token
-        was sampled and 0 where it is such a filler. The iterator ends when all rows have, after `max_tokens` steps, or
-        where the model's positions end. The same seed, prompt and `num_samples` give the same text.
+        A row ends with <|assistant_end|> or <|bos|> and repeats that token until all rows have ended; its mask is 1 for sampled
+        tokens and 0 for repeated ones. Generation stops when all rows have ended, after `max_tokens` steps, or at the model's
+        `max_seq_len`. The same seed, prompt and `num_samples` give the same text.
         """
         assert tokens and num_samples >= 1, "a prompt has at least one token, such as <|bos|>, and one sample or more"
         device = self.model.get_device()
         rng = torch.Generator(device=device).manual_seed(seed)
         steps = self.model.max_seq_len - len(tokens)
         steps = steps if max_tokens is None else min(steps, max_tokens)
-        cache, logits = self._prefill(tokens, num_samples, room=len(tokens) + max(0, min(steps, PREFILL_CHUNK)))
-        ended = [None] * num_samples  # each row's end token, once it has come
+        cache, logits = self._prefill(tokens, num_samples, capacity=len(tokens) + max(0, min(steps, PREFILL_CHUNK)))
+        ended = [None] * num_samples  # the end token of each row that has ended
         for step in range(steps):
             sampled = sample_next_token(logits, rng, temperature, top_k)
             column = [token if end is None else end for token, end in zip(sampled[:, 0].tolist(), ended, strict=True)]
@@ -155,10 +159,10 @@ class Engine:
             cache.reserve(1)
             logits = self.model(torch.tensor(column, device=device)[:, None], kv_cache=cache)[:, -1]
 
-    def _prefill(self, tokens: list[int], num_samples: int, room: int) -> tuple[KVCache, torch.Tensor]:
-        """A cache of `num_samples` rows that holds the prompt, and the logits (num_samples, V) after it."""
-        one = KVCache.for_model(self.model, batch_size=1, seq_len=room if num_samples == 1 else len(tokens))
-        one.reserve(len(tokens))  # a prompt that is too long is refused before any work
+    def _prefill(self, tokens: list[int], num_samples: int, capacity: int) -> tuple[KVCache, torch.Tensor]:
+        """A cache of `num_samples` rows with the prompt, and the logits (num_samples, V) of the next token."""
+        one = KVCache.for_model(self.model, batch_size=1, seq_len=capacity if num_samples == 1 else len(tokens))
+        one.reserve(len(tokens))  # refuse a prompt that is too long before any work
         ids = torch.tensor([tokens], device=self.model.get_device())
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             logits = self.model(chunk, kv_cache=one)[:, -1]
@@ -166,14 +170,14 @@ class Engine:
             raise UserError("the model's output is not a number: the run had diverged. Take an earlier step.")
         if num_samples == 1:
             return one, logits
-        many = KVCache.for_model(self.model, num_samples, room)
+        many = KVCache.for_model(self.model, num_samples, capacity)
         many.prefill(one)
         return many, logits.expand(num_samples, -1)
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1,
                        **sampling) -> tuple[list[list[int]], list[list[int]]]:
-        """(sequences, masks), one of each per sample: the prompt (mask 0) and its continuation (mask 1), without the
-        end token. `sampling` as in `generate`."""
+        """Like `generate`, all at once: (sequences, masks), one per sample. Prompt tokens have mask 0, sampled ones 1, and end
+        tokens are left out."""
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, sampled in self.generate(tokens, num_samples, **sampling):
@@ -184,14 +188,14 @@ class Engine:
         return sequences, masks
 
     def complete(self, prompt: str, **sampling) -> str:
-        """The prompt and one continuation of it, as text. `sampling` as in `generate`."""
+        """The prompt and one continuation, as text."""
         tokens = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
         (sequence,), _ = self.generate_batch(tokens, **sampling)
         return self.tokenizer.decode(sequence[1:])
 
     def stream_text(self, tokens: list[int], **sampling) -> Iterator[str]:
-        """The continuation of `tokens` as pieces of text, for a terminal. A token may end inside a character: its bytes
-        are held back until the character is whole; bytes that never become one are shown as U+FFFD."""
+        """Yield the continuation of `tokens` as pieces of text. A token may end inside a UTF-8 character: its bytes wait until
+        the character is complete; invalid bytes become U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for (token,), _ in self.generate(tokens, num_samples=1, **sampling):
             piece = b"" if token in self.end_tokens else self.tokenizer.decode_single_token_bytes(token)

@@ -1,26 +1,26 @@
-"""FP8 training of a linear layer: three matrix products on eight-bit operands.
+"""FP8 training of linear layers: all three matrix products of a layer on 8-bit operands.
 
-A layer y = x W^T, for M tokens x (M, K) and a weight W (N, K), costs three products in a training step:
+A layer y = x W^T, for M tokens x (M, K) and a weight W (N, K), computes three products in a training step:
 
     output           y  = x   W^T    (M, K) x (K, N)    sums over the K inputs
     input gradient   dx = g   W      (M, N) x (N, K)    sums over the N outputs
     weight gradient  dW = g^T x      (N, M) x (M, K)    sums over the M tokens
 
-FP8 units multiply twice as fast as bf16 ones and add up in fp32 (arXiv 2209.05433). x and W become e4m3: 3 bits of
-mantissa, up to 448. The gradient g = dL/dy spans more magnitudes and becomes e5m2: 2 bits, up to 57 344. So few
-magnitudes fit only after scaling: a tensor is multiplied by s = (largest of the format) / (largest of the tensor) before
-it is rounded, one scale per tensor, taken from the tensor itself each time, and the product is divided by both scales.
-Nothing can overflow then, where e5m2 would turn an excess into infinity, and the usual clamp is needless.
+FP8 tensor cores multiply twice as fast as bf16 ones and accumulate in fp32 (arXiv 2209.05433). x and W are cast to e4m3 (3 bits
+of mantissa, up to 448). The gradient g = dL/dy has a wider range and is cast to e5m2 (2 bits of mantissa, up to 57 344).
 
-The units want both operands stored with the summed dimension last: the first row-major, the second column-major. Each
-tensor is summed over both of its dimensions, x over K and later over M, and FP8 cannot be transposed on the way into the
-units as bf16 can. So each is written twice, as it is and transposed, by one kernel that reads it once. For its backward
-pass a layer keeps x transposed in FP8, half the bytes of bf16. The operands of an optimizer step's products with W are
-the same for all its micro-batches: W is cast once per step.
+Scaling is dynamic and tensorwise: before the cast a tensor is multiplied by s = (largest value of the format) / (largest
+magnitude in the tensor), and the product is divided by both scales. So nothing can overflow and no clamp is needed.
 
-Two steps make a cast. The largest magnitude is plain PyTorch, row by row, so that a compiler joins it to whatever
-computes the tensor. Cast and transpose are an operator of their own, into which compilers do not look: they would
-otherwise keep the wide tensor and cast it again in the backward pass, and round before or after other arithmetic.
+The tensor cores need both operands stored with the summed dimension last: the first row-major, the second column-major. Each
+tensor is summed over both of its dimensions (x over K, and later over M), and unlike bf16, FP8 cannot be transposed while it is
+loaded. So one kernel reads a tensor once and writes its cast twice: as it is, and transposed. For its backward pass a layer
+saves x transposed in FP8, half the bytes of bf16. The casts of W are the same for all micro-batches of an optimizer step, so W
+can be cast once per step.
+
+A cast has two parts. The largest magnitude is plain PyTorch, so that the compiler fuses it into the operation that computes
+the tensor. Cast and transpose are a custom operator, opaque to torch.compile, which otherwise would keep the wide tensor, cast
+it again in the backward pass, and change the order of rounding and other arithmetic.
 """
 
 import functools
@@ -38,62 +38,64 @@ except ImportError:  # Windows, macOS, the CPU build of torch
     triton = None
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16   # of which every dimension of an FP8 product must be a multiple
-FLOOR = 1e-20   # of a tensor's largest magnitude: keeps the scale of a tensor of zeros finite
-TILE = 128      # rows and columns that one program of the kernel casts
+MULTIPLE = 16   # every dimension of an FP8 product must be a multiple of this
+FLOOR = 1e-20   # lower bound of a tensor's largest magnitude: keeps the scale of a tensor of zeros finite
+TILE = 128      # rows and columns per program of the Triton kernel
 
 
 @dataclass(frozen=True)
 class Float8LinearConfig:
-    """How a Float8Linear computes. Scaling is tensorwise and dynamic: one scale per tensor, of its present values."""
-    fast_accum: bool = False        # add up the output with fewer bits: faster on Hopper; the gradients never do
+    """Options of a Float8Linear."""
+    fast_accum: bool = False        # accumulate the output with fewer bits, faster on Hopper; never the gradients
     weight_grad_bf16: bool = False  # round the weight gradient of a micro-batch to bf16
-    cache_weights: bool = False     # use the weights that `refresh_weights` cast last, instead of casting at every call
-    allow_in_graph: bool = True     # hide the layer's inside from torch.compile's front end (not from its back end)
-    emulate: bool = False           # multiply the rounded operands in fp32: for GPUs without FP8 units
+    cache_weights: bool = False     # use the weights cast by the last `refresh_weights` instead of casting in every forward
+    allow_in_graph: bool = True     # opaque to Dynamo, torch.compile's front end, but not to its back end
+    emulate: bool = False           # multiply the rounded operands in fp32, on GPUs without FP8 tensor cores
 
     @staticmethod
     def from_recipe_name(recipe: str) -> "Float8LinearConfig":
+        """The config of a recipe of torchao. Raises: ValueError for any but `tensorwise`."""
         if recipe != "tensorwise":
             raise ValueError(f"there is no recipe {recipe!r} here, only 'tensorwise' (torchao has 'rowwise')")
         return Float8LinearConfig()
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """Largest |element| of x (M, N) as a 0-d fp32 tensor. By rows first, as what computes x often goes by rows too."""
+    """Largest |element| of x (M, N), 0-d fp32. First per row, so that it fuses with operations that go by rows."""
     return torch.linalg.vector_norm(x, float("inf"), dim=-1).amax().float()
 
 
 @torch.library.custom_op("nanochat::fp8_cast", mutates_args=())
 def fp8_cast(x: Tensor, largest: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, N) scaled and rounded to `dtype`; the same transposed (N, M), or empty unless asked for; 1/scale, 0-d fp32.
+    """Scale x (M, N) and cast it to `dtype`. Returns the cast (M, N), its transpose (N, M), and 1/scale (0-d fp32).
 
-    largest: the largest magnitude in x, 0-d fp32.
+    largest: largest magnitude in x, 0-d fp32.   transpose: False leaves the second result empty.
     """
-    q, q_t, inverse = _room_for_cast(x, dtype, transpose)
+    q, q_t, inverse = _empty_cast(x, dtype, transpose)
     cast_into(x, largest, q, q_t, inverse)
     return q, q_t, inverse
 
 
 @fp8_cast.register_fake
 def _(x, largest, dtype, transpose):
-    return _room_for_cast(x, dtype, transpose)
+    return _empty_cast(x, dtype, transpose)
 
 
-def _room_for_cast(x: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_cast(x: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
     return (x.new_empty(rows, columns, dtype=dtype), x.new_empty((columns, rows) if transpose else 0, dtype=dtype),
             x.new_empty((), dtype=torch.float32))
 
 
 def cast_into(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
-    """`fp8_cast` into tensors at hand: by the kernel on GPUs with FP8, by plain PyTorch elsewhere."""
-    cast = cast_with_triton if triton and fp8_trouble(x.device) is None else cast_plainly
+    """`fp8_cast` into existing tensors: by the Triton kernel on GPUs with FP8, by the reference elsewhere."""
+    cast = cast_triton if triton and fp8_unavailable_reason(x.device) is None else cast_reference
     cast(x.contiguous(), largest, q, q_t, inverse)
 
 
-def cast_plainly(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
-    # a number over a tensor would be its reciprocal times the number, rounded twice
+def cast_reference(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
+    """`cast_into` in PyTorch: the reference implementation."""
+    # tensor / tensor rounds once; PyTorch computes number / tensor as reciprocal times number, which rounds twice
     scale = torch.full_like(largest, torch.finfo(q.dtype).max) / largest.clamp_min(FLOOR)
     inverse.copy_(scale.reciprocal())
     q.copy_(x.float() * scale)
@@ -101,7 +103,8 @@ def cast_plainly(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Te
         q_t.copy_(q.t())
 
 
-def cast_with_triton(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
+def cast_triton(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
+    """`cast_into` in Triton, one program per tile."""
     rows, columns = x.shape
     grid = triton.cdiv(rows, TILE), triton.cdiv(columns, TILE)
     _cast_kernel[grid](x, largest, q, q_t, inverse, rows, columns, torch.finfo(q.dtype).max, FLOOR,
@@ -111,9 +114,9 @@ def cast_with_triton(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse
 if triton:
     @triton.jit
     def _cast_kernel(x, largest, q, q_t, inverse, M, N, format_max, floor, TRANSPOSE: tl.constexpr, TILE: tl.constexpr):
-        """One tile of x (M, N): read once, scaled, rounded, and written to q (M, N) and to q_t (N, M)."""
+        """One tile of x (M, N): read once, scaled, rounded, written to q (M, N) and q_t (N, M)."""
         bound = tl.load(largest)
-        scale = tl.div_rn(format_max, tl.where(bound < floor, floor, bound))  # a NaN stays one, unlike in a maximum
+        scale = tl.div_rn(format_max, tl.where(bound < floor, floor, bound))  # NaN stays NaN; tl.maximum would drop it
         rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
         columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
         inside = (rows < M) & (columns < N)
@@ -127,14 +130,14 @@ if triton:
 
 def scaled_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, out_dtype: torch.dtype,
               fast_accum: bool = False, emulate: bool = False) -> Tensor:
-    """a (m, k) FP8 row-major times b (k, n) FP8 column-major, divided by their scales: (m, n), summed in fp32."""
+    """Product of a (m, k) row-major and b (k, n) column-major in FP8, divided by their scales: (m, n) in `out_dtype`."""
     if emulate:
         return (a.float() @ b.float() * (inverse_a * inverse_b)).to(out_dtype)
     return torch._scaled_mm(a, b, inverse_a, inverse_b, out_dtype=out_dtype, use_fast_accum=fast_accum)
 
 
 class _Float8Product(torch.autograd.Function):
-    """y (M, N) of x (M, K) and the weight (N, K), whose cast is given: w (N, K), w_t (K, N) and 1/scale."""
+    """y (M, N) of x (M, K) and weight (N, K), whose cast is passed in: w (N, K), w_t (K, N) and 1/scale (0-d)."""
 
     @staticmethod
     def forward(ctx, x, weight, w, w_t, w_inverse, fast_accum, weight_grad_bf16, emulate):
@@ -158,26 +161,31 @@ class _Float8Product(torch.autograd.Function):
 
 
 def float8_product(*args) -> Tensor:
+    """`_Float8Product`, traced by torch.compile."""
     return _Float8Product.apply(*args)
 
 
 @torch._dynamo.allow_in_graph
 def float8_product_in_graph(*args) -> Tensor:
+    """`_Float8Product` as one node of Dynamo's graph."""
     return _Float8Product.apply(*args)
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer that multiplies in FP8. Made by `from_float`; weight and bias are that layer's own, so that names
-    and values in a state dict are as before. x (..., K) -> (..., N) in the dtype of x."""
+    """A linear layer that multiplies in FP8: x (..., K) -> (..., N) in the dtype of x. Make it with `from_float`.
+
+    Raises: ValueError in training where the number of tokens is no multiple of 16.
+    """
 
     @classmethod
     def from_float(cls, linear: nn.Linear, config: Float8LinearConfig = Float8LinearConfig()) -> "Float8Linear":
+        """An FP8 layer that shares weight and bias with `linear`, so a state dict keeps its names and values."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features, bias=False)
         new.weight, new.bias, new.config = linear.weight, linear.bias, config
         new.train(linear.training)
         if config.cache_weights:
-            for name, tensor in zip(("w", "w_t", "w_inverse"), _room_for_cast(linear.weight.detach(), E4M3, True), strict=True):
+            for name, tensor in zip(("w", "w_t", "w_inverse"), _empty_cast(linear.weight.detach(), E4M3, True), strict=True):
                 new.register_buffer(name, tensor, persistent=False)
         return new
 
@@ -202,7 +210,7 @@ class Float8Linear(nn.Linear):
 
 @torch.no_grad()
 def refresh_weights(layers: Iterable[Float8Linear]) -> None:
-    """Cast the weights of layers with `cache_weights`, in place: before they are first used, and whenever they changed."""
+    """Cast the weights of layers with `cache_weights`, in place. Call it before their first use and after each update."""
     layers = list(layers)
     largest = torch._foreach_norm([layer.weight for layer in layers], float("inf")) if layers else []
     for layer, norm in zip(layers, largest, strict=True):
@@ -210,14 +218,16 @@ def refresh_weights(layers: Iterable[Float8Linear]) -> None:
 
 
 def fits_fp8(in_features: int, out_features: int) -> bool:
-    """Whether a layer's sizes suit the units."""
+    """Whether both dimensions of a weight are multiples that FP8 tensor cores take."""
     return in_features % MULTIPLE == 0 and out_features % MULTIPLE == 0
 
 
 def convert_to_float8_training(module: nn.Module, *, config: Float8LinearConfig | None = None,
                                module_filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
-    """Put a Float8Linear in the place of each linear layer inside `module` whose sizes fit and of which
-    `module_filter_fn(layer, name)` is true."""
+    """Replace by a Float8Linear every linear layer in `module` that `fits_fp8` and that the filter accepts.
+
+    module_filter_fn: (layer, its name in `module`) -> bool.
+    """
     for name, layer in list(module.named_modules()):
         if name and isinstance(layer, nn.Linear) and fits_fp8(layer.in_features, layer.out_features):
             if module_filter_fn is None or module_filter_fn(layer, name):
@@ -226,12 +236,13 @@ def convert_to_float8_training(module: nn.Module, *, config: Float8LinearConfig 
 
 
 @functools.cache
-def fp8_trouble(device: torch.device) -> str | None:
-    """Why the device cannot multiply in FP8; None where it can."""
+def fp8_unavailable_reason(device: torch.device) -> str | None:
+    """Why the device cannot multiply in FP8, or None."""
     if device.type != "cuda":
-        return f"a device of type {device.type} has no FP8 units"
+        return f"a device of type {device.type} has no FP8 tensor cores"
     if torch.version.hip:
-        return "on AMD GPUs FP8 is not supported here"
+        return "FP8 on AMD GPUs is not supported"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
-        return f"{torch.cuda.get_device_name(device)} (sm_{''.join(map(str, capability))}) has no FP8 units: sm_89 was the first"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} (sm_{''.join(map(str, capability))}) has no FP8 tensor cores: sm_89 was the first"

@@ -1,22 +1,25 @@
-"""The model: a GPT whose one dial is depth.
+"""The GPT model: a decoder-only Transformer whose size follows from its depth (nanochat/recipe/shape.py).
 
-What differs from a textbook decoder, and where it comes from:
-- rotary positions, then QK-norm (arXiv 2010.04245), then q and k scaled by 1.2 each for sharper attention;
-- RMSNorm without gain, squared ReLU (arXiv 2109.08668), no biases, untied embedding and head, soft-capped logits;
-- per-layer scalars that mix the residual stream with the normed embedding x0 (modded-nanogpt);
-- value embeddings on every second layer (ResFormer, arXiv 2410.17897): a table of its own, mixed into v by a gate;
-- smear: a little of the previous token's embedding; backout: a share of the mid-depth stream is taken off at the end;
-- sliding windows by a pattern such as SSSL: three layers of a quarter of the context, one of all of it.
+    ids (B, T) -> embedding wte -> norm -> smear = x0      (B, T, C), also the residual stream x before the first block
+    for each block i:
+        x = resid_lambda_i x + x0_lambda_i x0              learned scalars
+        x = x + attention(norm(x))
+        x = x + MLP(norm(x))
+    norm(x - backout_lambda x_mid) -> lm_head -> softcap   logits (B, T, V), or the cross-entropy loss
 
-Optimizations enter through four seams and nowhere else: `Linear` modules (swapped by name), and the functions of
-`Kernels`: norms, attention, loss.
+Differences from GPT-2, and where they come from:
+- RMSNorm without learned gain (arXiv 1910.07467), squared ReLU in the MLP (arXiv 2109.08668), no biases, no dropout;
+- rotary position embeddings (arXiv 2104.09864), then QK-norm (arXiv 2010.04245), then q and k times 1.2 for sharper attention;
+- grouped-query attention where n_kv_head < n_head (arXiv 2305.13245);
+- sliding-window attention in a pattern such as SSSL: three layers see a quarter of the context, the fourth all of it;
+- value embeddings in every second layer (ResFormer, arXiv 2410.17897): one more embedding table, added to v through a gate;
+- x0 is mixed into the input of every block (modded-nanogpt);
+- smear: a gated share of the previous token's embedding is added to each token's;
+- backout: a learned share of the residual stream after the middle block is subtracted before the last norm;
+- untied input embedding and lm_head, logits soft-capped to +-15 (Gemma 2, arXiv 2408.00118).
 
-`active_start=a` trains only the suffix of blocks [a, n): what is before runs without gradient, so its activations are
-not kept, and what crosses into the suffix (x, x0, the mid-depth stream) is detached. The embedding, the smear and the
-frozen blocks then get no gradient at all (`.grad` stays None), which the optimizer takes as "leave alone". With
-`detach_x0=False` the embedding is trained as well, by what reaches it from the suffix through x0. The smear is not, nor
-are the scalars that weigh x0 and the stream: a few numbers for all tokens, pushed on by a gradient that does not know
-what the prefix would make of them, ran away (dev/LOG.md).
+In shapes: B rows of a batch, T tokens of a row, C = n_embd, H query heads, H_kv key/value heads, D = C / H features of a
+head, V = vocab_size.
 """
 
 from collections.abc import Callable
@@ -42,36 +45,47 @@ from nanochat.recipe.shape import (
     window_sizes,
 )
 
-QK_SCALE = 1.2
+QK_SCALE = 1.2         # of q and k after their norm
 ROTARY_BASE = 100_000
-# Before the blocks write anything the stream is a multiple of x0, whose size the norms cancel: the scalars that scale it
-# have no gradient but rounding, which Adam with its usual eps follows at full speed until the stream cancels (dev/LOG.md).
+ROTARY_REACH = 10      # rotary tables cover this many times the training context, for generation beyond it
+# AdamW's eps for the learned scalars. At initialization the blocks add nothing, so x is a multiple of x0 and the norms cancel
+# its scale: the gradient of these scalars is rounding noise. With the usual 1e-10 AdamW follows that noise at full step size
+# until x vanishes (dev/LOG.md).
 SCALAR_EPS = 1e-3
-ROTARY_REACH = 10        # positions are precomputed for this many times the training context
 
 
 def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Causal attention over (B, T, H, D) with the backend that suits any device."""
+    """Causal sliding-window attention: q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D), on any device."""
     return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
 
 
 @dataclass
 class Kernels:
-    """The seams: each function may be swapped before compilation for a faster one with the same meaning."""
-    norm: Callable = rms_norm                    # (..., C) -> (..., C)
-    mix_norm: Callable = mix_norm                # a block's beginning, see nanochat/kernels/norms.py
-    add_norm: Callable = add_norm                # between attention and MLP, likewise
+    """The functions of a model that an optimization may replace, by one of the same signature and meaning.
+
+    One object is shared by all modules of a model, so `model.kernels.loss = faster` before compilation is all it takes. The
+    defaults are reference implementations. The only other place to replace something is a `Linear`, found by its name
+    (`GPT.linears`).
+    """
+    norm: Callable = rms_norm                    # x (..., C) -> (..., C)
+    mix_norm: Callable = mix_norm                # x, x0, a, b -> x' = a x + b x0, norm(x'): before attention
+    add_norm: Callable = add_norm                # x, y -> x' = x + y, norm(x'): before the MLP
     attention: Callable = windowed_attention     # q (B, T, H, D), k and v (B, T, H_kv, D), window -> (B, T, H, D)
-    loss: Callable = softcapped_cross_entropy    # see nanochat/kernels/cross_entropy.py
+    loss: Callable = softcapped_cross_entropy    # x (B, T, C), lm_head, targets (B, T), V, reduction -> loss in nats
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the half-split pairs of x (B, T, H, D) by position; cos and sin are (1, T, 1, D/2)."""
-    x1, x2 = x.chunk(2, dim=-1)
+    """Rotary position embedding of x (B, T, H, D): features i and i + D/2 are rotated by an angle that grows with the position.
+
+    cos, sin: (1, T, 1, D/2). The product of a rotated query and key then depends on the distance of their positions only.
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
+    """Causal self-attention with rotary positions, QK-norm, and in every second layer a gated value embedding."""
+
     def __init__(self, config: GPTConfig, with_value_embedding: bool, kernels: Kernels):
         super().__init__()
         self.head_dim = config.n_embd // config.n_head
@@ -84,13 +98,19 @@ class CausalSelfAttention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head) if with_value_embedding else None
 
     def forward(self, x, ve, cos, sin, window, cache):
-        """x (B, T, C), ve (B, T, kv_dim) or None -> (B, T, C). `cache`: this layer's (k, v, tokens in it), or None."""
+        """Normed input x (B, T, C) -> (B, T, C).
+
+        ve: value embeddings of the tokens (B, T, H_kv * D), or None in layers without.   cos, sin: (1, T, 1, D/2).
+        window: tokens that a query sees before itself.
+        cache: None in training; else (keys, values, count): this layer's KV cache, both (B, T_max, H_kv, D), and the number of
+        tokens in it, to which k and v are appended.
+        """
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, -1, self.head_dim)   # (B, T, H, D)
         k = self.c_k(x).view(B, T, -1, self.head_dim)   # (B, T, H_kv, D)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)
+        v = self.c_v(x).view(B, T, -1, self.head_dim)   # (B, T, H_kv, D)
         if ve is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, H_kv)
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, H_kv), in (0, 3), one per head
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
         norm = self.kernels.norm
         q = norm(apply_rotary(q, cos, sin)) * QK_SCALE
@@ -105,6 +125,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a squared ReLU between them: (B, T, C) -> (B, T, 4 C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -115,7 +137,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. It holds nothing that tells it from other layers of its kind, so that they share one compiled graph."""
+    """A pre-norm Transformer block.
+
+    What differs from layer to layer (scalars, window, value embedding) comes as an argument, so that all blocks of a kind
+    share one compiled graph.
+    """
 
     def __init__(self, config: GPTConfig, with_value_embedding: bool, kernels: Kernels):
         super().__init__()
@@ -129,9 +155,9 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """x, to which no gradient flows back. Unlike a detached x it asks for one, as x itself would, so that the compiled blocks
-    of steps that train x serve here too."""
+class _StopGradient(torch.autograd.Function):
+    """The identity, with no gradient to x. Unlike `x.detach()` the result has `requires_grad`, as x has, so that blocks which
+    were compiled for steps that train x need no second graph."""
 
     @staticmethod
     def forward(ctx, x):
@@ -143,15 +169,11 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """Build on the meta device, then `to_empty(device=...)`, then `init_weights()`: parameters are made once, in place.
+    """The model. Build it on the meta device, then call `to_empty(device=...)` and `init_weights()`: memory is allocated once.
 
-    `compute_dtype` is the dtype of activations and matrix products, and of the embedding tables (except fp16, whose
-    gradients need fp32 tables); every other parameter is fp32. `momentum_dtype`: see MuonAdamW. `recompute_activations`:
-    see nanochat/runtime/compilation.py.
+    compute_dtype: dtype of activations and matrix products, and of the embedding tables (fp32 tables under fp16, whose
+    scaled gradients must be fp32). All other parameters are fp32 master weights.
     """
-
-    momentum_dtype = torch.float32
-    recompute_activations = False
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -171,42 +193,47 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, vocab)
         self.resid_lambdas = nn.Parameter(torch.empty(n))
         self.x0_lambdas = nn.Parameter(torch.empty(n))
-        self.smear_gate = nn.Parameter(torch.empty(1, SMEAR_GATE_CHANNELS))  # a parameter, so that d12 has 79 linears
+        self.smear_gate = nn.Parameter(torch.empty(1, SMEAR_GATE_CHANNELS))  # not a Linear: `linears()` has 79 layers at d12
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        rotary_shape = (1, self.max_seq_len, 1, head_dim // 2)
+        rotary_shape = (1, self.max_seq_len, 1, head_dim // 2)  # not persistent: computed again, so not in checkpoints
         self.register_buffer("cos", torch.empty(rotary_shape, dtype=compute_dtype), persistent=False)
         self.register_buffer("sin", torch.empty(rotary_shape, dtype=compute_dtype), persistent=False)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter and buffer, drawing from torch's global generator of the device."""
+        """Fill every parameter and buffer, in this order, from torch's global random generator of the device.
+
+        The numbers are those of the public nanochat, tuned there.
+        """
         n = self.config.n_layer
-        bound = (3 / self.config.n_embd) ** 0.5  # uniform in +-bound has standard deviation 1/sqrt(n_embd)
-        nn.init.normal_(self.transformer.wte.weight, std=0.8)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
+        # Uniform in +-bound has a standard deviation of 1/sqrt(C), which keeps the variance of a unit input, and no outliers.
+        bound = (3 / self.config.n_embd) ** 0.5
+        nn.init.normal_(self.transformer.wte.weight, std=0.8)   # normed after the lookup: its scale sets only how fast it learns
+        nn.init.normal_(self.lm_head.weight, std=0.001)         # logits near 0: the first loss is that of a uniform guess, ln(V)
         for block in self.transformer.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 nn.init.uniform_(linear.weight, -bound, bound)
             nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            nn.init.zeros_(block.attn.c_proj.weight)
-            nn.init.zeros_(block.mlp.c_proj.weight)
+            nn.init.zeros_(block.attn.c_proj.weight)            # zero output projections: at first a block adds nothing to x,
+            nn.init.zeros_(block.mlp.c_proj.weight)             # so the signal reaches all depths unchanged
             if block.attn.ve_gate is not None:
-                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)
+                nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)  # gates near 3 sigmoid(0) = 1.5
         for table in self.value_embeds.values():
-            nn.init.uniform_(table.weight, -bound, bound)
-        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n))
-        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n))
+            nn.init.uniform_(table.weight, -bound, bound)       # like the output of c_v, to which it is added
+        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n))  # early blocks: more of the stream and
+        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, n))     # more of the embedding
         nn.init.uniform_(self.smear_gate, 0.0, 0.02)
-        nn.init.zeros_(self.smear_lambda)
+        nn.init.zeros_(self.smear_lambda)                        # the smear starts switched off
         nn.init.constant_(self.backout_lambda, 0.2)
         self._init_rotary()
 
     def _init_rotary(self) -> None:
+        """Fill cos and sin, (1, max_seq_len, 1, D/2): the angle of pair i at position t is t * ROTARY_BASE^(-i / (D/2))."""
         half = self.cos.size(-1)
         device = self.cos.device
-        frequencies = ROTARY_BASE ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
-        angles = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)[:, None] * frequencies  # (L, D/2)
+        frequencies = ROTARY_BASE ** -(torch.arange(half, dtype=torch.float32, device=device) / half)  # (D/2,)
+        angles = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)[:, None] * frequencies  # (max_seq_len, D/2)
         self.cos.copy_(angles.cos()[None, :, None])
         self.sin.copy_(angles.sin()[None, :, None])
 
@@ -214,51 +241,61 @@ class GPT(nn.Module):
         return self.lm_head.weight.device
 
     def linears(self) -> dict[str, nn.Module]:
-        """The linear modules by name, whatever class a feature has put in their place: 79 of them at d12."""
+        """Name -> linear layer, of whatever class (FP8 for example): 6 per block, the value-embedding gates, and lm_head."""
         return {name: m for name, m in self.named_modules() if hasattr(m, "in_features") and hasattr(m, "weight")}
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0, detach_x0=True):
-        """Logits (B, T, vocab_size) fp32 of idx (B, T) int64; or, given `targets` (B, T) with -1 ignored, the loss in nats.
+        """Token ids idx (B, T) int64 -> logits (B, T, V) fp32; with `targets` (B, T) int64, -1 = ignored, the loss in nats.
 
-        loss_reduction: `mean`, `sum` or `none` -> (B, T).
-        kv_cache: see `nanochat.engine.KVCache`; idx then continues the cached text.
-        active_start: blocks before it run without gradient, and the stream is detached at the boundary.
-        detach_x0: whether x0, which enters every block, is detached for the suffix too. Without effect at active_start=0.
+        loss_reduction: `mean` or `sum` -> a 0-d tensor, `none` -> (B, T).
+        kv_cache: a `nanochat.engine.KVCache`; idx continues the text in it, and its keys and values are appended.
+        active_start, a: train only the suffix of blocks [a, n_layer). Blocks [0, a) run without gradient, so their
+        activations are not kept for the backward pass; what enters the suffix (x and, once computed, x_mid, (B, T, C)) is
+        detached. Parameters before the suffix keep `.grad` None, which the optimizer takes as "do not update". That includes
+        smear_gate, smear_lambda, resid_lambdas and x0_lambdas: a few numbers for all tokens, whose gradient would lack the part
+        that flows through the prefix, and which diverged when trained by the rest (dev/LOG.md).
+        detach_x0: at a > 0, whether x0, which enters every block, is detached too. False trains the embedding wte on suffix
+        steps as well, by the gradient that reaches it through the x0 of blocks [a, n_layer).
         """
         start = 0 if kv_cache is None else kv_cache.get_pos()
         T = idx.size(1)
-        assert start + T <= self.max_seq_len, f"{start + T} positions, but rotary ones end at {self.max_seq_len}"
+        assert start + T <= self.max_seq_len, f"{start + T} positions, but the rotary tables end at {self.max_seq_len}"
         assert 0 <= active_start < self.config.n_layer
-        cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
-        lambdas = self.resid_lambdas, self.x0_lambdas
+        cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]  # (1, T, 1, D/2)
+        lambdas = self.resid_lambdas, self.x0_lambdas                          # (n_layer,) each
         if active_start > 0:
-            lambdas = tuple(map(_WithoutGradient.apply, lambdas))
+            lambdas = tuple(map(_StopGradient.apply, lambdas))
+        # 1. The embedding: x0 (B, T, C).
         with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
             x0 = self._embed(idx, kv_cache, train_smear=active_start == 0)
+        # 2. The frozen blocks [0, a), of which there are none in full training.
         with torch.no_grad() if active_start > 0 else nullcontext():
             x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, cos, sin, kv_cache, start)
+        # 3. The trained blocks [a, n_layer).
         suffix = range(active_start, self.config.n_layer)
         x, mid = self._run_blocks(suffix, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start)
         if kv_cache is not None:
             kv_cache.advance(T)
-        x = self.kernels.norm(x - self.backout_lambda.to(x.dtype) * mid)
+        # 4. The head.
+        x = self.kernels.norm(x - self.backout_lambda.to(x.dtype) * mid)       # (B, T, C)
         if targets is None:
             return softcapped_logits(x, self.lm_head, self.config.vocab_size)
         return self.kernels.loss(x, self.lm_head, targets, self.config.vocab_size, loss_reduction)
 
     def _embed(self, idx, kv_cache, train_smear=True):
-        """Normed and smeared embedding (B, T, C) of idx (B, T): the x0 that every block sees."""
+        """x0 (B, T, C) of idx (B, T): the normed embedding of each token, plus a gated share of the previous token's."""
         smear_gate, smear_lambda = (p if train_smear else p.detach() for p in (self.smear_gate, self.smear_lambda))
         x = self.kernels.norm(self.transformer.wte(idx).to(self.compute_dtype))
-        before = None if kv_cache is None else kv_cache.prev_embedding  # (B, 1, C) of the token before this chunk
+        before = None if kv_cache is None else kv_cache.prev_embedding  # (B, 1, C): the last token of the cached text
         if kv_cache is not None:
             kv_cache.prev_embedding = x[:, -1:]
+        # (B, T, C): x one position later; the first token of a text has zeros before it
         previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if before is None else torch.cat([before, x[:, :-1]], dim=1)
         gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], smear_gate.to(x.dtype)))  # (B, T, 1)
         return x + smear_lambda.to(x.dtype) * gate * previous
 
     def _run_blocks(self, layers, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start):
-        """Run the given layers; returns the stream and what it was after layer n // 2 (None before that)."""
+        """Run these layers on x (B, T, C). Returns x, and mid (B, T, C): x after layer n_layer // 2, or what was given for it."""
         resid_lambdas, x0_lambdas = lambdas
         for i in layers:
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
@@ -268,12 +305,15 @@ class GPT(nn.Module):
                 mid = x
         return x, mid
 
-    def setup_optimizer(self, unembedding_lr=0.008, embedding_lr=0.3, matrix_lr=0.02, weight_decay=0.28, scalar_lr=0.5,
-                        compile=False) -> MuonAdamW:
-        """One MuonAdamW over all parameters.
+    def setup_optimizer(self, unembedding_lr: float = 0.008, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
+                        weight_decay: float = 0.28, scalar_lr: float = 0.5, momentum_dtype: torch.dtype = torch.float32,
+                        compile: bool = False) -> MuonAdamW:
+        """One MuonAdamW over all parameters: Muon for the matrices of the blocks, AdamW for the rest.
 
-        The rates of head and tables are for width 768 and scale as width^-0.5; Muon's is the spectral norm of an update
-        of a square matrix. Every group remembers its `initial_lr` and `initial_weight_decay`, which schedules multiply.
+        unembedding_lr, embedding_lr: for n_embd = 768; scaled by (n_embd / 768)^-0.5 for other widths.
+        matrix_lr: the spectral norm of one Muon update of a square matrix.   weight_decay: Muon's.
+        momentum_dtype, compile: see MuonAdamW.
+        Every group keeps `initial_lr` and `initial_weight_decay`, which the schedules multiply.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         tables = list(self.value_embeds.parameters())
@@ -291,7 +331,7 @@ class GPT(nn.Module):
             adamw(smear_and_backout, 0.2, (0.8, 0.95), eps=SCALAR_EPS),
         ]
         matrices = list(self.transformer.h.parameters())
-        for shape in sorted({tuple(p.shape) for p in matrices}):
+        for shape in sorted({tuple(p.shape) for p in matrices}):  # a group per shape: Muon updates a stack of matrices at once
             groups.append(dict(kind="muon", params=[p for p in matrices if tuple(p.shape) == shape], lr=matrix_lr,
                                momentum=0.95, beta2=0.9, weight_decay=weight_decay))
         assert sum(len(g["params"]) for g in groups) == len(list(self.parameters()))
@@ -299,4 +339,4 @@ class GPT(nn.Module):
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
         orthogonalize_in = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
         return MuonAdamW(groups, names={p: name for name, p in self.named_parameters()},
-                         muon_dtype=orthogonalize_in, momentum_dtype=self.momentum_dtype, compile=compile)
+                         muon_dtype=orthogonalize_in, momentum_dtype=momentum_dtype, compile=compile)

@@ -1,10 +1,10 @@
-"""Bits per byte: a loss that does not depend on the tokenizer.
+"""Bits per byte (bpb): a validation loss that does not depend on the tokenizer.
 
-Nats per token cannot be compared between vocabularies, for a larger one has fewer, harder tokens. Divided instead by
-the bytes of text that the tokens stand for, and by ln 2, the loss becomes the size to which the model would compress
-the text: 8 is no compression, and a good small model of English or code needs about 1.
+A loss in nats per token cannot be compared between vocabularies: a larger vocabulary has fewer and harder tokens. Bits per byte
+divides the total loss by the bytes of text that the tokens stand for, and by ln 2. It is the size to which the model
+would compress the text: 8 is no compression, a good small model of English or code reaches about 1.
 
-Special tokens stand for no text, so neither their loss nor their bytes count; ignored targets (-1) do not either.
+Special tokens stand for no text, so neither their loss nor their bytes count. Ignored targets (-1) do not count either.
 """
 
 import math
@@ -18,17 +18,16 @@ from nanochat.runtime.distributed import all_reduce_sum
 
 @torch.no_grad()
 def evaluate_bpb(model, batches: Iterable, steps: int | None = None, token_bytes: torch.Tensor | None = None) -> float:
-    """Bits per byte of the targets in `batches`, over all ranks.
+    """Bits per byte of the targets in `batches`, over all ranks; inf if there are no bytes to predict.
 
-    batches: (x, y) pairs of (B, T) int64; y = -1 is ignored. Sizes may differ from batch to batch.
-    steps: how many batches to take at most; None takes all, so `batches` must end.
-    token_bytes: (vocab_size,) integers on the model's device, the bytes of each token, 0 for a special one.
-    Returns inf where there is no byte to predict.
+    batches: pairs (x, y) of (B, T) int64; y = -1 is ignored. B and T may vary.
+    steps: number of batches at most; None takes all.
+    token_bytes: (vocab_size,) integers on the model's device: bytes of each token, 0 for special tokens.
 
-    The sums are over targets, not over batch means, and in float64, so that the way rows are batched does not show.
+    Sums are over targets, not means of batches, and in float64: the result does not depend on the batch size.
     """
     assert token_bytes is not None, "token_bytes is required: see nanochat.tokenizer.get_token_bytes"
-    # Apple's GPUs have no float64: there the sums are made on the host.
+    # Apple GPUs (MPS) have no float64, so there the sums are computed on the host.
     device = torch.device("cpu") if token_bytes.device.type == "mps" else token_bytes.device
     nats_and_bytes = torch.zeros(2, dtype=torch.float64, device=device)
     for x, y in islice(batches, steps):

@@ -1,14 +1,13 @@
-"""Text to token ids and back: byte-level byte-pair encoding (BPE, arXiv 1508.07909), the way GPT-2 and GPT-4 do it.
+"""The tokenizer: byte-level byte-pair encoding (BPE, arXiv 1508.07909), as in GPT-2 and GPT-4.
 
-A text is first split by a pattern into pieces (words with their leading space, digits, punctuation, line breaks), and
-a token never reaches across a piece. Inside a piece the 256 bytes are the first tokens, and pairs of neighbours are
-merged in the order in which training found them most frequent. So every text has an encoding, none is ever unknown,
-and decoding gives back the same bytes.
+A regular expression first splits the text into pieces (words with their leading space, digits, punctuation, line breaks); a
+token never crosses the border of a piece. Within a piece the 256 bytes are the first tokens, and neighbouring pairs are merged
+in the order in which training found them most frequent. So every text can be encoded, and decoding returns the same bytes.
 
-Training uses `tokenizers`, encoding uses `tiktoken`: the merges, in their order, are all that goes from one to the
-other. Special tokens come after the merged ones and are never produced by `encode`, so that text cannot forge them.
+Training uses the library `tokenizers`, encoding uses `tiktoken`; the ordered merges are all that goes from one to the other.
+Special tokens have the last ids. `encode` never produces them, so text cannot forge them.
 
-A conversation is rendered into ids and a mask: 1 on the tokens that the assistant is trained to produce, 0 on the rest.
+A conversation is rendered into ids and a mask: 1 on tokens that the assistant is trained to produce, 0 on the rest.
 """
 
 import base64
@@ -25,34 +24,34 @@ import tiktoken
 
 from nanochat.common import UserError, get_base_dir, print0
 from nanochat.data.text import replace_lone_surrogates
-from nanochat.runtime.files import read_json
+from nanochat.runtime.files import read_json, write_atomic
 
 SPECIAL_TOKENS = [
-    "<|bos|>",  # in front of every document
+    "<|bos|>",  # at the start of every document
     "<|user_start|>", "<|user_end|>",
     "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>",  # the assistant calls the Python tool
-    "<|output_start|>", "<|output_end|>",  # what the tool answers
+    "<|python_start|>", "<|python_end|>",  # a call of the Python tool by the assistant
+    "<|output_start|>", "<|output_end|>",  # the tool's output
 ]
 
-# GPT-4's pattern, but numbers in groups of at most two digits instead of three: a small vocabulary has no room for
-# a thousand three-digit tokens.
+# GPT-4's pattern, except that numbers are split into groups of at most two digits instead of three: a thousand three-digit
+# tokens would be too many for a small vocabulary.
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
 FILE_NAME, FILE_FORMAT, FILE_VERSION = "tokenizer.json", "nanochat-tokenizer", 1
 
-# A stretch of this many characters without (or of nothing but) white space is cut before it is encoded. Real text has
-# none; without the cut, megabytes of one letter are a single piece, which costs some encoders quadratic time.
+# Longer runs of characters without white space, or of white space only, are cut before encoding. Normal text has none; without
+# the cut, megabytes of one letter would be one piece, for which some encoders need quadratic time.
 MAX_RUN = 4096
-LARGEST_ID = 2**25  # tables are as long as the largest id: a damaged one must not ask for all memory
+LARGEST_ID = 2**25  # tables are as long as the largest id, and a damaged file must not exhaust the memory
 
 
 class Tokenizer:
-    """Byte-level BPE with special tokens. Make one by `train_from_iterator`, `from_directory` or `from_pretrained`."""
+    """Byte-level BPE with special tokens. Create one with `train_from_iterator`, `from_directory` or `from_pretrained`."""
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int], bos_token="<|bos|>"):
-        """`ranks`: id of each token's bytes, which is also its merge priority; `special_tokens`: name -> id."""
+        """ranks: bytes of a token -> its id, which is also its merge priority.   special_tokens: name -> id."""
         self.pattern, self.ranks, self.special_tokens, self.bos_token = pattern, ranks, special_tokens, bos_token
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special_tokens)
@@ -62,9 +61,10 @@ class Tokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator, vocab_size: int) -> "Tokenizer":
-        """Learn merges from an iterator of str. `vocab_size` counts the 256 bytes, the merges and the special tokens.
+        """Train on an iterator of str.
 
-        Text with too few pairs to merge gives a smaller vocabulary: ask `get_vocab_size()`.
+        vocab_size: 256 bytes, merges and special tokens. Smaller in the result if the text has too few pairs to merge.
+        Raises: UserError if it is too small for the bytes and the special tokens.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
@@ -88,13 +88,13 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "Tokenizer":
-        """A published encoding such as `gpt2` or `cl100k_base`; tiktoken downloads its file once and caches it."""
+        """A published encoding such as `gpt2` or `cl100k_base`, which tiktoken downloads and caches."""
         encoding = tiktoken.get_encoding(tiktoken_name)
         return cls(encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens, bos_token="<|endoftext|>")
 
     @classmethod
     def from_directory(cls, directory) -> "Tokenizer":
-        """Read what `save` wrote. UserError where it is missing or damaged."""
+        """Load what `save` wrote. Raises: UserError if it is missing or damaged."""
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             pickles = sorted(Path(directory).glob("*.pkl"))
@@ -105,7 +105,7 @@ class Tokenizer:
             if content["format"] != FILE_FORMAT or content["version"] != FILE_VERSION:
                 raise ValueError(f"its format is {content['format']} {content['version']}")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
-            ranks = {token: rank for rank, token in enumerate(tokens) if token}  # an empty one marks an id not in use
+            ranks = {token: rank for rank, token in enumerate(tokens) if token}  # an empty token marks an unused id
             special_tokens = {str(name): int(rank) for name, rank in content["special_tokens"].items()}
             _check_ranks(tokens, special_tokens)
             tokenizer = cls(content["pattern"], ranks, special_tokens, content["bos_token"])
@@ -117,9 +117,9 @@ class Tokenizer:
                             f"{str(e)[:100]}). Train one with `python -m scripts.tok_train`.") from None
 
     def save(self, directory) -> Path:
-        """Write `tokenizer.json` into `directory`, at once or not at all. Plain JSON: loading it runs no code.
+        """Write `tokenizer.json` into `directory` atomically. It is plain JSON: loading it runs no code.
 
-        Another tokenizer that is there is kept as `tokenizer.json~1`, `~2`, ..., which is said: models may depend on it.
+        A different tokenizer that is there is kept as `tokenizer.json~1`, `~2`, ..., as models may depend on it.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -129,14 +129,10 @@ class Tokenizer:
         content = dict(format=FILE_FORMAT, version=FILE_VERSION, fingerprint=self.fingerprint(), pattern=self.pattern,
                        bos_token=self.bos_token, special_tokens=self.special_tokens,
                        tokens=[base64.b64encode(t).decode() for t in tokens])
-        path, temporary = directory / FILE_NAME, directory / f".{FILE_NAME}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=0)
-            f.flush()
-            os.fsync(f.fileno())
+        path = directory / FILE_NAME
         if path.exists() and not self._is_in(directory):
-            print0(f"the tokenizer that was in {directory} is now {_keep(path).name}")
-        os.replace(temporary, path)
+            print0(f"the previous tokenizer in {directory} is now {_keep(path).name}")
+        write_atomic(path, json.dumps(content, indent=0))
         return path
 
     def _is_in(self, directory: Path) -> bool:
@@ -146,7 +142,7 @@ class Tokenizer:
             return False
 
     def fingerprint(self) -> str:
-        """32 hex digits that change with the pattern, the tokens, their order or the special tokens."""
+        """Hash of the pattern, the tokens in their order, and the special tokens: 32 hex digits."""
         parts = [self.pattern, sorted(self.special_tokens.items()), sorted((r, t.hex()) for t, r in self.ranks.items())]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -162,7 +158,7 @@ class Tokenizer:
         return self.bos_token_id
 
     def encode_special(self, text: str) -> int:
-        """The id of a special token. KeyError if there is none of that name."""
+        """The id of a special token. Raises: KeyError."""
         return self.special_tokens[text]
 
     def id_to_token(self, id: int) -> str:
@@ -172,7 +168,7 @@ class Tokenizer:
         return self.encoding.decode_single_token_bytes(id)
 
     def token_bytes(self):
-        """numpy int32 (vocab_size,): how many bytes of text each token stands for; 0 for special tokens."""
+        """Bytes of text per token, 0 for special tokens: numpy int32 (vocab_size,)."""
         import numpy as np
         lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
         for token, rank in self.ranks.items():
@@ -182,10 +178,11 @@ class Tokenizer:
     # ---- encoding and decoding
 
     def encode(self, text, prepend=None, append=None, num_threads: int = 8):
-        """Ids of a str as a list, or of a list of str as a list of lists (on `num_threads` threads).
+        """Encode a str into a list of ids, or a list of str into a list of such lists, on `num_threads` threads.
 
-        `prepend` and `append` are ids or names of special tokens to put around each text. Special tokens spelled out
-        in the text are encoded as ordinary text. A lone surrogate, which no UTF-8 can hold, becomes U+FFFD.
+        prepend, append: id or name of a special token at the start or end of each text.
+        Names of special tokens in the text are encoded as ordinary text. A lone surrogate, which UTF-8 cannot encode, becomes
+        U+FFFD.
         """
         before = [] if prepend is None else [self._special_id(prepend)]
         after = [] if append is None else [self._special_id(append)]
@@ -199,7 +196,7 @@ class Tokenizer:
     __call__ = encode
 
     def decode(self, ids) -> str:
-        """Text of ids; bytes that are not valid UTF-8 (a character cut in two) become U+FFFD."""
+        """Decode ids to text. Invalid UTF-8, such as an incomplete character, becomes U+FFFD."""
         return self.encoding.decode(list(ids))
 
     def _special_id(self, token) -> int:
@@ -208,12 +205,13 @@ class Tokenizer:
     # ---- conversations
 
     def render_conversation(self, conversation: dict, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """A conversation as (ids, mask), both of the same length, at most `max_tokens`.
+        """Render a conversation into (ids, mask) of the same length, cut at `max_tokens`.
 
-        `conversation["messages"]` is a list of `{"role", "content"}`: user and assistant take turns, a system message
-        may come first and is put in front of the first user's. The assistant's content is a str or a list of parts
-        `{"type": "text" | "python" | "python_output", "text": str}`. mask is 1 where the assistant is trained: its
-        text, its tool calls and its end token, not what the tool answered. UserError for turns out of order.
+        conversation: {"messages": [{"role", "content"}, ...]}. User and assistant take turns; a system message may come first
+        and is merged into the first user message. The assistant's content is a str or a list of parts
+        {"type": "text" | "python" | "python_output", "text": str}.
+        mask: 1 on the assistant's text, tool calls and end tokens, which it is trained on; 0 on tool output and the rest.
+        Raises: UserError for messages out of order.
         """
         ids, mask = [self.bos_token_id], [0]
 
@@ -240,7 +238,7 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids up to and including the assistant's start token, its last message left out: the prompt it answers."""
+        """Ids of a prompt: the conversation without its last message, the assistant's, plus <|assistant_start|>."""
         messages = _turns(conversation)
         if messages[-1]["role"] != "assistant":
             raise UserError("a conversation to complete ends with the assistant's message, which is then left out.")
@@ -248,13 +246,13 @@ class Tokenizer:
         return ids + [self.encode_special("<|assistant_start|>")]
 
     def visualize_tokenization(self, ids, mask) -> str:
-        """The tokens for a terminal, one `|` between them: green where supervised, red where not."""
+        """Tokens separated by `|` for a terminal: green where mask is 1, red where it is 0."""
         red, green, reset = "\033[91m", "\033[92m", "\033[0m"
         return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask, strict=True))
 
 
 def _keep(path: Path) -> Path:
-    """Give a file that is about to be replaced a second name, the first free one of NAME~1, NAME~2, ...: it is never away."""
+    """Give a file a second name, the first free one of NAME~1, NAME~2, ..., before it is replaced. It never disappears."""
     for number in count(1):
         try:
             kept = path.with_name(f"{path.name}~{number}")
@@ -262,34 +260,31 @@ def _keep(path: Path) -> Path:
             return kept
         except FileExistsError:
             continue
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             if not kept.exists():
                 shutil.copyfile(path, kept)
                 return kept
 
 
-RustBPETokenizer = Tokenizer  # the name that nanochat's users know
+RustBPETokenizer = Tokenizer  # its name in the public nanochat
 
 
 def get_tokenizer(directory=None) -> Tokenizer:
-    """The tokenizer in `directory`, by default the current one in `$NANOCHAT_BASE_DIR/tokenizer`."""
+    """The tokenizer in `directory`, by default `$NANOCHAT_BASE_DIR/tokenizer`."""
     return Tokenizer.from_directory(directory or get_base_dir() / "tokenizer")
 
 
 def get_token_bytes(device="cpu", tokenizer: Tokenizer | None = None):
-    """torch int32 (vocab_size,) on `device`: bytes of text per token, 0 for special tokens; for bits per byte."""
+    """Bytes of text per token, 0 for special tokens: torch int32 (vocab_size,) on `device`. For `evaluate_bpb`."""
     import torch
     return torch.from_numpy((tokenizer or get_tokenizer()).token_bytes()).to(device)
 
 
-
-
-
 def _cut_long_runs(text: str) -> list[str]:
-    """`text` in parts that have no run of more than MAX_RUN characters, all or none of them white space.
+    """Split `text` so that no part has a run of more than MAX_RUN characters that are all or none white space.
 
-    Ordinary text comes back whole. To see that it is ordinary costs little: a run of MAX_RUN characters or more
-    covers at least one of the aligned windows of half that length, so only those are looked at.
+    Normal text is one part. The check is cheap: such a run covers at least one aligned window of half its length, so only
+    those windows are checked.
     """
     half = MAX_RUN // 2
     windows = (text[i:i + half] for i in range(0, len(text) - half + 1, half))
@@ -304,7 +299,7 @@ def _cut_long_runs(text: str) -> list[str]:
 
 
 def _ranks_from_merges(merges: list) -> dict[bytes, int]:
-    """Ranks from the merges of `tokenizers`, which spells each byte as a printable character: GPT-2's table."""
+    """Token bytes -> rank, from the merges of `tokenizers`, which writes bytes as printable characters by GPT-2's table."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -316,6 +311,7 @@ def _ranks_from_merges(merges: list) -> dict[bytes, int]:
 
 
 def _check_ranks(tokens: list[bytes], special_tokens: dict[str, int]) -> None:
+    """Raises: ValueError for a vocabulary that no training produces."""
     used = [token for token in tokens if token]
     if len(set(used)) != len(used):
         raise ValueError("a token occurs twice")
@@ -328,7 +324,7 @@ def _check_ranks(tokens: list[bytes], special_tokens: dict[str, int]) -> None:
 
 
 def _turns(conversation: dict) -> list[dict]:
-    """The messages, checked, a leading system message merged into the first of the user. The input is not changed."""
+    """A checked copy of the messages, with a system message merged into the first user message. Raises: UserError."""
     messages = copy.deepcopy(conversation["messages"])
     if messages and messages[0]["role"] == "system":
         if len(messages) < 2 or messages[1]["role"] != "user":
@@ -348,7 +344,7 @@ def _turns(conversation: dict) -> list[dict]:
 
 
 def _parts(content) -> list[tuple[str, str]]:
-    """An assistant's content as (type, text) pairs."""
+    """The content of an assistant message as (type, text) pairs. Raises: UserError for an unknown type."""
     if isinstance(content, str):
         return [("text", content)]
     pairs = [(part["type"], part["text"]) for part in content]

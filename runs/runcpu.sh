@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# About half an hour on a laptop: a d6, the same steps as speedrun_small.sh and the same environment variables.
-source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
-profile 6 64 L 512 8192 8 8192 750 125 131072 100000000 20 4  # the columns are named in device_profile
-source runs/speedrun_small.sh
+# A larger model, a d6, about half an hour on a laptop: the steps of speedrun_small.sh with configs/cpu-d6.flags.
+#   bash runs/runcpu.sh
+# Variables and arguments as for speedrun_small.sh.
+PROFILE="${PROFILE:-cpu-d6}"
+source "$(dirname "${BASH_SOURCE[0]}")/speedrun_small.sh"

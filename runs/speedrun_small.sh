@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. Capitals are environment variables, and
-# arguments go to scripts.base_train:   DEPTH=6 DATA=~/texts bash runs/speedrun_small.sh --max-train-seconds=600
-source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
-setup
-device_profile
-prepare_data
-say "train d$DEPTH for $NUM_ITERATIONS steps on $DEVICE_TYPE"
-base_train_flags
-launch scripts.base_train "${ARGS[@]}" "$@"
+# Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. About four minutes on two cores of a CPU.
+#   DEPTH=6 DATA=~/texts bash runs/speedrun_small.sh --max-train-seconds=600
+# The numbers are in configs/: cpu-d4, mps-d6 or gpu-d12, by device; PROFILE names another. Environment variables override
+# them (see `overrides` in _lib.sh), and arguments go to scripts.base_train, behind everything else.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+choose_profile  # $CONFIG is configs/cpu-d4.flags, or ...
+
+say "text -> tokenizer -> tokens"
+prepare scripts.tok_train --data="$data" --max-chars="$max_chars" --vocab-size="$vocab_size"
+prepare nanochat.dataset --data="$data" --max-chars="$max_chars" ${VAL_DATA:+"--val-data=$VAL_DATA"}
+
+say "train d$depth on $DEVICE_TYPE"
+overrides
+launch scripts.base_train "@$CONFIG" --model-tag="$model_tag" "${ARGS[@]}" "$@"
+
 say "evaluate, then write"
-run "$PYTHON" -m scripts.base_eval --eval bpb,sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE"
-run "$PYTHON" -m scripts.sample --model-tag="$MODEL_TAG" --device-type="$DEVICE_TYPE" --temperature=0.7 \
+run "$PYTHON" -m scripts.base_eval --eval=bpb,sample --model-tag="$model_tag" --device-type="$DEVICE_TYPE"
+run "$PYTHON" -m scripts.sample --model-tag="$model_tag" --device-type="$DEVICE_TYPE" --temperature=0.7 \
     --prompt="${PROMPT:-def __init__(self}"
-show_results "$MODEL_TAG"
+show_results "$model_tag"

@@ -1,8 +1,8 @@
-"""Evaluate a base model: `python -m scripts.base_eval`. Any of
+"""Evaluate a base model: `python -m scripts.base_eval`. Up to three evaluations:
 
-- bpb: bits per byte on the train and validation splits of the tokens it was trained on (or of `--data`);
-- core: the CORE metric, where its bundle is at hand or can be fetched;
-- sample: a few continuations to read.
+- bpb: bits per byte on training and validation tokens of the run (or of `--data`);
+- core: the CORE metric, if its eval bundle is there or can be downloaded;
+- sample: a few sampled texts.
 
 Prints a table and writes `eval_NNNNNN.json` into the folder of the run, beside `result.json`.
 """
@@ -25,12 +25,12 @@ KINDS = ("core", "bpb", "sample")
 @dataclass
 class EvalFlags(SourceFlags):
     """Evaluation"""
-    data: str | None = flag(None, "measure bpb on this text instead: python, a path, glob or folder, or hf:NAME[:...]",
+    data: str | None = flag(None, "text for bpb, instead of the run's tokens: python, a path, glob or folder, or hf:NAME[:...]",
                             metavar="SOURCE")
-    eval: str = flag("core,bpb,sample", "what to do: any of core, bpb and sample, with commas between", metavar="KINDS")
-    max_per_task: int = flag(-1, "questions per CORE task; -1 takes all")
-    device_batch_size: int | None = flag(None, "rows per forward pass for bpb; by default the run's own", low=1)
-    split_tokens: int = flag(-1, "tokens per split for bpb, at most all there are; -1 takes as many as the run did")
+    eval: str = flag("core,bpb,sample", "comma-separated evaluations: core, bpb, sample", metavar="KINDS")
+    max_per_task: int = flag(-1, "questions per CORE task; -1 is all")
+    device_batch_size: int | None = flag(None, "sequences per forward pass for bpb; by default that of the run", low=1)
+    split_tokens: int = flag(-1, "tokens per split for bpb, or all if there are fewer; -1 is --eval-tokens of the run")
 
     @property
     def kinds(self) -> list[str]:
@@ -46,7 +46,7 @@ class EvalFlags(SourceFlags):
 
 
 def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> dict:
-    """{"train": bits per byte, "val": bits per byte, ...} on the run's token dataset, or on that of `--data`."""
+    """Bits per byte of both splits, {"train": ..., "val": ...}, on the run's token dataset or that of `--data`."""
     from nanochat.dataloader import val_batches
     from nanochat.dataset import TokenDataset, prepare_tokens
     from nanochat.loss_eval import evaluate_bpb
@@ -56,40 +56,40 @@ def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> d
         prepare_tokens(flags.data, tokenizer, **flags.reading()) if flags.data else located(state["tokens"])))
     if tokens.tokenizer_fingerprint != tokenizer.fingerprint():
         raise UserError(f"the tokens in {state['tokens']} were made with another tokenizer than the model's. "
-                        "Name the text with --data to prepare them anew.")
+                        "Give the text with --data to tokenize it again.")
     config, device = state["user_config"], model.get_device()
-    wanted = config["eval_tokens"] if flags.split_tokens == -1 else flags.split_tokens
+    num_tokens = config["eval_tokens"] if flags.split_tokens == -1 else flags.split_tokens
     rows = flags.device_batch_size or config["device_batch_size"]
-    result = {"data": flags.data or state["tokens"], "split_tokens": wanted}
+    result = {"data": flags.data or state["tokens"], "split_tokens": num_tokens}
     for name in ("train", "val"):
         split = tokens.split(name)
-        progress = Progress(f"bpb of {name}", total=min(wanted, split.num_tokens) // ranks.world_size, unit=" tokens")
-        batches = val_batches(split, model.config.sequence_len, rows, wanted, ranks.rank, ranks.world_size, device)
+        progress = Progress(f"bpb of {name}", total=min(num_tokens, split.num_tokens) // ranks.world_size, unit=" tokens")
+        batches = val_batches(split, model.config.sequence_len, rows, num_tokens, ranks.rank, ranks.world_size, device)
         result[name] = evaluate_bpb(model, counted(batches, progress), None, get_token_bytes(device, tokenizer))
         progress.close()
     return result
 
 
 def counted(batches, progress: Progress):
-    """Pass on the batches of this rank, with progress."""
+    """Pass on the batches and update the progress bar."""
     for x, y in batches:
         yield x, y
         progress.update(x.numel())
 
 
 def draw_samples(model, tokenizer, state: dict) -> list[str]:
-    """Greedy continuations of a few prompts and two free samples, printed as they come."""
+    """Generate and print greedy continuations of a few prompts and two unconditional samples."""
     from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
     engine, texts = Engine(model, tokenizer), []
     prompts = sample_prompts(state["user_config"].get("data", ""))
     for prompt, temperature, seed in [*((p, 0.0, 0) for p in prompts), ("", 1.0, 1), ("", 1.0, 2)]:
         texts.append(engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=temperature, seed=seed))
-        print(f"--- {'greedy' if temperature == 0 else 'sampled freely'}\n{texts[-1]}", flush=True)
+        print(f"--- {'greedy' if temperature == 0 else 'unconditional'}\n{texts[-1]}", flush=True)
     return texts
 
 
 def run_evaluations(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> dict:
-    """The sections of the record: `bpb`, `core`, `samples`, of those asked for. CORE may be missing, which is said."""
+    """Run the selected evaluations. Returns {"bpb": ..., "core": ..., "samples": ...}, without CORE if it is unavailable."""
     from nanochat.core_eval import CoreUnavailable, evaluate_core
     record = {}
     if "bpb" in flags.kinds:
@@ -101,14 +101,14 @@ def run_evaluations(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> d
         except CoreUnavailable as e:
             if flags.kinds == ["core"]:
                 raise
-            print0(f"CORE left out: {e}")
+            print0(f"no CORE metric: {e}")
     if "sample" in flags.kinds and is_main_rank():
         record["samples"] = draw_samples(model, tokenizer, state)
     return record
 
 
 def table(record: dict) -> str:
-    """One line per figure."""
+    """The results as a table, one metric per line."""
     rows = [{"metric": f"bits per byte, {name}", "value": record["bpb"][name]} for name in ("train", "val")
             if "bpb" in record]
     if "core" in record:
@@ -121,7 +121,7 @@ def table(record: dict) -> str:
 
 
 def save(record: dict, path) -> None:
-    """Write the sections of `record`; those of an earlier evaluation of this step that were not redone are kept."""
+    """Write the results, and keep those of earlier evaluations of this step that were not repeated."""
     try:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -28,8 +28,8 @@ def main() -> int:
             RunLock(run_dir).release()  # one that is training now is named
         raise UserError(f"{problem}.")
     from nanochat.runtime.distributed import leave_process_group  # loads torch: only once the flags are right
-    from nanochat.training.loop import build_and_train
-    status = build_and_train(config)
+    from nanochat.training.loop import build_and_fit
+    status = build_and_fit(config)
     leave_process_group()
     return status
 

@@ -1,8 +1,8 @@
-"""Talk to a model in the terminal: `python -m scripts.chat_cli`. Ctrl-D or `quit` ends, `clear` starts over.
+"""Talk to a model in the terminal: `python -m scripts.chat_cli`. Ctrl-D or `quit` ends, `clear` starts a new conversation.
 
-Two ways to talk. *Chat* renders the conversation with the special tokens that mark whose turn it is, and keeps it as
-context; it makes sense for a model that was tuned on conversations. *Completion* just continues what you type, which
-is what a base model can do, so it is the default for one.
+In *chat* mode the conversation is rendered with the special tokens that mark the turns, and kept as context; it makes sense for
+models tuned on conversations. In *completion* mode the model continues what you type, which is what a base model can do, and
+the default for one.
 """
 
 import sys
@@ -17,16 +17,16 @@ from scripts.sample import ModelFlags, SamplingFlags
 @dataclass
 class ChatFlags:
     """The conversation"""
-    prompt: str | None = flag(None, "answer this one prompt and stop", aliases=("-p",), metavar="TEXT")
-    complete: bool = flag(False, "continue what is typed, without chat tokens; the default for a base model")
-    chat: bool = flag(False, "render chat turns also for a base model, which has never seen any")
+    prompt: str | None = flag(None, "answer this prompt and exit", aliases=("-p",), metavar="TEXT")
+    complete: bool = flag(False, "completion mode: continue the text, without chat tokens; the default for a base model")
+    chat: bool = flag(False, "chat mode also for a base model, which was not trained on conversations")
 
     def validate(self):
         return ["--complete and --chat exclude each other: give one of them"] if self.complete and self.chat else []
 
 
 class Conversation:
-    """The token ids so far, and how a turn is added to them."""
+    """The token ids of the conversation so far."""
 
     def __init__(self, tokenizer, chat: bool):
         self.tokenizer, self.chat = tokenizer, chat
@@ -36,7 +36,7 @@ class Conversation:
         self.ids = [self.tokenizer.get_bos_token_id()]
 
     def ask(self, text: str) -> list[int]:
-        """The ids to continue, up to where the model's turn begins. Completion has no memory between prompts."""
+        """The ids of the prompt for the model's next turn. In completion mode earlier turns are not part of it."""
         if not self.chat:
             self.clear()
             return self.ids + self.tokenizer(text)
@@ -45,13 +45,13 @@ class Conversation:
         return self.ids + [start, *self.tokenizer(text), end, answer_start]
 
     def answered(self, asked: list[int], answer: str) -> None:
-        """Keep the turn as context for the next."""
+        """Add the turn to the context of the next."""
         if self.chat:
             self.ids = asked + self.tokenizer(answer, append="<|assistant_end|>")
 
 
 def answer(engine, conversation: Conversation, text: str, sampling: dict) -> None:
-    """Stream the answer to `text` to standard output. Ctrl-C cuts it short."""
+    """Stream the answer to `text` to standard output. Ctrl-C stops it."""
     asked, pieces = conversation.ask(text), []
     try:
         for piece in engine.stream_text(asked, **sampling):
@@ -71,14 +71,14 @@ def main(argv: list[str] | None = None) -> None:
     engine, conversation = Engine(model, tokenizer), Conversation(tokenizer, chat=flags.chat)
     print(f"{state['model_tag']}, step {state['step']}", file=sys.stderr)
     if flags.chat:
-        print("This is a base model, never tuned on conversations: expect no sensible answers.", file=sys.stderr)
+        print("This is a base model, not tuned on conversations: do not expect sensible answers.", file=sys.stderr)
     elif not flags.complete:
         print("This is a base model without chat tuning: it continues what you type (as with --complete). "
-              "--chat renders turns all the same.", file=sys.stderr)
+              "--chat uses chat mode anyway.", file=sys.stderr)
     if flags.prompt is not None:
         answer(engine, conversation, flags.prompt, sampling.kwargs())
         return
-    print("Ctrl-D or 'quit' ends, 'clear' starts over, Ctrl-C stops an answer.", file=sys.stderr)
+    print("Ctrl-D or 'quit' ends, 'clear' starts a new conversation, Ctrl-C stops an answer.", file=sys.stderr)
     while True:
         try:
             text = input("\n> " if sys.stdin.isatty() else "")
@@ -91,13 +91,13 @@ def main(argv: list[str] | None = None) -> None:
         elif text.strip():
             try:
                 answer(engine, conversation, text, sampling.kwargs())
-            except UserError as e:  # too long for the model: nothing is lost but this turn
+            except UserError as e:  # too long for the model: only this turn is lost
                 print(f"error: {e} Or type 'clear'.", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     try:
-        import readline  # noqa: F401  (editing and history at the prompt, where Python has it)
+        import readline  # noqa: F401  (line editing and history at the prompt, if Python has it)
     except ImportError:
         pass
     cli(main, for_its_output=True)

@@ -1,6 +1,6 @@
-"""Prompt in, text streams out: `python -m scripts.sample -p "The capital of France is"`.
+"""Continue a prompt with a trained model: `python -m scripts.sample -p "The capital of France is"`.
 
-Without `-p` the prompt is read from standard input. One sample streams as it is made; several are printed when done.
+Without `-p` the prompt is read from standard input. A single sample is streamed; several are printed when complete.
 """
 
 import sys
@@ -14,11 +14,11 @@ from nanochat.training.config import DeviceFlags
 @dataclass
 class ModelFlags(DeviceFlags):
     """The model"""
-    model_tag: str | None = flag(None, "the run under base_checkpoints; by default the one trained last")
-    step: int | None = flag(None, "the step of its checkpoint; by default the last one", low=0)
+    model_tag: str | None = flag(None, "name of the run (folder in base_checkpoints); by default the last trained")
+    step: int | None = flag(None, "step of the checkpoint; by default the last", low=0)
 
     def load(self):
-        """(model in eval mode on the device, tokenizer, checkpoint's state, ranks). UserError where there is none."""
+        """(model in eval mode on the device, tokenizer, state of the checkpoint, ranks). Raises: UserError if there is none."""
         from nanochat.checkpoint_manager import load_model
         from nanochat.runtime.device import init_device
         device, ranks = init_device(self.device_type)
@@ -28,10 +28,10 @@ class ModelFlags(DeviceFlags):
 @dataclass
 class SamplingFlags:
     """Sampling"""
-    max_tokens: int = flag(128, "length of the continuation in tokens, at most", low=1)
-    temperature: float = flag(0.8, "0 always takes the likeliest token; 1 samples from the model as it is", low=0)
-    top_k: int = flag(50, "sample among this many of the likeliest tokens; 0 is among all", low=0)
-    seed: int = flag(42, "the same seed gives the same text", low=0, high=LARGEST_SEED)
+    max_tokens: int = flag(128, "most tokens to generate", low=1)
+    temperature: float = flag(0.8, "0 is greedy: always the most likely token; 1 samples from the model's distribution", low=0)
+    top_k: int = flag(50, "sample from this many of the most likely tokens; 0 is all", low=0)
+    seed: int = flag(42, "random seed: the same seed gives the same text", low=0, high=LARGEST_SEED)
 
     def kwargs(self) -> dict:
         return dict(max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, seed=self.seed)
@@ -40,14 +40,14 @@ class SamplingFlags:
 @dataclass
 class PromptFlags:
     """The prompt"""
-    prompt: list[str] = flag([], "text to continue, several if wanted; by default what comes from standard input",
+    prompt: list[str] = flag([], "text to continue, one or several; by default standard input",
                              aliases=("-p",), metavar="TEXT")
-    num_samples: int = flag(1, "how many continuations of each prompt", low=1, high=4096)
+    num_samples: int = flag(1, "continuations per prompt", low=1, high=4096)
 
 
 def main(argv: list[str] | None = None) -> None:
     model_flags, sampling, output = parse([ModelFlags, SamplingFlags, PromptFlags], argv,
-                                          prog="python -m scripts.sample", description="Continue a prompt.")
+                                          prog="python -m scripts.sample", description="Continue a prompt with a trained model.")
     prompts = output.prompt
     if not prompts:
         if sys.stdin.isatty():

@@ -1,8 +1,8 @@
-"""How well the tokenizer compresses: `python -m scripts.tok_eval`. Bytes of text per token, beside GPT-2's and GPT-4's.
+"""Evaluate the tokenizer: bytes of text per token, compared with GPT-2's and GPT-4's. `python -m scripts.tok_eval`
 
-The more bytes a token stands for, the more text fits into a context and the fewer tokens a model has to be trained on;
-a larger vocabulary buys that with larger embedding tables. GPT-2 (50k) and GPT-4 (100k) are shown where tiktoken has
-their files or can fetch them within a few seconds.
+The more bytes a token stands for, the more text fits into the context, and the fewer tokens a model is trained on. A larger
+vocabulary has more bytes per token, but needs larger embedding tables. GPT-2 (50k) and GPT-4 (100k) are shown if tiktoken has
+their files or can download them within a few seconds.
 """
 
 import threading
@@ -14,7 +14,7 @@ from nanochat.common import format_table, print0
 from nanochat.data.sources import SourceFlags
 
 PEERS = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-PEER_SECONDS = 5  # how long to wait for the peers' files, all together
+PEER_SECONDS = 5  # timeout for the download of all of them
 
 SAMPLES = {
     "English": """The harbour was quiet that morning. A few gulls walked along the wall as if they owned it, and the
@@ -48,12 +48,12 @@ Moreover $\sum_{k=1}^{n} k^2 = \frac{n(n+1)(2n+1)}{6}$, which for $n = 100$ give
 
 @dataclass
 class TokEvalFlags(SourceFlags):
-    """The text to compress, beside samples of other kinds"""
+    """The text to evaluate on, besides built-in samples"""
     max_chars: int = flag(4_000_000, "read at most this many characters; -1 is all")
 
 
 def main() -> None:
-    flags, = parse([TokEvalFlags], prog="python -m scripts.tok_eval", description="Compression of the tokenizer.")
+    flags, = parse([TokEvalFlags], prog="python -m scripts.tok_eval", description="Bytes of text per token of the tokenizer.")
     from nanochat.data.sources import iter_documents
     from nanochat.dataset import split_documents
     from nanochat.tokenizer import get_tokenizer
@@ -71,11 +71,11 @@ def main() -> None:
                                                                  for name, text in texts.items()]))
     missing = [name for name in PEERS if name not in tokenizers]
     if missing:
-        print0(f"\nleft out: {', '.join(missing)}: tiktoken has no copy and could not fetch one in {PEER_SECONDS} s")
+        print0(f"\nwithout {', '.join(missing)}: tiktoken has no copy and could not download one in {PEER_SECONDS} s")
 
 
 def compression(name: str, texts: list[str], tokenizers: dict) -> dict:
-    """One row of the table: the text's size and each tokenizer's bytes per token on it."""
+    """A row of the table: the size of the text, and its bytes per token for each tokenizer."""
     size = sum(len(text.encode()) for text in texts)
     rates = {label: size / sum(map(len, t.encode(texts))) for label, t in tokenizers.items()}
     return {"text": name, "bytes": size} | {label: round(rate, 2) for label, rate in rates.items()} \
@@ -83,9 +83,9 @@ def compression(name: str, texts: list[str], tokenizers: dict) -> dict:
 
 
 def fetch_peers():
-    """Start loading the peers' tokenizers; returns a function that gives those that are there after PEER_SECONDS.
+    """Start to load the tokenizers of PEERS. Returns a function that returns those loaded within PEER_SECONDS.
 
-    In threads that end with the process: a download without a network can hang for as long as it likes.
+    Uses daemon threads: without a network a download can hang for ever.
     """
     from nanochat.tokenizer import Tokenizer
     found = {}
@@ -93,7 +93,7 @@ def fetch_peers():
     def load(label: str, name: str) -> None:
         try:
             found[label] = Tokenizer.from_pretrained(name)
-        except Exception:  # no network, no such file, a proxy's answer: all the same, it is left out and said
+        except Exception:  # no network, no such file, a proxy's error page: `main` reports what is missing
             pass
 
     threads = [threading.Thread(target=load, args=peer, daemon=True) for peer in PEERS.items()]

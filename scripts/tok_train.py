@@ -1,4 +1,7 @@
-"""Train a tokenizer: `python -m scripts.tok_train --data SOURCE`. It becomes the current one of $NANOCHAT_BASE_DIR."""
+"""Train a tokenizer: `python -m scripts.tok_train --data SOURCE`. Training and evaluation then use it by default.
+
+It is written to `$NANOCHAT_BASE_DIR/tokenizer`.
+"""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,12 +16,12 @@ from nanochat.data.sources import Counts, TokenizerFlags, iter_documents
 
 @dataclass
 class TokTrainFlags(TokenizerFlags):
-    """The text, and the vocabulary to learn from it"""
+    """The text, and the size of the vocabulary"""
     max_chars: int = flag(2_000_000_000, "read at most this many characters; -1 is all")
 
 
 def main() -> None:
-    flags, = parse([TokTrainFlags], prog="python -m scripts.tok_train", description="Train a tokenizer.")
+    flags, = parse([TokTrainFlags], prog="python -m scripts.tok_train", description="Train a byte-level BPE tokenizer.")
     folder = writable_base_dir() / "tokenizer"
     from nanochat.dataset import train_tokenizer
     started, counts = time.monotonic(), Counts()
@@ -26,7 +29,7 @@ def main() -> None:
     path = tokenizer.save(folder)
     seconds = time.monotonic() - started
     print0(f"{path}: vocabulary {tokenizer.get_vocab_size()}, {mean_bytes_per_token(tokenizer, flags):.2f} bytes per "
-           f"token on the beginning of the text, {format_duration(seconds)}")
+           f"token at the start of the text, {format_duration(seconds)}")
     print0(f"read: {counts.documents} documents")
     if left_out := describe_left_out(asdict(counts)):
         print0(f"left out: {left_out}")

@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nanochat.cli.output import tolerant_streams
 from nanochat.features import FEATURES
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["nanochat.training.loop"])
@@ -18,6 +19,11 @@ SERVER.set_forkserver_preload(["nanochat.training.loop"])
 def anew(flags) -> list[str]:
     """The flags of a run that may take a name again, in tests that do not care what was trained under it."""
     return [*flags, *([] if any("--resume-from-step" in flag for flag in flags) else ["--overwrite"])]
+
+
+def compile_with(run, forward) -> None:
+    """Let a run that was built with --no-compile train through this compiled model."""
+    run.trainer.plan, run.trainer.forward = replace(run.plan, compile=True), forward
 
 
 class Served:
@@ -48,7 +54,7 @@ def _train(argv, base, log, before, output):
     os.dup2(os.open(output, os.O_WRONLY) if output else errors, 1)
     os.dup2(errors, 2)
     tolerant_streams()  # as every script does
-    run = Run(parse_config(FEATURES, argv))
+    run = build_run(parse_config(FEATURES, argv))
     if before:
         before(run)
-    sys.exit(run_to_the_end(run))
+    sys.exit(fit(run))

@@ -19,16 +19,16 @@ from nanochat.checkpoint_manager import (
     OPTIMIZER,
     STATE,
     CheckpointWriter,
-    check_room,
+    archive_later_checkpoints,
+    check_disk_space,
     checkpoint_bytes,
     delete_old,
-    finish_what_was_killed,
     list_steps,
     list_tags,
     load_checkpoint,
+    recover_interrupted_writes,
     safetensors_blocks,
     save_checkpoint,
-    set_aside_later,
     step_dir,
     total_bytes,
 )
@@ -168,7 +168,7 @@ def test_killed_between_any_two_changes_to_the_disk(run_dir, monkeypatch, replac
                 finished = True
             except Killed:
                 finished = False
-        finish_what_was_killed(folder)
+        recover_interrupted_writes(folder)
         expected = {3: WEIGHTS, 10: WEIGHTS}
         if step in list_steps(folder) and load_checkpoint(folder, step)[2]["note"] == "new":
             expected[step] = new
@@ -287,15 +287,15 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_that_looks_like_a_checkpoint(
     delete_old(run_dir, 10, 1, {}, own={3, 10})
     assert list_steps(run_dir) == [10] and (run_dir / ".step_000003.deleting" / MODEL).exists()
     monkeypatch.undo()
-    finish_what_was_killed(run_dir)
+    recover_interrupted_writes(run_dir)
     assert [p.name for p in run_dir.iterdir()] == ["step_000010"]
 
 
 def test_another_future_does_not_end_in_the_old_ones_checkpoints(run_dir):
-    set_aside_later(run_dir, 3)
+    archive_later_checkpoints(run_dir, 3)
     assert list_steps(run_dir) == [3] and (run_dir / "step_000010~1" / MODEL).exists()
     save_checkpoint(run_dir, 10, {"a": torch.ones(1)}, {}, {})
-    set_aside_later(run_dir, 3)
+    archive_later_checkpoints(run_dir, 3)
     assert list_steps(run_dir) == [3] and same(load_file(run_dir / "step_000010~1" / MODEL), WEIGHTS)
     assert (run_dir / "step_000010~2" / MODEL).exists()
 
@@ -318,13 +318,13 @@ def test_a_checkpoints_size_is_known_before_there_is_one(tmp_path):
 def test_room_is_asked_for_before_training(tmp_path, capsys):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=rf"no room .*: a checkpoint has {2 * free:,} bytes, and [0-9,]+ are free"):
-        check_room(tmp_path / "not" / "there" / "yet", 2 * free, count=1, rows=1)
+        check_disk_space(tmp_path / "not" / "there" / "yet", 2 * free, count=1, rows=1)
     assert capsys.readouterr().out == ""
-    check_room(tmp_path, int(0.7 * free), count=1, rows=1)
+    check_disk_space(tmp_path, int(0.7 * free), count=1, rows=1)
     assert "room for 1, where the run writes 1" in capsys.readouterr().out
-    check_room(tmp_path, free // 10, count=50, rows=1)
+    check_disk_space(tmp_path, free // 10, count=50, rows=1)
     assert "the run writes 50. --keep-last deletes" in capsys.readouterr().out
-    check_room(tmp_path, free // 100, count=3, rows=100)
+    check_disk_space(tmp_path, free // 100, count=3, rows=100)
     assert capsys.readouterr().out == ""
 
 

@@ -179,7 +179,7 @@ def test_a_continuation_is_right_if_every_token_is(tokenizer):
                 logits[0, wrong - 1] *= -1
             return logits
 
-        right = core_eval.count_right(model, [([(row, start, end)], None)], torch.device("cpu"), pad=0)
+        right = core_eval.count_correct(model, [([(row, start, end)], None)], torch.device("cpu"), pad=0)
         assert right == (wrong is None)
 
 

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat import flash_attention as fa
 from nanochat.flash_attention import flash_attn, make_attention
-from nanochat.kernels import cpu_attention as native_attention
-from nanochat.kernels.cpp_kernels import why_not_native
+from nanochat.kernels import cpu_attention
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
 
 # What the choice can come to on this machine, and the general one that needs no set-up.
 WORKING = [name for name in fa.BACKENDS
-           if any(fa.why_not(name, windowed, "cpu", torch.float32, 8) is None for windowed in (False, True))]
+           if any(fa.backend_unavailable_reason(name, windowed, "cpu", torch.float32, 8) is None for windowed in (False, True))]
 
 
 def reference(q, k, v, grad, window):
@@ -141,9 +141,9 @@ def test_chunked_full_context_skips_what_no_query_sees():
 @pytest.mark.parametrize("chunks", [[23], [1] * 23, [5, 1, 7, 1, 1, 8], [1, 22]])
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_kv_cache_equals_full_attention(window, chunks, as_tensor):
-    T, room = 23, 30
+    T, capacity = 23, 30
     (q, k, v), _ = draw(2, T, 4, 2, 8, torch.float32)
-    caches = [torch.full((2, room, 2, 8), float("nan")) for _ in range(2)]  # NaN spreads if an unwritten place is read
+    caches = [torch.full((2, capacity, 2, 8), float("nan")) for _ in range(2)]  # NaN spreads if an unwritten place is read
     want, outputs, pos = fa._masked(q, k, v, window), [], 0
     with torch.no_grad():
         for n in chunks:
@@ -229,9 +229,9 @@ def test_line_for_the_user():
 
 
 def test_a_backend_that_raises_is_left_out_and_its_reason_told():
-    reason = fa.why_not("varlen", True, "cpu", torch.float16, 64)  # a CUDA kernel, asked for on a CPU
+    reason = fa.backend_unavailable_reason("varlen", True, "cpu", torch.float16, 64)  # a CUDA kernel, asked for on a CPU
     assert reason is not None and "CPU" in reason
-    assert fa.why_not("sdpa", True, "cpu", torch.float16, 64) == "does not do windows"
+    assert fa.backend_unavailable_reason("sdpa", True, "cpu", torch.float16, 64) == "does not do windows"
     attention = fa.make_attention("cpu", torch.float16, 64, 512, [128, -1])
     assert str(attention) == "attention: sdpa (full context), blocks (window 128)"
 
@@ -254,13 +254,14 @@ def test_probing_leaves_the_random_state_and_grad_mode_alone():
 # ---------------------------------------------------------------------------------------------------------------------
 # The C++ kernels
 
-needs_native = pytest.mark.skipif(why_not_native("attention") is not None, reason=str(why_not_native("attention")))
-native = native_attention.attention
+reason = cpp_unavailable_reason("attention")
+needs_cpp = pytest.mark.skipif(reason is not None, reason=str(reason))
+cpp_attention = cpu_attention.attention
 
 
-def run_native(inputs, grad, window):
+def run_cpp(inputs, grad, window):
     """Output and gradients."""
-    y = native(*inputs, window)
+    y = cpp_attention(*inputs, window)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
@@ -268,25 +269,25 @@ def same_bits(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@needs_native
+@needs_cpp
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(problem=problems(), D=st.sampled_from([32, 64, 96, 128, 160]))
-def test_native_equals_definition(problem, D):
+def test_cpp_equals_definition(problem, D):
     window = problem.pop("window")
-    check(native, *draw(**problem | {"D": D, "dtype": torch.bfloat16}), window)
+    check(cpp_attention, *draw(**problem | {"D": D, "dtype": torch.bfloat16}), window)
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 193])
 @pytest.mark.parametrize("window", [0, 1, 15, 16, 62, 63, 64, 126, 127, 128, 191, 192])
-def test_native_window_edges(T, window):
-    check(native, *draw(1, T, 2, 1, 32, torch.bfloat16), window)
+def test_cpp_window_edges(T, window):
+    check(cpp_attention, *draw(1, T, 2, 1, 32, torch.bfloat16), window)
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("sharper", [1, 10])
 @pytest.mark.parametrize("T, D", [(512, 64), (700, 128)])
-def test_native_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
+def test_cpp_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
     (q, k, v), grad = draw(1, T, 2, 2, D, torch.bfloat16)
     inputs = [(q * sharper).detach().requires_grad_(), k, v]
     exact = reference(*inputs, grad, fa.FULL)[0]
@@ -295,31 +296,31 @@ def test_native_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
         y = function(*inputs, fa.FULL)
         found = y, *torch.autograd.grad(y, inputs, grad)
         return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-    for ours, pytorch in zip(errors(native), errors(fa._sdpa), strict=True):
+    for ours, pytorch in zip(errors(cpp_attention), errors(fa._sdpa), strict=True):
         assert ours < 1.05 * pytorch
 
 
-@needs_native
-def test_native_gives_the_log_sum_exp():
+@needs_cpp
+def test_cpp_gives_the_log_sum_exp():
     (q, k, v), _ = draw(2, 150, 4, 2, 32, torch.bfloat16)
     t = torch.arange(150)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) / math.sqrt(32)
     want = scores.masked_fill(t > t[:, None], -math.inf).logsumexp(-1)
-    got = native_attention.attention_forward(q, k, v, -1)[1]
+    got = cpu_attention.attention_forward(q, k, v, -1)[1]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
-def test_native_takes_any_size_of_scores(size):
+def test_cpp_takes_any_size_of_scores(size):
     """Every seventh key wins all there is when scores are this far apart: each query gets its value, and nothing overflows."""
     T, at = 150, torch.arange(150)
     inputs, grad = draw(1, T, 1, 1, 32, torch.bfloat16)
     with torch.no_grad():
         inputs[0].fill_(1)
         inputs[1].copy_(torch.where(at % 7 == 3, size, -size)[:, None, None].expand(T, 1, 32))
-    y, *gradients = run_native(inputs, grad, 6)
+    y, *gradients = run_cpp(inputs, grad, 6)
     winner = at - (at - 3) % 7
     v = inputs[2].detach()
     assert torch.equal(y[:, 3:], v[:, winner[3:]]) and torch.equal(y[:, 0], v[:, 0])  # what is hidden never wins
@@ -331,25 +332,25 @@ def test_native_takes_any_size_of_scores(size):
         torch.testing.assert_close(dv.double(), want, rtol=0.02, atol=0.05)
 
 
-@needs_native
-def test_native_leaves_out_what_no_query_sees():
+@needs_cpp
+def test_cpp_leaves_out_what_no_query_sees():
     """Zero times NaN is NaN: keys and values outside of a window are not even multiplied with."""
     window = 64
     (q, k, v), grad = draw(1, 512, 1, 1, 32, torch.bfloat16)
-    clean = native(q, k, v, window)
+    clean = cpp_attention(q, k, v, window)
     with torch.no_grad():
         for x in (k, v):
             x[:, :128], x[:, 384:] = math.nan, math.nan
-    y = native(q, k, v, window)
+    y = cpp_attention(q, k, v, window)
     assert torch.equal(y[:, 192:384], clean[:, 192:384])
     assert y[:, :192].isnan().all() and y[:, 384:].isnan().all()
 
 
-@needs_native
-def test_native_takes_any_strides():
+@needs_cpp
+def test_cpp_takes_any_strides():
     B, T, H, H_kv, D = 2, 70, 4, 2, 32
     inputs, grad = draw(B, T, H, H_kv, D, torch.bfloat16)
-    want = run_native(inputs, grad, 20)
+    want = run_cpp(inputs, grad, 20)
 
     def layouts(x):
         yield x.transpose(1, 2).contiguous().transpose(1, 2)              # (B, H, T, D) in memory
@@ -360,30 +361,30 @@ def test_native_takes_any_strides():
     for variants in zip(*(layouts(x.detach()) for x in (*inputs, grad)), strict=True):
         assert not variants[0].is_contiguous()
         *leaves, dy = variants
-        assert same_bits(want, run_native([x.requires_grad_() for x in leaves], dy, 20))
-    y = native(*inputs, 20)
+        assert same_bits(want, run_cpp([x.requires_grad_() for x in leaves], dy, 20))
+    y = cpp_attention(*inputs, 20)
     summed = torch.autograd.grad(y.sum(), inputs)                         # a gradient without strides of its own
-    assert same_bits(summed, run_native(inputs, torch.ones_like(grad), 20)[1:])
+    assert same_bits(summed, run_cpp(inputs, torch.ones_like(grad), 20)[1:])
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("window", [-1, 70])
-def test_native_gives_the_same_bits_on_any_number_of_threads(window):
+def test_cpp_gives_the_same_bits_on_any_number_of_threads(window):
     inputs, grad = draw(1, 300, 6, 3, 64, torch.bfloat16)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 1, 2, 3, 8):  # with 1 and 3, a thread for each key head; with 2 and 8, for each block
             torch.set_num_threads(n)
-            results.append(run_native(inputs, grad, window))
+            results.append(run_cpp(inputs, grad, window))
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@needs_native
-def test_native_compiles_to_one_graph_with_the_same_bits():
+@needs_cpp
+def test_cpp_compiles_to_one_graph_with_the_same_bits():
     def around(q, k, v):
-        return native(-q, k, v.transpose(1, 2).contiguous().transpose(1, 2), 20).flatten(2)
+        return cpp_attention(-q, k, v.transpose(1, 2).contiguous().transpose(1, 2), 20).flatten(2)
     inputs, grad = draw(2, 100, 4, 2, 32, torch.bfloat16)
     results = []
     for f in (around, torch.compile(around, fullgraph=True, dynamic=False)):
@@ -392,18 +393,18 @@ def test_native_compiles_to_one_graph_with_the_same_bits():
     assert same_bits(*results)
 
 
-@needs_native
-def test_native_operators_keep_torch_s_rules():
+@needs_cpp
+def test_cpp_operators_keep_torch_s_rules():
     inputs, grad = draw(1, 10, 2, 1, 32, torch.bfloat16)
-    torch.library.opcheck(native_attention.attention_forward, (*inputs, 3), test_utils=(
+    torch.library.opcheck(cpu_attention.attention_forward, (*inputs, 3), test_utils=(
         "test_schema", "test_autograd_registration", "test_faketensor"))
     inputs = [x.detach() for x in inputs]
-    torch.library.opcheck(native_attention.attention_backward,
-                          (*inputs, *native_attention.attention_forward(*inputs, 3), grad, 3),
+    torch.library.opcheck(cpu_attention.attention_backward,
+                          (*inputs, *cpu_attention.attention_forward(*inputs, 3), grad, 3),
                           test_utils=("test_schema", "test_faketensor"))
 
 
-@needs_native
+@needs_cpp
 @pytest.mark.parametrize("shapes, dtype, message", [
     (((1, 8, 2, 32), (1, 8, 2, 32)), torch.float32, "bfloat16"),
     (((1, 8, 2, 24), (1, 8, 2, 24)), torch.bfloat16, "multiple of 32"),
@@ -411,25 +412,25 @@ def test_native_operators_keep_torch_s_rules():
     (((1, 8, 2, 32), (1, 9, 2, 32)), torch.bfloat16, "do not go together"),
     (((1, 8, 2, 64), (1, 8, 2, 32)), torch.bfloat16, "do not go together"),
 ])
-def test_native_refuses_what_it_cannot_do(shapes, dtype, message):
+def test_cpp_refuses_what_it_cannot_do(shapes, dtype, message):
     q, k = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     with pytest.raises(ValueError, match=message):
-        native(q, k, k, -1)
+        cpp_attention(q, k, k, -1)
 
 
-@needs_native
-def test_native_takes_nothing_for_an_answer():
+@needs_cpp
+def test_cpp_takes_nothing_for_an_answer():
     for shape in (0, 8, 2, 32), (2, 0, 2, 32):
         inputs, grad = draw(*shape[:3], 2, 32, torch.bfloat16)
-        assert [x.shape for x in run_native(inputs, grad, -1)] == [shape] * 4
+        assert [x.shape for x in run_cpp(inputs, grad, -1)] == [shape] * 4
 
 
-@needs_native
-def test_native_comes_first_in_bf16_where_it_serves():
+@needs_cpp
+def test_cpp_comes_first_in_bf16_where_it_serves():
     choose = lambda D, T, window, dtype=torch.bfloat16: fa.choose_backend("cpu", dtype, D, T, window)
     assert {choose(64, T, window) for T in (64, 512, 4096) for window in (-1, 32)} == {"native"}
     assert choose(48, 512, -1) == choose(64, 32, -1) == choose(64, 512, -1, torch.float32) == "chunked"
-    assert fa.why_not("native", False, "cpu", torch.bfloat16, 48) \
+    assert fa.backend_unavailable_reason("native", False, "cpu", torch.bfloat16, 48) \
         == "ValueError: the kernel takes heads of a multiple of 32, not of 48"
     assert str(make_attention("cpu", torch.bfloat16, 64, 512, [128, -1])) == "attention: native (full context, window 128)"
 
@@ -439,7 +440,7 @@ def test_native_comes_first_in_bf16_where_it_serves():
 def test_without_native_kernels_chunked_serves():
     code = ("import torch; from nanochat import flash_attention as fa\n"
             "print(fa.make_attention('cpu', torch.bfloat16, 64, 512, [128, -1]))\n"
-            "print(fa.why_not('native', False, 'cpu', torch.bfloat16, 64))")
+            "print(fa.backend_unavailable_reason('native', False, 'cpu', torch.bfloat16, 64))")
     environment = os.environ | {"NANOCHAT_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -264,7 +264,7 @@ def test_records_with_changed_bytes(tmp_path_factory, data):
 
 # ---- command lines
 
-GROUPS = [f.type for f in fields(Config) if f.name != "features"] + [room.Config for room in FEATURES]
+GROUPS = [f.type for f in fields(Config) if f.name != "features"] + [feature.Config for feature in FEATURES]
 FLAGS = sorted(option for action in build_parser(GROUPS)._actions for option in action.option_strings)
 VALUES = st.one_of(st.integers(-2, 2**70).map(str), st.floats().map(str), st.text(max_size=5), st.sampled_from(
     ["", "-1", "latest", "cpu", "cuda", "inf", "1e400", "none", "(", "../x", "\0", "0", "SSSL", "float16", "skip", "auto"]))

@@ -160,7 +160,7 @@ def test_momentum_in_bf16_is_rounded_only_between_steps(compile, monkeypatch):
 
 def test_batches_are_few_and_even():
     for n, most in itertools.product(range(1, 30), range(1, 12)):
-        parts = optim.batches(list(range(n)), most)
+        parts = optim.even_parts(list(range(n)), most)
         assert sum(parts, []) == list(range(n)) and len(parts) == -(-n // most)
         assert max(map(len, parts)) <= most and max(map(len, parts)) - min(map(len, parts)) <= 1
 

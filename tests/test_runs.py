@@ -15,9 +15,9 @@ import pytest
 
 from nanochat.cli.flags import build_parser, parse
 from nanochat.features import FEATURES
+from nanochat.lab.cli import Experiment, JudgeFlags, LabFlags, TableFlags
 from nanochat.lab.rows import read_csv
-from nanochat.training.config import Config, parse_config
-from scripts.lab import Experiment, JudgeFlags, LabFlags, TableFlags
+from nanochat.training.config import Config, DataFlags, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = sorted(p for p in (ROOT / "runs").glob("*.sh") if p.name != "_lib.sh")
@@ -25,10 +25,12 @@ BASH = shutil.which("bash")
 PYTEST = ["-m", "pytest", "--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile"]
 STEPS = ["scripts.tok_train", "nanochat.dataset", "scripts.base_train", "scripts.base_eval", "scripts.sample"]
 
-# Writes its arguments to $CALLS, one call a line, separated by tabs; exits 3 when the call contains $FAIL_AT.
-RECORDER = """#!/bin/sh
+# Writes its arguments to $CALLS, one call a line, separated by tabs; exits 3 when the call contains $FAIL_AT. Values of profiles
+# are read by a real interpreter.
+RECORDER = f"""#!/bin/sh
+case "$*" in "-m nanochat.cli.flag_files "*) PYTHONPATH='{ROOT}' exec '{sys.executable}' "$@" ;; esac
 for a in "$@"; do printf '%s\\t' "$a" >> "$CALLS"; done; echo >> "$CALLS"
-case "$*" in *"${FAIL_AT:-nothing fails}"*) exit 3 ;; esac
+case "$*" in *"${{FAIL_AT:-nothing fails}}"*) exit 3 ;; esac
 """
 # The same, and makes what `python -m venv DIR` and `uv venv DIR` would; $OLD and $NO_VENV imitate such interpreters.
 FAKE_PYTHON = RECORDER + """
@@ -51,7 +53,8 @@ class Sandbox:
 
     def __init__(self, folder):
         self.root, self.bin, self.calls_file = folder / "repo", folder / "bin", folder / "calls"
-        shutil.copytree(ROOT / "runs", self.root / "runs")
+        for name in ("runs", "configs"):
+            shutil.copytree(ROOT / name, self.root / name)
         shutil.copy(ROOT / "pyproject.toml", self.root)
         self.bin.mkdir()
         self.python = write_program(self.bin / "stub", RECORDER)
@@ -78,7 +81,7 @@ class Sandbox:
                         **{"SKIP_SETUP": "1", "PYTHON": str(self.python), **environment})
 
     def setup(self, **environment):
-        return self.run("source runs/_lib.sh; setup; echo \"interpreter $PYTHON\"", **environment)
+        return self.run("source runs/setup.sh; echo \"interpreter $PYTHON\"", **environment)
 
 
 @pytest.fixture
@@ -119,9 +122,10 @@ def test_bash_accepts_the_syntax(path):
 
 @pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.name)
 def test_runner_is_strict_before_its_first_command(path):
-    """The first line that is not a comment takes the strict mode from _lib.sh."""
+    """Only variables for another runner stand before the line that takes the strict mode from _lib.sh."""
     code = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    assert re.match(r"source .*_lib\.sh", code[0]), f"{path.name} begins with {code[0]!r}"
+    first = next(line for line in code if not re.fullmatch(r'([A-Z0-9_]+="[^"]*" ?)+', line))
+    assert re.match(r"source .*/\w+\.sh", first), f"{path.name} begins with {first!r}"
 
 
 def test_lib_makes_a_shell_strict(sandbox):
@@ -133,18 +137,15 @@ def test_lib_makes_a_shell_strict(sandbox):
 
 # --- what speedrun_small.sh launches --------------------------------------------------------------------------------
 
-CPU_FLAGS = ["--model-tag=d4", "--device-type=cpu", "--data=python", "--max-chars=40000000", "--vocab-size=4096", "--depth=4",
-             "--head-dim=64", "--window-pattern=L", "--max-seq-len=512"]
-
-
 def test_the_steps_and_their_order(sandbox):
     process, calls = sandbox.launch()
     assert process.returncode == 0, process.stderr
     assert modules_of(calls) == STEPS
     assert arguments_of(calls, "scripts.tok_train") == ["--data=python", "--max-chars=40000000", "--vocab-size=4096"]
     assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--max-chars=40000000"]
-    assert arguments_of(calls, "scripts.base_train")[:len(CPU_FLAGS)] == CPU_FLAGS
-    assert "scripts.base_train --model-tag=d4" in process.stdout, "the command that is launched must be visible"
+    launched = [f"@{sandbox.root}/configs/cpu-d4.flags", "--model-tag=d4", "--device-type=cpu", "--chunked-ce"]
+    assert arguments_of(calls, "scripts.base_train") == launched
+    assert f"scripts.base_train {' '.join(launched)}" in process.stdout, "the command that is launched must be visible"
 
 
 @pytest.fixture(scope="module")
@@ -154,23 +155,23 @@ def default(tmp_path_factory):
 
 
 @pytest.mark.parametrize("environment, added, removed", [
-    (dict(DEPTH="6"), ["--model-tag=d6", "--depth=6"], ["--model-tag", "--depth"]),
-    (dict(DEPTH="6", MODEL_TAG="mine"), ["--model-tag=mine", "--depth=6"], ["--model-tag", "--depth"]),
-    (dict(HEAD_DIM="32"), ["--head-dim=32"], ["--head-dim"]),
-    (dict(WINDOW_PATTERN="SSSL"), ["--window-pattern=SSSL"], ["--window-pattern"]),
-    (dict(MAX_SEQ_LEN="256"), ["--max-seq-len=256"], ["--max-seq-len"]),
-    (dict(DEVICE_BATCH_SIZE="2", TOTAL_BATCH_SIZE="2048"), ["--device-batch-size=2", "--total-batch-size=2048"],
-     ["--device-batch-size", "--total-batch-size"]),
-    (dict(NUM_ITERATIONS="7"), ["--num-iterations=7"], ["--num-iterations"]),
-    (dict(EVAL_EVERY="5", EVAL_TOKENS="1024"), ["--eval-every=5", "--eval-tokens=1024"],
-     ["--eval-every", "--eval-tokens"]),
+    (dict(DEPTH="6"), ["--model-tag=d6", "--depth=6"], ["--model-tag"]),
+    (dict(DEPTH="6", MODEL_TAG="mine"), ["--model-tag=mine", "--depth=6"], ["--model-tag"]),
+    (dict(HEAD_DIM="32"), ["--head-dim=32"], []),
+    (dict(WINDOW_PATTERN="SSSL"), ["--window-pattern=SSSL"], []),
+    (dict(MAX_SEQ_LEN="256"), ["--max-seq-len=256"], []),
+    (dict(DEVICE_BATCH_SIZE="2", TOTAL_BATCH_SIZE="2048"), ["--device-batch-size=2", "--total-batch-size=2048"], []),
+    (dict(NUM_ITERATIONS="7"), ["--num-iterations=7"], []),
+    (dict(WARMUP_STEPS="0", LR_MULTIPLIER="2"), ["--warmup-steps=0", "--lr-multiplier=2"], []),
+    (dict(EVAL_EVERY="5", EVAL_TOKENS="1024"), ["--eval-every=5", "--eval-tokens=1024"], []),
     (dict(SEED="3"), ["--seed=3"], []),
     (dict(CHUNKED_CE="0"), [], ["--chunked-ce"]),
     (dict(WANDB_RUN="tonight"), ["--run=tonight"], []),
-    (dict(DATA="hf:tinystories"), ["--data=hf:tinystories"], ["--data"]),
+    (dict(DATA="hf:tinystories"), ["--data=hf:tinystories"], []),
     (dict(VAL_DATA="hf:climbmix"), ["--val-data=hf:climbmix"], []),
-    (dict(VOCAB_SIZE="512"), ["--vocab-size=512"], ["--vocab-size"]),
-    (dict(PREPARE_DATA="0"), [], ["--data"]),
+    (dict(VOCAB_SIZE="512"), ["--vocab-size=512"], []),
+    (dict(MAX_CHARS="1000"), ["--max-chars=1000"], []),
+    (dict(PREPARE_DATA="0"), [], []),
     (dict(BLOCK_UPDATE_SCHEDULE="dynamic_suffix", DYN_PROBE_EVERY="40", DYN_REQUIRE_STABLE="1", DYN_ADAPT_BUDGET="0"),
      ["--block-update-schedule=dynamic_suffix", "--dyn-probe-every=40", "--dyn-require-stable"], []),
     (dict(BLOCK_UPDATE_SCHEDULE="static_suffix", STATIC_ACTIVE_LAYERS="2"),
@@ -188,8 +189,9 @@ def test_environment_becomes_flags(sandbox, default, environment, added, removed
     process, calls = sandbox.launch(**environment)
     assert process.returncode == 0, process.stderr
     given = arguments_of(calls, "scripts.base_train")
-    assert [a for a in given if a not in default] == added
-    assert [a.split("=")[0] for a in default if a not in given] == removed
+    assert [a for a in given[1:] if a not in default] == added
+    assert [a.split("=")[0] for a in default if a not in given and not a.startswith("@")] == removed
+    assert given[0].startswith("@") and given[0].endswith("/configs/cpu-d4.flags"), "so that what is behind it counts"
 
 
 def test_arguments_go_to_base_train_last(sandbox):
@@ -200,6 +202,22 @@ def test_arguments_go_to_base_train_last(sandbox):
 def test_prepared_data_is_not_prepared_again(sandbox):
     _, calls = sandbox.launch(PREPARE_DATA="0")
     assert modules_of(calls) == ["scripts.base_train", "scripts.base_eval", "scripts.sample"]
+
+
+def test_variables_reach_the_preparation(sandbox):
+    _, calls = sandbox.launch(DATA="hf:tinystories", MAX_CHARS="1000", VOCAB_SIZE="300")
+    assert arguments_of(calls, "scripts.tok_train") == ["--data=hf:tinystories", "--max-chars=1000", "--vocab-size=300"]
+    assert arguments_of(calls, "nanochat.dataset") == ["--data=hf:tinystories", "--max-chars=1000"]
+
+
+def test_a_profile_is_chosen_by_name(sandbox):
+    _, calls = sandbox.launch(PROFILE="plan-d12")
+    text = DataFlags()
+    assert arguments_of(calls, "scripts.base_train")[:2] == [f"@{sandbox.root}/configs/plan-d12.flags", "--model-tag=d12"]
+    assert arguments_of(calls, "scripts.tok_train") == [
+        f"--data={text.data}", f"--max-chars={text.max_chars}", f"--vocab-size={text.vocab_size}"], "base_train's defaults"
+    process, calls = sandbox.launch(PROFILE="cpu-d5")
+    assert process.returncode == 2 and "cpu-d4" in process.stderr and calls == []
 
 
 def test_validation_text_reaches_the_preparation(sandbox):
@@ -265,7 +283,7 @@ def test_several_gpus_go_through_torchrun(sandbox):
     launched = next(call for call in calls if "scripts.base_train" in call)
     assert launched[:6] == ["-m", "nanochat.runtime.launch", "--standalone", "--nproc_per_node=4", "-m",
                             "scripts.base_train"]
-    assert "--depth=12" in launched
+    assert launched[6].endswith("/configs/gpu-d12.flags")
     lab, _, _ = Comparison(sandbox, "dynamic_suffix_compare.sh", NPROC_PER_NODE="4").lab
     assert lab.nproc_per_node == 4
     for runner in ("speedrun_small.sh", "dynamic_suffix_compare.sh"):
@@ -284,10 +302,11 @@ def test_unknown_device_is_refused_before_anything_runs(sandbox):
 @pytest.mark.parametrize("runner", ["speedrun_small.sh", "runcpu.sh"])
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
 def test_profiles_are_valid_runs(sandbox, runner, device):
-    """Every profile passes the checks of base_train itself: known flags, values in range, a batch that divides."""
+    """What a runner launches passes the checks of base_train itself: known flags, values in range, a batch that divides."""
     with_gpus(sandbox, 1)
     _, calls = sandbox.launch(runner, DEVICE_TYPE=device)
     config = parse_config(FEATURES, arguments_of(calls, "scripts.base_train"))
+    assert config.features["chunked_ce"].chunked_ce == (device == "cpu")
     assert config.run.device_type == device
     assert config.model.depth == (6 if runner == "runcpu.sh" else {"cpu": 4, "mps": 6, "cuda": 12}[device])
     assert config.eval.core_metric_every == -1, "CORE would need a download"
@@ -362,24 +381,26 @@ def compare(sandbox, runner, arguments="", **environment):
 def test_the_schedules_are_compared_in_the_reference_table_by_a_comparison_that_was_interrupted(sandbox):
     process, table, ran, out = compare(sandbox, SUFFIX, STOP="dynamic")
     assert process.returncode == 130 and ran == ["full", "dynamic"] and table == []
-    assert f"OUT={out.name} goes on" in process.stdout
+    assert f"OUT={out.name} " in process.stdout
     process, table, ran, _ = compare(sandbox, SUFFIX)
     assert process.returncode == 0, process.stderr
     assert table == [COMPARED, FULL_ROW, DYNAMIC_ROW] and ran == ["dynamic"]
-    assert "compilation and evaluation are not in it" in process.stdout and "scripts.lab run --profile=" in process.stdout
+    assert "scripts.lab run --profile=" in process.stdout
     assert {row["variant"] for row in read_csv(out / "runs.csv")} == {"full", "dynamic"}
 
 
 def test_the_schedules_differ_in_nothing_else(sandbox):
     """Each is the run of speedrun_small.sh but for its steps and its schedule; the text is prepared once."""
-    environment = dict(DEPTH="6", DYN_PROBE_EVERY="20", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
+    environment = dict(DEPTH="6", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
     arguments = "--run='two words' --tracker tensorboard"
     plain = arguments_of(sandbox.launch(arguments=arguments, **environment)[1], "scripts.base_train")
-    compared = Comparison(sandbox, SUFFIX, arguments, FULL_NUM_ITERATIONS="520", **environment)
+    compared = Comparison(sandbox, SUFFIX, arguments, FULL_NUM_ITERATIONS="520", DYN_PROBE_EVERY="20", **environment)
     assert compared.modules == ["scripts.tok_train", "nanochat.dataset", "scripts.lab"]
-    for name, schedule, steps in (("full", "full_update", 520), ("dynamic", "dynamic_suffix", 320)):
-        assert compared.runs[name] == [a for a in plain if "--model-tag" not in a] + [
-            f"--block-update-schedule={schedule}", f"--num-iterations={steps}"]
+    schedules = {"full": "full_update", "dynamic": "dynamic_suffix"}
+    plain, steps = parse_config(FEATURES, plain).flat() | {"model_tag": None}, {"full": 520, "dynamic": 320}
+    for name, config in compared.configs.items():
+        own = {"block_update_schedule": schedules[name], "num_iterations": steps[name]}
+        assert config.flat() == plain | own | {"dyn_probe_every": 20 if name == "dynamic" else plain["dyn_probe_every"]}
     assert compared.configs["full"].run.run == "two words" and compared.lab[0].seeds == [42]
     compared = Comparison(sandbox, SUFFIX, PREPARE_DATA="0", SEEDS="1 2", OUT="my runs")
     assert compared.modules == ["scripts.lab"] and compared.lab[0].seeds == [1, 2]
@@ -422,7 +443,7 @@ def test_equal_time_takes_the_dynamic_steps_from_a_pilot(sandbox):
     pilot, = (out / "cells").glob("pilot-*/log.txt")
     command = pilot.read_text().splitlines()[0]
     assert " -m nanochat.runtime.launch --standalone --nproc_per_node=2 -m scripts.base_train " in command
-    assert " --num-iterations=260 --dyn-warmup-steps=12 " in command, "half the steps, half the warm-up"
+    assert " --num-iterations=260 --target-flops=-1 --dyn-warmup-steps=12 " in command, "half the steps, half the warm-up"
 
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
@@ -432,6 +453,12 @@ PIP_INSTALL = ["-m", "pip", "install", "--disable-pip-version-check", "--quiet",
 
 def installs(calls):
     return [call for call in calls if "install" in call]
+
+
+def test_setup_is_a_command_too(sandbox, tmp_path):
+    process, calls = sandbox.run(f"bash {sandbox.root}/runs/setup.sh", cwd=tmp_path)
+    assert process.returncode == 0 and installs(calls) == [PIP_INSTALL]
+    assert sandbox.setup()[1] == []
 
 
 def test_setup_installs_once(sandbox):
@@ -491,7 +518,7 @@ def test_pip_takes_the_cpu_torch_only_without_a_gpu(sandbox, gpus, index):
     sandbox.program("curl", "exit 0")
     with_gpus(sandbox, gpus)
     uv_less = "uv() { :; }; command() { [[ $* != '-v uv' ]] && builtin command \"$@\"; }; "
-    process, calls = sandbox.run(uv_less + "source runs/_lib.sh; setup")
+    process, calls = sandbox.run(uv_less + "source runs/setup.sh")
     assert process.returncode == 0, process.stderr
     assert installs(calls) == [PIP_INSTALL[:-2] + index + PIP_INSTALL[-2:]]
 

@@ -1,17 +1,17 @@
-"""Cheaper stand-ins for a matrix W (out, in), and what they cost in error. Everything here is in float64 until it is used.
+"""Cheaper approximations of a matrix W (out, in), and their errors. Everything is in float64 until it is used in a layer.
 
 Rank r: W ~ A B with A (out, r) and B (r, in) takes r (out + in) multiplications per token instead of out * in, so it is
 cheaper below the rank out * in / (out + in). Two ways to choose A and B:
 
-- SVD: the r largest singular triplets. Nothing of rank r is nearer to W in the Frobenius norm, and the distance is the
-  root of the sum of the other singular values' squares (Eckart and Young, 1936).
-- Data-aware: what counts is not W but what comes out, Y = X W^T for the inputs X (N, in) that there really are. With
-  their second moments C = X^T X / N, the error is ||X (W - W_r)^T||^2 / N = tr((W - W_r) C (W - W_r)^T). Its minimum
-  over all W_r of rank r keeps the r main directions V of the outputs, eigenvectors of W C W^T: W_r = V V^T W. The error
-  is the sum of the other eigenvalues. (Eckart and Young for C^(1/2) W^T; no inverse is needed, so C may be singular.)
+- SVD: the r largest singular triplets. No matrix of rank r is closer to W in the Frobenius norm, and the distance is the
+  root of the sum of the other singular values' squares (Eckart and Young, Psychometrika 1936).
+- Data-aware: the outputs Y = X W^T matter, for real inputs X (N, in), not W itself. With their second moments C = X^T X / N
+  the error is ||X (W - W_r)^T||^2 / N = tr((W - W_r) C (W - W_r)^T). Its minimum over all W_r of rank r keeps the r principal
+  directions V of the outputs, eigenvectors of W C W^T: W_r = V V^T W. The error is the sum of the other eigenvalues. (This is
+  Eckart and Young for C^(1/2) W^T; no inverse is needed, so C may be singular.)
 
-A diagonal beside it, W ~ A B + D, costs one multiplication per channel. For W that is not square, D is a diagonal in each
-of the square blocks that W is made of, side by side or on top of each other.
+A diagonal in addition, W ~ A B + D, costs one multiplication per channel. For a W that is not square, D is a diagonal in each
+of the square blocks of W, side by side or on top of each other.
 """
 
 import torch
@@ -21,24 +21,24 @@ from torch import Tensor
 
 
 def svd_factors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (out, rank) and B (rank, in), the best in the Frobenius norm."""
+    """A (out, rank) and B (rank, in) with the smallest error in the Frobenius norm."""
     return truncated(*torch.linalg.svd(w.double(), full_matrices=False), rank)
 
 
 def truncated(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same of a decomposition that is at hand; the singular values are shared between A and B by roots."""
+    """The same from a decomposition u, s, vh; A and B each get the square roots of the singular values."""
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
 def svd_error(singular_values: Tensor, rank: int) -> float:
-    """The relative Frobenius error that Eckart and Young promise at this rank."""
+    """The relative Frobenius error at this rank by the theorem of Eckart and Young."""
     squares = singular_values.double().square()
     return (squares[rank:].sum() / squares.sum()).sqrt().item()
 
 
 def data_aware_factors(w: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A (out, rank) and B (rank, in) with the least error in the outputs; `moments` (in, in) is X^T X / N."""
+    """A (out, rank) and B (rank, in) with the smallest error in the outputs; `moments` (in, in) is X^T X / N."""
     w = w.double()
     basis, inner = torch.linalg.qr(w) if len(w) > w.size(1) else (None, w)  # W C W^T has no direction outside that of W
     _, directions = torch.linalg.eigh(inner @ moments.double() @ inner.T)   # ascending
@@ -55,8 +55,8 @@ def data_aware_errors(w: Tensor, moments: Tensor) -> Tensor:
 
 def output_error(w: Tensor, approximation: Tensor, moments: Tensor) -> float:
     """||X (W - W')^T|| / ||X W^T|| for inputs of these second moments."""
-    left, whole = (_energy(m.double(), moments) for m in (w.double() - approximation.double(), w))
-    return (left.clamp(min=0) / whole).sqrt().item()  # rounding may leave a little less than nothing
+    left, whole = (energy(m.double(), moments) for m in (w.double() - approximation.double(), w))
+    return (left.clamp(min=0) / whole).sqrt().item()  # rounding may make it slightly negative
 
 
 def weight_error(w: Tensor, approximation: Tensor) -> float:
@@ -64,11 +64,18 @@ def weight_error(w: Tensor, approximation: Tensor) -> float:
     return ((w.double() - approximation.double()).norm() / w.double().norm()).item()
 
 
+def fit(method: str, w: Tensor, moments: Tensor, rank: int, rounds: int = 8) -> tuple[Tensor, ...]:
+    """(A, B) of the methods `svd` and `data_aware`, (A, B, d) of `data_aware_diagonal`."""
+    if method == "svd":
+        return svd_factors(w, rank)
+    return data_aware_factors(w, moments, rank) if method == "data_aware" else low_rank_plus_diagonal(w, moments, rank, rounds)
+
+
 def low_rank_plus_diagonal(w: Tensor, moments: Tensor, rank: int, rounds: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B as of `data_aware_factors`, and d (max(out, in),), which `diagonal_matrix` makes D of.
+    """A, B as from `data_aware_factors`, and d (max(out, in),), the entries of D for `diagonal_matrix`.
 
     Alternates between the best A B for W - D and the best D for W - A B, both in closed form, so that the error in the
-    outputs never rises. It begins at D = 0: the result is never worse than the low rank alone.
+    outputs never rises. It starts at D = 0: the result is never worse than the low rank alone.
     """
     w, moments = w.double(), moments.double()
     d = w.new_zeros(max(w.shape))
@@ -85,29 +92,30 @@ def diagonal_matrix(d: Tensor, out: int, features: int) -> Tensor:
 
 
 def best_diagonal(residual: Tensor, moments: Tensor) -> Tensor:
-    """The d that leaves the least of `residual` (out, in) in the outputs: min tr((R - D) C (R - D)^T).
+    """The d that minimizes the error of D for `residual` R (out, in): min tr((R - D) C (R - D)^T).
 
-    Each output sees its own entries of D alone: one where D is tall, in / out of them where it is wide, for which the
-    normal equations are solved. Inputs that are never there get 0.
+    Each output depends on its own entries of D only: one where D is tall, in / out of them where it is wide, for which the
+    normal equations are solved. Inputs that are always 0 get 0.
     """
     out, features = residual.shape
-    wanted = residual @ moments                                      # (out, in)
+    target = residual @ moments                                      # (out, in)
     if out >= features:
         i = torch.arange(out, device=residual.device)
         scale = moments.diagonal()[i % features]
-        return torch.where(scale > 0, wanted[i, i % features] / scale.clamp(min=1e-300), 0.0)
+        return torch.where(scale > 0, target[i, i % features] / scale.clamp(min=1e-300), 0.0)
     columns = torch.arange(features, device=residual.device).view(-1, out).T  # (out, in / out)
     blocks = moments[columns[:, :, None], columns[:, None, :]]                # (out, in / out, in / out)
-    right = wanted.gather(1, columns)[..., None]
+    right = target.gather(1, columns)[..., None]
     return (torch.linalg.pinv(blocks, hermitian=True) @ right)[..., 0].T.reshape(-1)
 
 
-def _energy(w: Tensor, moments: Tensor) -> Tensor:
+def energy(w: Tensor, moments: Tensor) -> Tensor:
+    """||X W^T||^2 / N for inputs with these second moments."""
     return ((w @ moments.double()) * w).sum()
 
 
 class LowRank(nn.Module):
-    """`low_rank` with fp32 parameters, multiplied in the dtype of the input, as gpt.Linear."""
+    """`low_rank` with fp32 parameters, multiplied in the dtype of the input, like gpt.Linear."""
 
     def __init__(self, a: Tensor, b: Tensor, d: Tensor | None = None):
         super().__init__()

@@ -1,11 +1,11 @@
-"""Is low rank saved by looking at the data? Plain SVD, the best rank for the real inputs, and that plus a diagonal.
+"""Does low rank work if it is fitted to the data? Plain SVD, the best rank for real inputs, and that plus a diagonal.
 
     python attempts/container_a_required_flops/data_aware_low_rank_plus_diag.py --preset smoke --json-out a3.json
 
-min ||X (W - W')^T|| over W' of rank r has a closed form (approximations.py): the main directions of the outputs. It is
-fitted to the second moments of the inputs on training text, and judged on validation text, where it could lose. One
-matrix is also fitted by an optimizer from random factors, which must not find anything better. Then every block matrix is
-replaced at once, and validation says what is left of the model.
+min ||X (W - W')^T|| over W' of rank r has a closed form (approximations.py): the principal directions of the outputs. It is
+fitted to the second moments of the inputs on training text, and evaluated on validation text, where it could be worse. One
+matrix is also fitted by an optimizer from random factors, which must not find anything better. Then all block matrices are
+replaced at once, and the model is validated.
 """
 
 import sys
@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Quality, RankFlags, mean, rank_of, time_layers
-from nanochat.benchmarks.attempts import Attempt, block_matrices, inputs_of, second_moments
+from nanochat.benchmarks.attempt import Attempt
+from nanochat.benchmarks.trained_model import block_matrices, inputs_of, second_moments
 from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
@@ -32,40 +33,31 @@ PRESETS = {
 
 @dataclass
 class BenchFlags(RankFlags):
-    """The attempt; sizes that are left out are the preset's"""
-    repeats: int | None = flag(None, "timings of each variant, in turn", low=2)
-    rounds: int | None = flag(None, "how often the diagonal and the low rank are fitted in turn", low=1)
-    optimizer_steps: int = flag(300, "steps of L-BFGS that check the closed form; 0 leaves it out", low=0)
+    """The attempt; the preset gives the sizes that are not given"""
+    repeats: int | None = flag(None, "timings of each variant, interleaved", low=2)
+    rounds: int | None = flag(None, "how often the diagonal and the low rank are fitted, one after the other", low=1)
+    optimizer_steps: int = flag(300, "steps of L-BFGS that check the closed form; 0 skips the check", low=0)
 
     presets = PRESETS
-
-
-def fit(method: str, weight, moments, rank: int, rounds: int) -> tuple:
-    """(A, B) or (A, B, d) of a matrix (out, in) for inputs of these second moments."""
-    from approximations import data_aware_factors, low_rank_plus_diagonal, svd_factors
-    if method == "svd":
-        return svd_factors(weight, rank)
-    if method == "data_aware":
-        return data_aware_factors(weight, moments, rank)
-    return low_rank_plus_diagonal(weight, moments, rank, rounds)
 
 
 def by_optimizer(weight, moments, rank: int, steps: int, seed: int) -> float:
     """The relative output error that L-BFGS reaches from random factors, in float64."""
     import torch
+
+    from approximations import energy
     weight, moments = weight.double(), moments.double()
     generator = torch.Generator().manual_seed(seed)
     scale = (weight.square().mean() / rank).sqrt().sqrt()
     factors = [(scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
                for shape in ((len(weight), rank), (rank, weight.size(1)))]
-    energy = ((weight @ moments) * weight).sum()
+    whole = energy(weight, moments)
     optimizer = torch.optim.LBFGS(factors, max_iter=steps, history_size=20, line_search_fn="strong_wolfe",
                                   tolerance_grad=0, tolerance_change=0)
 
     def loss():
         optimizer.zero_grad()
-        rest = weight - factors[0] @ factors[1]
-        value = ((rest @ moments) * rest).sum() / energy
+        value = energy(weight - factors[0] @ factors[1], moments) / whole
         value.backward()
         return value
     optimizer.step(loss)
@@ -73,7 +65,7 @@ def by_optimizer(weight, moments, rank: int, steps: int, seed: int) -> float:
 
 
 def check(weights: dict, moments: dict, flags: BenchFlags) -> dict:
-    """The closed form against the optimizer, on the queries of the last layer."""
+    """The errors of the closed form and of the optimizer, for the query matrix of the last layer."""
     from approximations import data_aware_errors
     name = [name for name in weights if name.endswith("attn.c_q")][-1]
     weight, rank = weights[name], rank_of(min(flags.shares), weights[name].shape)
@@ -82,7 +74,7 @@ def check(weights: dict, moments: dict, flags: BenchFlags) -> dict:
 
 
 def errors(weights: dict, factors: dict, fitted_to: dict, unseen: dict) -> dict[str, float]:
-    """Means over the layers; of the outputs on the text that was fitted to, and on validation text."""
+    """Means over the layers: error of the weights, of the outputs on the training text of the fit, and on validation text."""
     from approximations import diagonal_matrix, output_error, weight_error
     found = defaultdict(list)
     for name, weight in weights.items():
@@ -95,7 +87,7 @@ def errors(weights: dict, factors: dict, fitted_to: dict, unseen: dict) -> dict[
 
 
 def timings(weight, factors: dict, x, device, repeats: int) -> dict:
-    """Speed of a layer, by what stands in for it: {variant: its factors}."""
+    """The speed of a layer for each replacement, {variant: its factors}."""
     import torch.nn.functional as F
 
     from approximations import low_rank
@@ -121,12 +113,12 @@ def draw(figure, result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     attempt = Attempt(SCRIPT, BenchFlags, argv, __doc__)
-    flags, subject = attempt.flags, attempt.open_model()
-    from approximations import LowRank
-    named, batches = block_matrices(subject.model), subject.train_batches(flags.batches, flags.seed)
-    quality = Quality(subject, flags.val_tokens)
-    seen = second_moments(subject.model, named, batches)
-    unseen = second_moments(subject.model, named, quality.batches)
+    flags, trained = attempt.flags, attempt.open_model()
+    from approximations import LowRank, fit
+    named, batches = block_matrices(trained.model), trained.train_batches(flags.batches, flags.seed)
+    quality = Quality(trained, flags.val_tokens)
+    seen = second_moments(trained.model, named, batches)
+    unseen = second_moments(trained.model, named, quality.batches)
     weights = {name: layer.weight.detach().cpu().double() for name, layer in named.items()}
 
     variants = {f"{method} share {share:g}": (method, share) for share in sorted(flags.shares) for method in METHODS}
@@ -134,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
                         for name, weight in weights.items()} for variant, (method, share) in variants.items()}
     first = next(name for name in named if name.endswith("mlp.c_fc"))
     speed = timings(weights[first], {variant: factors[first] for variant, factors in fitted.items()},
-                    inputs_of(subject.model, named, batches[0][0])[first], attempt.device, flags.repeats)
+                    inputs_of(trained.model, named, batches[0][0])[first], attempt.device, flags.repeats)
     results = {variant: {"method": method, "share": share, **errors(weights, fitted[variant], seen, unseen),
-                         **quality.of(subject.variant(lambda name, _, factors=fitted[variant]: LowRank(*factors[name]))),
+                         **quality.of(trained.variant(lambda name, _, factors=fitted[variant]: LowRank(*factors[name]))),
                          **speed[variant]}
                for variant, (method, share) in variants.items()}
     checked = check(weights, seen, flags) if flags.optimizer_steps else None

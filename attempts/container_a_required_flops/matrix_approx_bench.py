@@ -2,10 +2,10 @@
 
     python attempts/container_a_required_flops/matrix_approx_bench.py --preset smoke --json-out a1.json
 
-For each kind of layer and each rank: the error of the matrix (as it came out and as Eckart and Young promise it) and of
-the layer's outputs on real text, multiplications saved, and the speed measured on the same inputs. Then every block
-matrix of the model is replaced at once, and validation says what is left. The break-even rank is where the layer stops
-being faster: out * in / (out + in) by counting, less in practice, as two thin products use a machine worse than one.
+For each kind of layer and each rank: the error of the matrix (measured, and by the theorem of Eckart and Young) and of the
+layer's outputs on real text, the share of multiplications, and the speed measured on the same inputs. Then all block matrices
+of the model are replaced at once, and the model is validated. The break-even rank is where the layer stops being faster:
+out * in / (out + in) by counting, less in practice, as two thin products use a machine less well than one.
 """
 
 import sys
@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
 from measure import Quality, RankFlags, mean, rank_of, time_layers, time_models
-from nanochat.benchmarks.attempts import Attempt, ModelFlags, block_matrices, inputs_of, kind_of, second_moments
+from nanochat.benchmarks.attempt import Attempt
+from nanochat.benchmarks.trained_model import ModelFlags, block_matrices, inputs_of, kind_of, second_moments
 from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
@@ -32,11 +33,11 @@ PRESETS = {
 
 @dataclass
 class BenchFlags(RankFlags):
-    """The attempt; sizes that are left out are the preset's"""
-    repeats: int | None = flag(None, "timings of each variant, in turn", low=2)
+    """The attempt; the preset gives the sizes that are not given"""
+    repeats: int | None = flag(None, "timings of each variant, interleaved", low=2)
     ranks: list[int] = flag([], "ranks as numbers, instead of --shares", low=1)
-    random: bool = flag(False, "matrices and inputs of normal numbers in the place of the trained ones, whose spectra differ: "
-                               "nothing is said of quality")
+    random: bool = flag(False, "matrices and inputs of normal numbers instead of the trained ones, whose spectra differ: "
+                               "quality is not measured")
 
     presets = PRESETS
 
@@ -45,14 +46,14 @@ class BenchFlags(RankFlags):
         return replace(flags, shares=[]) if flags.ranks else flags
 
     def validate(self) -> list[str]:
-        both = ["--ranks and --shares say the same in two ways: give one of them"] if self.ranks and self.shares else []
+        both = ["--ranks and --shares exclude each other: give one of them"] if self.ranks and self.shares else []
         return super().validate() + both
 
     def ranks_for(self, shape: tuple[int, int]) -> list[int]:
         return sorted(set(self.ranks or (rank_of(share, shape) for share in self.shares)))
 
 
-def impossible(flags: BenchFlags, model: ModelFlags) -> list[str]:
+def shape_problems(flags: BenchFlags, model: ModelFlags) -> list[str]:
     """Ranks that the model's matrices cannot have."""
     if model.validate():
         return []
@@ -63,7 +64,7 @@ def impossible(flags: BenchFlags, model: ModelFlags) -> list[str]:
 
 
 class Layer:
-    """A matrix of the model: weight (out, in), some inputs x (N, in), the second moments of more of them, and its SVD."""
+    """A matrix of the model: weight (out, in), some inputs x (N, in), the second moments of more inputs, and its SVD."""
 
     def __init__(self, weight, x, moments):
         import torch
@@ -75,26 +76,26 @@ class Layer:
         return truncated(*self.svd, rank)
 
 
-def trained_layers(subject, flags: BenchFlags) -> dict[str, Layer]:
-    named = block_matrices(subject.model)
-    moments = second_moments(subject.model, named, subject.train_batches(flags.batches, flags.seed))
-    inputs = inputs_of(subject.model, named, subject.train_batches(1, flags.seed + 1)[0][0])
+def trained_layers(trained, flags: BenchFlags) -> dict[str, Layer]:
+    named = block_matrices(trained.model)
+    moments = second_moments(trained.model, named, trained.train_batches(flags.batches, flags.seed))
+    inputs = inputs_of(trained.model, named, trained.train_batches(1, flags.seed + 1)[0][0])
     return {name: Layer(layer.weight, inputs[name], moments[name]) for name, layer in named.items()}
 
 
-def random_layers(subject, flags: BenchFlags) -> dict[str, Layer]:
-    """Of the same shapes."""
+def random_layers(trained, flags: BenchFlags) -> dict[str, Layer]:
+    """Normal matrices and inputs of the same shapes."""
     import torch
     generator, layers = torch.Generator().manual_seed(flags.seed), {}
-    for name, layer in block_matrices(subject.model).items():
-        x = torch.randn(subject.rows * subject.shape.sequence_len, layer.weight.size(1), generator=generator)
-        layers[name] = Layer(torch.randn(layer.weight.shape, generator=generator), x.to(subject.device, subject.dtype),
+    for name, layer in block_matrices(trained.model).items():
+        x = torch.randn(trained.rows * trained.shape.sequence_len, layer.weight.size(1), generator=generator)
+        layers[name] = Layer(torch.randn(layer.weight.shape, generator=generator), x.to(trained.device, trained.dtype),
                              x.T.double() @ x.double() / len(x))
     return layers
 
 
 def errors(layers: list[Layer], rank: int) -> dict:
-    """What a rank takes from the layers of a kind, the mean over them."""
+    """The errors of the layers of a kind at this rank, as means over them."""
     from approximations import output_error, svd_error, weight_error
     products = [a @ b for a, b in (layer.factors(rank) for layer in layers)]
     (out, features), pairs = layers[0].weight.shape, list(zip(layers, products, strict=True))
@@ -116,7 +117,7 @@ def timings(layer: Layer, ranks: list[int], device, repeats: int) -> dict[int, d
 
 
 def low_rank_layers(layers: dict[str, Layer], flags: BenchFlags, device) -> dict[str, dict[int, dict]]:
-    """kind -> rank -> row. Layers of one shape take one time: the first of them is timed."""
+    """kind -> rank -> row. Of the layers with one shape the first is timed."""
     kinds, speed, rows = defaultdict(list), {}, {}
     for name, layer in layers.items():
         kinds[kind_of(name)].append(layer)
@@ -130,7 +131,7 @@ def low_rank_layers(layers: dict[str, Layer], flags: BenchFlags, device) -> dict
 
 
 def break_even(ranks: list[int], speedups: list[float]) -> float | None:
-    """The rank at which the speed-up falls through 1, on a line between the ranks measured; 0 where it is never above. None
+    """The rank at which the speed-up falls below 1, interpolated between the ranks measured; 0 where it is never above 1, None
     where it always is."""
     if speedups[0] < 1:
         return 0.0
@@ -141,24 +142,24 @@ def break_even(ranks: list[int], speedups: list[float]) -> float | None:
 
 
 def break_even_ranks(by_rank: dict[int, dict]) -> dict[str, float | None]:
-    """Of one kind of layer: by counting multiplications, and by the clock."""
+    """The break-even rank of one kind of layer, by counting multiplications and by measured time."""
     row = next(iter(by_rank.values()))
     clocks = {what: break_even(list(by_rank), [r[f"speedup_{what}"]["median"] for r in by_rank.values()])
               for what in ("forward", "training")}
     return {"by_counting": row["out"] * row["in"] / (row["out"] + row["in"])} | clocks
 
 
-def low_rank_models(layers: dict[str, Layer], subject, flags: BenchFlags, quality: Quality | None) -> dict[str, dict]:
+def low_rank_models(layers: dict[str, Layer], trained, flags: BenchFlags, quality: Quality | None) -> dict[str, dict]:
     """A row for each rank or share, with every block matrix of the model replaced at once."""
     from approximations import LowRank
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     chosen = {f"model rank {rank}": dict.fromkeys(shapes, rank) for rank in sorted(flags.ranks)} \
         | {f"model share {share:g}": {name: rank_of(share, shape) for name, shape in shapes.items()}
            for share in sorted(flags.shares)}
-    models = {label: subject.variant(lambda name, _, ranks=ranks: LowRank(*layers[name].factors(ranks[name])))
+    models = {label: trained.variant(lambda name, _, ranks=ranks: LowRank(*layers[name].factors(ranks[name])))
               for label, ranks in chosen.items()}
-    speed = time_models({"dense": subject.variant(lambda *_: None)} | models, subject.train_batches(1, flags.seed)[0],
-                        subject.device, flags.repeats)
+    speed = time_models({"dense": trained.variant(lambda *_: None)} | models, trained.train_batches(1, flags.seed)[0],
+                        trained.device, flags.repeats)
     dense = sum(out * features for out, features in shapes.values())
     return {label: {"share": mean([rank / min(shapes[name]) for name, rank in ranks.items()]),
                     "flops_ratio": sum(rank * sum(shapes[name]) for name, rank in ranks.items()) / dense}
@@ -166,14 +167,14 @@ def low_rank_models(layers: dict[str, Layer], subject, flags: BenchFlags, qualit
             for label, ranks in chosen.items()}
 
 
-def without_block_matrices(layers: dict[str, Layer], subject):
-    """The model with zeros in their place."""
+def without_block_matrices(layers: dict[str, Layer], trained):
+    """The model with zeros instead of its block matrices."""
     from approximations import LowRank
-    return subject.variant(lambda name, _: LowRank(*(0 * factor for factor in layers[name].factors(1))))
+    return trained.variant(lambda name, _: LowRank(*(0 * factor for factor in layers[name].factors(1))))
 
 
 def spectra(layers: dict[str, Layer]) -> dict[str, list[float]]:
-    """Singular values over the largest, some 32 of each matrix."""
+    """Singular values relative to the largest, about 32 of each matrix."""
     values = {name: layer.svd.S / layer.svd.S[0] for name, layer in layers.items()}
     return {name: [round(v, 5) for v in s[::max(1, len(s) // 32)].tolist()] for name, s in values.items()}
 
@@ -211,15 +212,15 @@ def draw(figure, result: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    attempt = Attempt(SCRIPT, BenchFlags, argv, __doc__, impossible)
-    flags, subject = attempt.flags, attempt.open_model()
-    quality = None if flags.random else Quality(subject, flags.val_tokens)
-    layers = (random_layers if flags.random else trained_layers)(subject, flags)
+    attempt = Attempt(SCRIPT, BenchFlags, argv, __doc__, shape_problems)
+    flags, trained = attempt.flags, attempt.open_model()
+    quality = None if flags.random else Quality(trained, flags.val_tokens)
+    layers = (random_layers if flags.random else trained_layers)(trained, flags)
     rows = low_rank_layers(layers, flags, attempt.device)
     even = {kind: break_even_ranks(by_rank) for kind, by_rank in rows.items()}
     results = {f"{kind} rank {rank}": row for kind, by_rank in rows.items() for rank, row in by_rank.items()} \
-        | low_rank_models(layers, subject, flags, quality)
-    empty = quality and quality.of(without_block_matrices(layers, subject))["bpb"]
+        | low_rank_models(layers, trained, flags, quality)
+    empty = quality and quality.of(without_block_matrices(layers, trained))["bpb"]
 
     print(table(results))
     if quality:

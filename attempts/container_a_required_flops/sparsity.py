@@ -1,4 +1,4 @@
-"""Patterns of structured sparsity for the MLPs of a model, as layers that take the place of c_fc and c_proj.
+"""Patterns of structured sparsity for the MLPs of a model, as layers that replace c_fc and c_proj.
 
 Names as in nanochat.gpt: W1 is c_fc (hidden, width), W2 is c_proj (width, hidden), h = relu(W1 x)^2.
 """
@@ -16,8 +16,8 @@ from nanochat.runtime.toolchain import first_line
 
 
 class Sparse(Linear):
-    """A linear layer of which `kept` weights count: smaller, or with a mask that holds through training, or with a 2:4
-    pattern in its input."""
+    """A linear layer with `kept` effective weights: a smaller one, one with a mask that stays during training, or one with a
+    2:4 pattern in its input."""
 
     def __init__(self, weight: Tensor, mask: Tensor | None = None, sparse_input: bool = False):
         super().__init__(weight.size(1), weight.size(0))
@@ -51,7 +51,7 @@ def mask_blocks(w: Tensor, keep: float, block: int) -> Tensor:
     return mask.view_as(norms).repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-def strongest(scores: Tensor, keep: float, group: int = 1) -> Tensor:
+def top_indices(scores: Tensor, keep: float, group: int = 1) -> Tensor:
     """Indices, ascending, of the share `keep` of neurons with the largest scores (hidden,), in groups of neighbours."""
     groups = scores.view(-1, group).sum(1)
     chosen = groups.topk(max(1, round(keep * len(groups)))).indices.sort().values
@@ -59,8 +59,8 @@ def strongest(scores: Tensor, keep: float, group: int = 1) -> Tensor:
 
 
 def refit(w2: Tensor, moments: Tensor, kept: Tensor) -> Tensor:
-    """W2 (width, kept) that gives, from the neurons kept, nearest to the old outputs: W2 C[:, k] C[k, k]^-1 in float64,
-    C = H^T H / N the second moments of the hidden values. Directions that hold less than fp32 can tell from 0 are left out."""
+    """W2 (width, kept) by least squares, so that the neurons kept reproduce the old outputs: W2 C[:, k] C[k, k]^-1 in float64,
+    with C = H^T H / N the second moments of the hidden values. Directions that fp32 cannot distinguish from 0 are dropped."""
     w2, moments = w2.double(), moments.double()
     inside = moments[kept][:, kept]
     return w2 @ moments[:, kept] @ torch.linalg.pinv(inside, hermitian=True, rtol=1e-7)
@@ -77,11 +77,12 @@ def make_variants(named: dict, moments: dict, keep: list[float], block: int) -> 
         proj = fc.replace("c_fc", "c_proj")
         w1, w2 = (named[name].weight.detach().cpu().float() for name in (fc, proj))
         hidden, inputs = moments[proj], moments[fc]
-        added = hidden.diagonal().float() * w2.square().sum(0)
-        blind = w1.square().sum(1) * w2.norm(dim=0)  # relu(w x)^2 grows with the square of w
+        contribution = hidden.diagonal().float() * w2.square().sum(0)
+        by_weight = w1.square().sum(1) * w2.norm(dim=0)  # relu(w x)^2 grows with the square of w
         for share in sorted(keep):
-            for name, scores, group in (("neurons_by_weight", blind, 1), ("neurons", added, 1), ("groups", added, block)):
-                kept = strongest(scores, share, group)
+            for name, scores, group in (("neurons_by_weight", by_weight, 1), ("neurons", contribution, 1),
+                                        ("groups", contribution, block)):
+                kept = top_indices(scores, share, group)
                 add(f"{name} keep {share:g}", fc, Sparse(w1[kept]))
                 add(f"{name} keep {share:g}", proj, Sparse(w2[:, kept]))
                 if name != "neurons_by_weight":
@@ -97,14 +98,14 @@ def make_variants(named: dict, moments: dict, keep: list[float], block: int) -> 
     return variants
 
 
-def recoverable(name: str) -> bool:
-    """The variants that are trained: one of each idea."""
+def is_recovered(name: str) -> bool:
+    """Whether a variant is also trained: one of each idea is."""
     return name.startswith(("neurons refit", "groups refit", "weights_2_4", "hidden_2_4"))
 
 
 @torch.no_grad()
 def error_of(model, variant, seen: dict) -> float:
-    """||y' - y|| / ||y|| of the MLPs, each on what it saw in the model as it was trained; the mean over layers."""
+    """||y' - y|| / ||y|| of the MLPs, each on its inputs in the model as it was trained; the mean over layers."""
     errors = []
     for i, (block, other) in enumerate(zip(model.transformer.h, variant.transformer.h, strict=True)):
         x = seen[f"transformer.h.{i}.mlp.c_fc"]
@@ -123,7 +124,7 @@ UNTIMED = dict.fromkeys(("forward_ms", "speedup_forward", "training_ms", "speedu
 
 
 def timings(models: dict, dense, seen: dict, device, block: int, repeats: int) -> dict[str, dict]:
-    """Speed of the first MLP in each variant, on real inputs, or the reason why there is none."""
+    """The speed of the first MLP in each variant, on real inputs, or the reason why there is none."""
     x = seen["transformer.h.0.mlp.c_fc"]
     first = dense.transformer.h[0].mlp
     layers, packed, reasons = {"dense": (mlp, [first.c_fc.weight, first.c_proj.weight])}, {}, {}
@@ -135,7 +136,7 @@ def timings(models: dict, dense, seen: dict, device, block: int, repeats: int) -
         weights = [layer.dense_weight().detach().to(x.dtype) for layer in (fc, proj)]
         try:
             packed[name] = pack(name, weights, x, block)
-        except Exception as e:  # whatever a kernel raises where it does not belong
+        except Exception as e:  # kernels raise many types of errors on devices that they do not support
             reasons[name] = first_line(e)[:160]
     times = time_layers(layers, x, device, repeats)
     if packed:  # weights packed for inference: only the forward
@@ -145,11 +146,13 @@ def timings(models: dict, dense, seen: dict, device, block: int, repeats: int) -
 
 
 def pack(name: str, weights: list[Tensor], x: Tensor, block: int):
-    """The MLP as a function of x on the kernels of PyTorch for block-sparse rows or 2:4 weights (CUDA, sm_80 on), or of
-    torchao for 2:4 hidden values. What they raise on this device is raised here, and RuntimeError where the result is wrong.
+    """The MLP as a function of x with PyTorch's kernels for block-sparse rows or 2:4 weights (CUDA from sm_80 on), or with
+    torchao's for 2:4 hidden values.
 
-    torchao chooses in tiles of 4 x 4, two of four both ways, so that the backward pass has its pattern too: not quite the
-    values that `two_of_four` keeps. It is timed, and its result is not compared.
+    torchao selects in tiles of 4 x 4, two of four in both directions, so that the backward pass has the pattern too. These are
+    not exactly the values that `two_of_four` keeps, so it is timed, but its result is not compared.
+
+    Raises: whatever the kernels raise on this device; RuntimeError where the result is wrong.
     """
     w1, w2 = weights
     if name.startswith("weights_bsr"):

@@ -2,16 +2,16 @@
 
     python attempts/container_b_effective_flops/attention_backend_bench.py --preset smoke --json-out b.json
 
-The backends of nanochat/flash_attention.py, those that PyTorch's SDPA chooses among, one by one (`sdpa_math`, `sdpa_flash`,
-`sdpa_efficient`, `sdpa_cudnn`), and flex attention, which is compiled for each shape. A backend that does not serve a
-shape is a row with the reason. Each is first compared, output and gradients, with the math backend in fp32; one that is
-wrong is not timed. Then all are timed in turn.
+The backends of nanochat/flash_attention.py, each of those that PyTorch's SDPA chooses among (`sdpa_math`, `sdpa_flash`,
+`sdpa_efficient`, `sdpa_cudnn`), and flex attention, which is compiled for each shape. A backend that does not support a
+shape is a row with the reason. The output and gradients of each are first compared with the math backend in fp32; one that
+is wrong is not timed. Then the timings of all are interleaved.
 
-Queries, keys and values are those of a trained model's layers on its text, their features dealt to heads of the size asked
-for, sequences cut to the length asked for. The time hardly depends on them, rounding errors do.
+Queries, keys and values are those of a trained model's layers on its text, their features distributed over heads of the size
+asked for, sequences cut to the length asked for. The time hardly depends on them, but rounding errors do.
 
-The JSON has for each shape the fastest backend, and beside it the one that flash_attention.py chooses there (`chosen`),
-with its time over that of the fastest: where that is above 1 run after run, `_candidates` has something to learn.
+The JSON has for each shape the fastest backend, and the one that flash_attention.py chooses there (`chosen`) with its time
+relative to the fastest: where that is above 1 in run after run, the order in `_candidates` should be changed.
 """
 
 import sys
@@ -21,18 +21,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.benchmarks import bench
-from nanochat.benchmarks.attempts import Attempt
+from nanochat.benchmarks.attempt import Attempt
+from nanochat.benchmarks.flags import AttemptFlags
 from nanochat.cli.flags import flag
 from nanochat.cli.program import cli
 from nanochat.common import format_table
 from nanochat.runtime import timing
 
 SCRIPT = "attempts/container_b_effective_flops/attention_backend_bench.py"
-OURS = ("fa3", "varlen", "native", "chunked", "sdpa", "blocks", "masked")
-TORCHS = {"sdpa_math": "MATH", "sdpa_flash": "FLASH_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION",
+LIBRARY = ("fa3", "varlen", "native", "chunked", "sdpa", "blocks", "masked")
+SDPA = {"sdpa_math": "MATH", "sdpa_flash": "FLASH_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION",
           "sdpa_cudnn": "CUDNN_ATTENTION"}
-UNCOMPILED = (*OURS, *TORCHS)
+UNCOMPILED = (*LIBRARY, *SDPA)
 BACKENDS = (*UNCOMPILED, "flex")
 PRESETS = {
     "smoke": dict(backends=UNCOMPILED, tokens=1024, seq_lens=[128, 256], head_dims=[64], windows=[-1, 64], groups=[1, 2],
@@ -46,18 +46,18 @@ WRONG = 0.03  # relative error beyond which a backend is not timed, as in flash_
 
 
 @dataclass
-class BenchFlags(bench.AttemptFlags):
-    """The attempt; sizes that are left out are the preset's"""
-    backends: list[str] = flag([], "which; by default all, flex only with the preset gpu, as it compiles for each shape",
+class BenchFlags(AttemptFlags):
+    """The attempt; the preset gives the sizes that are not given"""
+    backends: list[str] = flag([], "which; by default all, flex only with the preset gpu, as it is compiled for each shape",
                                choices=BACKENDS)
     seq_lens: list[int] = flag([], "context lengths T", low=2)
     head_dims: list[int] = flag([], "features of a head", low=8, high=512)
-    windows: list[int] = flag([], "tokens seen before the query; -1 is all. Left out at a T that it covers whole", low=-1)
+    windows: list[int] = flag([], "tokens seen before the query; -1 is all. Skipped where it covers all of T", low=-1)
     groups: list[int] = flag([], "query heads to a key head", low=1)
     heads: int | None = flag(None, "query heads", low=1)
     tokens: int | None = flag(None, "tokens of a batch, B x T, whatever T is", low=2)
-    repeats: int | None = flag(None, "timings of each backend, in turn", low=2)
-    random: bool = flag(False, "normal numbers in the place of a trained model's queries, keys and values: no model is needed")
+    repeats: int | None = flag(None, "timings of each backend, interleaved", low=2)
+    random: bool = flag(False, "normal numbers instead of a trained model's queries, keys and values: no model is needed")
 
     presets = PRESETS
 
@@ -88,28 +88,30 @@ def shapes(flags: BenchFlags) -> list[Shape]:
             if window < T - 1 for group in flags.groups]
 
 
-def model_features(subject, tokens: int):
+def model_features(trained, tokens: int):
     """q, k and v of all layers on text: three (tokens, features) in the compute dtype."""
     import torch
-    seen, attention = [], subject.model.kernels.attention
+    seen, attention = [], trained.model.kernels.attention
 
     def record(q, k, v, window):
         seen.append([x.detach().flatten(2).flatten(0, 1) for x in (q, k, v)])
         return attention(q, k, v, window)
-    subject.model.kernels.attention = record
+    trained.model.kernels.attention = record
     parts = []
     with torch.no_grad():
         while sum(part[0].size(0) for part in parts) < tokens:
             seen.clear()
-            subject.model(subject.train_batches(len(parts) + 1, seed=0)[-1][0])
+            trained.model(trained.train_batches(len(parts) + 1, seed=0)[-1][0])
             parts.append([torch.cat(layers, dim=1) for layers in zip(*seen, strict=True)])
-    subject.model.kernels.attention = attention
+    trained.model.kernels.attention = attention
     return [torch.cat(one)[:tokens] for one in zip(*parts, strict=True)]
 
 
 def inputs(features, shape: Shape, flags: BenchFlags, device, dtype):
-    """q (B, T, H, D), k, v (B, T, H / group, D) and the gradient of y, in the compute dtype. The model's features are dealt to
-    the heads one after the other, from the start again where there are too few; without a model, normal numbers."""
+    """q (B, T, H, D), k, v (B, T, H / group, D) and the gradient of y (B, T, H, D), in the compute dtype.
+
+    The model's features fill the heads one after the other, repeated where there are too few; normal numbers without a model.
+    """
     import torch
     B, generator = flags.tokens // shape.T, torch.Generator().manual_seed(flags.seed)
     result = []
@@ -118,8 +120,8 @@ def inputs(features, shape: Shape, flags: BenchFlags, device, dtype):
         if features is None:
             x = torch.randn(size, generator=generator)
         else:
-            wanted = torch.arange(heads * shape.head_dim, device=features[i].device) % features[i].size(1)
-            x = features[i][:B * shape.T, wanted].view(size)
+            index = torch.arange(heads * shape.head_dim, device=features[i].device) % features[i].size(1)
+            x = features[i][:B * shape.T, index].view(size)
         result.append(x.to(device, dtype))
     dy = torch.randn((B, shape.T, flags.heads, shape.head_dim), generator=generator).to(device, dtype)
     return *result, dy
@@ -129,8 +131,8 @@ def expand(x, heads: int):
     return x if x.size(2) == heads else x.repeat_interleave(heads // x.size(2), 2)
 
 
-def sdpa_by(backend: str):
-    """PyTorch's SDPA by one of its kernels alone: (q, k, v, window) -> y. Key heads are shared where the kernel can."""
+def sdpa_with(backend: str):
+    """PyTorch's SDPA with one of its kernels: (q, k, v, window) -> y. Key heads are shared where the kernel supports that."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -150,7 +152,7 @@ def sdpa_by(backend: str):
 
 
 def flex_for(shape: Shape, device):
-    """Flex attention compiled for a shape: only the blocks of the mask that are not empty are computed."""
+    """Flex attention compiled for a shape; empty blocks of the mask are not computed."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -167,19 +169,19 @@ def flex_for(shape: Shape, device):
 
 
 def load(name: str, shape: Shape, device):
-    """(q, k, v, window) -> y. RuntimeError, or whatever loading raises, where there is none."""
-    from nanochat.flash_attention import BACKENDS as LIBRARYS
-    if name in TORCHS:
-        return sdpa_by(TORCHS[name])
+    """(q, k, v, window) -> y. Raises: RuntimeError, or what loading raises, where the backend is not available."""
+    from nanochat.flash_attention import BACKENDS as LIBRARY_BACKENDS
+    if name in SDPA:
+        return sdpa_with(SDPA[name])
     if name == "flex":
         return flex_for(shape, device)
-    give, full, windows = LIBRARYS[name]
+    load_backend, full, windows = LIBRARY_BACKENDS[name]
     if not (windows if shape.window >= 0 else full):
         raise RuntimeError("does not do windows" if shape.window >= 0 else "does windows only")
-    return give()
+    return load_backend()
 
 
-def outcome(function, tensors, dy, window) -> tuple[list, str | None]:
+def output_and_gradients(function, tensors, dy, window) -> tuple[list, str | None]:
     """[y, dq, dk, dv] in fp32, or [y] alone and the reason why there is no backward."""
     import torch
 
@@ -188,34 +190,35 @@ def outcome(function, tensors, dy, window) -> tuple[list, str | None]:
     try:
         y = function(q, k, v, window)
         return [x.float() for x in (y.detach(), *torch.autograd.grad(y, (q, k, v), dy.to(y.dtype)))], None
-    except Exception as e:  # whatever a kernel raises where it does not belong; flex attention on a CPU has no backward, say
+    except Exception as e:  # kernels raise many types of errors; flex attention has no backward on a CPU, for example
         reason = f"no backward: {first_line(e)[:160]}"
     with torch.no_grad():
         return [function(*tensors, window).float()], reason
 
 
 def reference(tensors, dy, window) -> list:
-    """[y, dq, dk, dv] by the math backend in fp32, sequence by sequence, as it makes T x T scores."""
+    """[y, dq, dk, dv] by the math backend in fp32, one sequence at a time, as it allocates T x T scores."""
     import torch
-    math = sdpa_by("MATH")
-    parts = [outcome(math, [x[i:i + 1].float() for x in tensors], dy[i:i + 1].float(), window)[0] for i in range(len(dy))]
+    attend = sdpa_with("MATH")
+    parts = [output_and_gradients(attend, [x[i:i + 1].float() for x in tensors], dy[i:i + 1].float(), window)[0]
+             for i in range(len(dy))]
     return [torch.cat(one) for one in zip(*parts, strict=True)]
 
 
 def relative_error(results, expected) -> float:
-    """The largest of y, dq, dk and dv; of y alone where there is no backward."""
+    """The largest relative error of y, dq, dk and dv; of y alone where there is no backward."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=False))
 
 
 def flops(shape: Shape, flags: BenchFlags) -> float:
-    """Of the forward, counting visible keys only; forward and backward are 3.5 times as many (FlashAttention, 2307.08691)."""
+    """FLOPs of the forward pass over visible keys; with the backward 3.5 times as many (FlashAttention-2, arXiv 2307.08691)."""
     visible = shape.T if shape.window < 0 else shape.window + 1
     pairs = visible * shape.T - visible * (visible - 1) / 2
     return 4 * (flags.tokens // shape.T) * flags.heads * shape.head_dim * pairs
 
 
 def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
-    """One shape's row: every backend, the fastest, the one that the library chooses."""
+    """The row of a shape: every backend, the fastest, the one that the library chooses."""
     import torch
 
     from nanochat.flash_attention import choose_backend
@@ -230,11 +233,11 @@ def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-            found, row["why_not"] = outcome(function, tensors, dy, shape.window)
+            found, row["why_not"] = output_and_gradients(function, tensors, dy, shape.window)
             row["error"] = relative_error(found, expected)
             if device.type == "cuda":
                 row["peak_mem_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        except Exception as e:  # whatever a kernel raises where it does not belong
+        except Exception as e:  # kernels raise many types of errors on devices that they do not support
             row["why_not"] = f"{type(e).__name__}: {first_line(e)[:160]}"
             continue
         if not row["error"] < WRONG:
@@ -242,7 +245,7 @@ def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
             continue
         calls[name, "forward"] = lambda function=function: forward(function, tensors, shape.window)
         if len(found) > 1:
-            calls[name, "training"] = lambda function=function: gradients_only(function, tensors, dy, shape.window)
+            calls[name, "training"] = lambda function=function: gradients(function, tensors, dy, shape.window)
     times = timing.time_in_turn(calls, device, flags.repeats, at_least=timing.SHORT, label=str(shape))
     for (name, what), seconds in times.items():
         rows[name][f"{what}_ms"] = timing.spread([1000 * s for s in seconds])
@@ -265,7 +268,7 @@ def forward(function, tensors, window) -> None:
         function(*tensors, window)
 
 
-def gradients_only(function, tensors, dy, window) -> None:
+def gradients(function, tensors, dy, window) -> None:
     import torch
     q, k, v = (x.detach().requires_grad_() for x in tensors)
     torch.autograd.grad(function(q, k, v, window), (q, k, v), dy)

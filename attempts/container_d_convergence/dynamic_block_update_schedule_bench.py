@@ -3,27 +3,27 @@
     python attempts/container_d_convergence/dynamic_block_update_schedule_bench.py --equal-time-budget --json-out d.json
 
 `full_update` trains every block at every step, `static_suffix` always the top few, `dynamic_suffix` the suffix that the
-policy chooses, which is the very policy that training uses (nanochat/recipe/suffix_policy.py). All start from the same weights
-and see the same batches in the same order (residual_stack.py). Validation always runs through all blocks.
+policy chooses; the policy is the one that training uses (nanochat/recipe/suffix_policy.py). All start from the same weights and
+get the same batches in the same order (residual_stack.py). Validation always runs through all blocks.
 
 A step that trains a of n blocks costs C(a) = always + n F + a B: forward everywhere, backward and update only in the
-suffix. F, B and their ratio k = B/F are measured here before training, so that the speed-up the model predicts can be
-read beside the one that came out.
+suffix. F, B and their ratio k = B/F are measured before training, so that the predicted speed-up can be compared with
+the measured one.
 
-Cheaper steps are worth something only if they buy quality for time. Under --equal-time-budget `full_update` takes
+Cheaper steps are useful only if they lead to better quality in the same time. Under --equal-time-budget `full_update` takes
 --steps steps, and each other schedule as many as fit into the same training time, at most --max-steps-multiplier times
 as many. Time is counted in full steps: a schedule's seconds over the mean seconds of a full step, or, with
 --budget-clock model, the sum of C(a)/C(n) in FLOPs (k = 2), which is the same on every machine and in every repeat.
 
-How many steps that will be must be known on the way, for freezing and recovery lie at shares of it. So it is planned:
-the largest N for which the steps still to come, as the policy would decide them with the relevance it has now, use up
-what is left. It is planned anew whenever the policy has learned something, until recovery begins: the policy is then
-made again for the new N and takes over the state of the old one, as a resumed run would. Before the first measurement
-all blocks count as equally relevant, and a freeze that waits for a stable loss as one that never comes. Recovery is
-thus always reached, and ends with the budget.
+The number of steps N must be known during training, because freezing and recovery start at shares of it. So N is planned: the
+largest number for which the remaining steps, as the policy would decide them with its present relevance, use up the remaining
+time. N is planned again whenever the policy has new information, until recovery begins: a new policy is then made for the new N
+and takes over the state of the old one, as in a resumed run. Before the first measurement all blocks count as equally relevant,
+and a freeze that waits for a stable loss counts as one that never happens. So recovery is always reached, and ends with the
+budget.
 
-Schedules take their steps in turn, always the one that has used the least of its time so far, so that a machine that
-slows down slows all of them.
+Steps are interleaved: the next one is always of the schedule that has used the least of its time so far, so that a machine that
+slows down slows all schedules.
 """
 
 import math
@@ -36,12 +36,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout works without being installed
 
-from nanochat.benchmarks import bench
+from nanochat.benchmarks.flags import AttemptFlags
+from nanochat.benchmarks.result_file import make_result, save
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
-from nanochat.common import Progress, format_table, resolve
+from nanochat.common import Progress, format_table
 from nanochat.features.suffix import relevance_of_blocks
-from nanochat.recipe.schedules import lr_multiplier
+from nanochat.recipe.schedules import lr_scale
 from nanochat.recipe.suffix_policy import SCHEDULES, CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
 from nanochat.runtime import timing
 
@@ -54,8 +55,8 @@ PRESETS = {
 
 
 @dataclass
-class BenchFlags(bench.AttemptFlags):
-    """The bench; sizes that are left out are the preset's"""
+class BenchFlags(AttemptFlags):
+    """The bench; the preset gives the sizes that are not given"""
     schedules: list[str] = flag(list(SCHEDULES), "what to compare", choices=SCHEDULES)
     dmodel: int | None = flag(None, "width of the stack", low=1)
     n_layers: int | None = flag(None, "number of blocks", low=2)
@@ -65,14 +66,15 @@ class BenchFlags(bench.AttemptFlags):
     steps: int | None = flag(None, "optimizer steps of full_update, and of all without --equal-time-budget", low=2)
     equal_time_budget: bool = flag(False, "give each schedule the training time of full_update instead of its steps")
     max_steps_multiplier: float = flag(3.0, "under it, at most this many times --steps", low=1, high=1000)
-    budget_clock: str = flag("seconds", "what counts as time under it: the clock, or FLOPs, which always repeat",
+    budget_clock: str = flag("seconds", "what counts as time under it: the clock, or FLOPs, which are reproducible",
                              choices=("seconds", "model"))
-    lr: float = flag(-1.0, "rate of AdamW; -1 is 3e-4 x (1024 / dmodel)^0.5")
-    warmdown_ratio: float = flag(0.0, "share of the steps over which the rate goes down to 0", low=0, high=1)
+    lr: float = flag(-1.0, "learning rate of AdamW; -1 is 3e-4 x (1024 / dmodel)^0.5")
+    warmdown_ratio: float = flag(0.0, "share of the steps over which the learning rate falls to 0", low=0, high=1)
     eval_every: int = flag(-1, "steps between validations; -1 is a tenth of --steps")
     val_batches: int = flag(4, "held-out batches that validation averages over", low=1)
 
     presets = PRESETS
+    varied = ("block_update_schedule",)  # by --schedules: the flags of every schedule have an effect
 
     def filled(self) -> "BenchFlags":
         flags = super().filled()
@@ -86,12 +88,12 @@ class BenchFlags(bench.AttemptFlags):
         if self.eval_every != -1 and self.eval_every < 1:
             found.append(f"--eval-every must be at least 1, or -1 to derive it from --steps, got {self.eval_every}")
         if self.equal_time_budget and "full_update" not in self.schedules:
-            found.append("--equal-time-budget needs full_update among --schedules: the time to equal is its")
+            found.append("--equal-time-budget needs full_update among --schedules: its time is the budget")
         return found
 
 
 def variants(flags: BenchFlags, suffix: SuffixFlags) -> dict[str, SuffixFlags]:
-    """The policy's flags for each schedule; static_suffix trains a third of the blocks unless told otherwise."""
+    """The policy's flags for each schedule; by default static_suffix trains a third of the blocks."""
     static = max(1, flags.n_layers // 3) if suffix.static_active_layers == -1 else suffix.static_active_layers
     return {name: replace(suffix, block_update_schedule=name, static_active_layers=static) for name in SCHEDULES
             if name in flags.schedules}
@@ -101,8 +103,8 @@ def most_steps(flags: BenchFlags) -> int:
     return int(flags.max_steps_multiplier * flags.steps) if flags.equal_time_budget else flags.steps
 
 
-def impossible(flags: BenchFlags, suffix: SuffixFlags) -> list[str]:
-    """What the policy finds wrong with any of the schedules, at the fewest and at the most steps it may be made for."""
+def schedule_problems(flags: BenchFlags, suffix: SuffixFlags) -> list[str]:
+    """The policy's problems with any of the schedules, at the fewest and at the most steps it may be made for."""
     flags = flags.filled()
     found = [problem for variant in variants(flags, suffix).values() for steps in (flags.steps, most_steps(flags))
              for problem in problems(variant, flags.n_layers, steps)]
@@ -112,7 +114,7 @@ def impossible(flags: BenchFlags, suffix: SuffixFlags) -> list[str]:
 
 
 def make_policy(flags: SuffixFlags, n_layer: int, steps: int, old: SuffixPolicy | None = None, step: int = 0) -> SuffixPolicy:
-    """A policy for a run of `steps`, at `step` with the state of the `old` one. A freeze still to come moves along."""
+    """A policy for a run of `steps`, at `step`, with the state of the `old` one. A freeze in the future moves with the steps."""
     policy = SuffixPolicy(flags, n_layer, steps)
     if old:
         state = old.state_dict()
@@ -123,9 +125,9 @@ def make_policy(flags: SuffixFlags, n_layer: int, steps: int, old: SuffixPolicy 
 
 
 def plan(policy: SuffixPolicy, step: int, left: float, fewest: int, most: int, share: list[float]) -> int:
-    """How many steps in all, from `fewest` to `most`, so that those from `step` on use `left`. See the top of this file.
+    """The total number of steps, from `fewest` to `most`, so that those from `step` on use `left`. See the top of this file.
 
-    share[a]: what a step that trains a blocks costs, in the unit of `left`
+    share[a]: the cost of a step that trains a blocks, in the unit of `left`.
     """
     n = policy.n_layer
 
@@ -140,7 +142,7 @@ def plan(policy: SuffixPolicy, step: int, left: float, fewest: int, most: int, s
 
 
 class Training:
-    """One schedule's run, with a model and an optimizer of its own."""
+    """One schedule's run, with its own model and optimizer."""
 
     def __init__(self, flags: BenchFlags, suffix: SuffixFlags, task, device):
         self.flags, self.suffix, self.task, self.device = flags, suffix, task, device
@@ -148,7 +150,7 @@ class Training:
         self.planned = flags.steps
         self.policy = make_policy(suffix, flags.n_layers, self.planned)
         self.active, self.kinds, self.seconds, self.losses = [], [], [], []  # a value per step
-        self.relevance, self.plans, self.validations = [], [], []            # (step, values...) now and then
+        self.relevance, self.plans, self.validations = [], [], []            # [step, values...] at some steps
 
     @property
     def step(self) -> int:
@@ -162,12 +164,12 @@ class Training:
         return self.policy.decide(self.step)
 
     def train_step(self) -> bool:
-        """Take a step. True where it taught the policy something that may change how many there will be."""
+        """Take a step. True where the policy has new information, which may change the number of steps."""
         step, decision, gate = self.step, self.decide(), self.policy.freeze_step
-        rate = lr_multiplier(min(step, self.planned - 1), self.planned, warmup_steps=0, final_lr_frac=0.0,
-                             warmdown_ratio=self.flags.warmdown_ratio)
+        scale = lr_scale(min(step, self.planned - 1), self.planned, warmup_steps=0, final_lr_frac=0.0,
+                         warmdown_ratio=self.flags.warmdown_ratio)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * self.flags.lr
+            group["lr"] = scale * self.flags.lr
         seconds, (loss, relevance) = timing.timed(self.device, self._update, *self.task.batch(step), decision)
         loss = loss.item()
         self.policy.observe(step, loss, relevance)
@@ -180,7 +182,7 @@ class Training:
         return decision.needs_relevance or self.policy.freeze_step != gate
 
     def _update(self, x, y, decision):
-        """What is timed: forward, backward, relevance where it is wanted, update. Blocks left out have no gradient."""
+        """The timed part: forward, backward, relevance where it is needed, update. Frozen blocks have no gradient."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model.loss(x, y, decision.active_start)
         loss.backward()
@@ -202,7 +204,7 @@ class Training:
 
 
 def make_model(flags: BenchFlags, device):
-    """The student and its AdamW. All blocks together write to the stream with the variance of one (GPT-2's scaling)."""
+    """The student and its AdamW. The sum of all blocks' outputs has unit variance (GPT-2's scaling)."""
     import torch
 
     from residual_stack import ResidualStack
@@ -212,7 +214,7 @@ def make_model(flags: BenchFlags, device):
 
 
 def measure_cost(flags: BenchFlags, task, device, repeats: int = 5) -> CostModel:
-    """Seconds of a block's forward, of its backward and update, and of the rest, on a model that is then dropped.
+    """Seconds of a block's forward, of its backward and update, and of the rest, on a temporary model.
 
     T(n) - T(1), steps that train all blocks and the top one alone, is n - 1 times backward and update.
     """
@@ -235,19 +237,19 @@ def measure_cost(flags: BenchFlags, task, device, repeats: int = 5) -> CostModel
 
     n = flags.n_layers
     times = timing.time_in_turn({"all": lambda: step(0), "top": lambda: step(n - 1), "forward": forward}, device, repeats)
-    every, top, ahead = (timing.spread(seconds)["median"] for seconds in times.values())
-    backward = max(0.0, every - top) / (n - 1)
-    return CostModel(ahead / n, backward, max(0.0, every - ahead - n * backward))
+    full, top, ahead = (timing.spread(seconds)["median"] for seconds in times.values())
+    backward = max(0.0, full - top) / (n - 1)
+    return CostModel(ahead / n, backward, max(0.0, full - ahead - n * backward))
 
 
 def cost_in_flops(model) -> CostModel:
-    """In forwards of a block; input projection and head count three, forward and backward, at every step."""
+    """In units of a block's forward pass; input projection and head run forward and backward, which is three, at every step."""
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     return CostModel(1.0, 2.0, 3 * (count["embed"] + count["head"]) * len(model.blocks) / count["blocks"])
 
 
-class Race:
-    """All schedules' runs side by side, each up to its steps or its time; `share` is C(a)/C(n) for a = 0..n."""
+class InterleavedRuns:
+    """The runs of all schedules, their steps interleaved, each up to its steps or its time. share[a]: C(a)/C(n) for a = 0..n."""
 
     def __init__(self, runs: dict[str, Training], flags: BenchFlags, measured: CostModel):
         self.runs, self.flags, self.full = runs, flags, runs.get("full_update")
@@ -257,7 +259,7 @@ class Race:
         self.measured_full_step = None if by_model else measured.step(n, n)
 
     def used(self, run: Training) -> float:
-        """Of its budget, which is --steps: steps, or full steps' worth of time."""
+        """The used part of the budget, which is --steps: in steps, or in the time of full steps."""
         if not self.flags.equal_time_budget:
             return run.step
         if self.measured_full_step is None:
@@ -265,7 +267,7 @@ class Race:
         full_step = sum(self.full.seconds) / self.full.step if self.full.step else self.measured_full_step
         return sum(run.seconds) / full_step
 
-    def may_go_on(self, run: Training) -> bool:
+    def has_budget(self, run: Training) -> bool:
         if run.diverged or not self.flags.equal_time_budget or run is self.full:
             return not run.diverged and run.step < self.flags.steps
         next_step = self.share[run.policy.n_layer - run.decide().active_start]
@@ -276,16 +278,16 @@ class Race:
         fewest = max(self.flags.steps, run.step + 1)
         run.replan(plan(run.policy, run.step, left, fewest, max(fewest, most_steps(self.flags)), self.share))
 
-    def go(self) -> None:
+    def train(self) -> None:
         for run in self.runs.values():
             if self.flags.equal_time_budget and run is not self.full:
                 self.replan(run)
             run.validate()
         progress = Progress("training", total=0, unit=" steps")
-        while ready := [run for run in self.runs.values() if self.may_go_on(run)]:
+        while ready := [run for run in self.runs.values() if self.has_budget(run)]:
             run = min(ready, key=self.used)
-            learned = run.train_step()
-            if learned and self.flags.equal_time_budget and run.step < run.policy.recovery_start:
+            has_news = run.train_step()
+            if has_news and self.flags.equal_time_budget and run.step < run.policy.recovery_start:
                 self.replan(run)
             if run.step % self.flags.eval_every == 0:
                 run.validate()
@@ -298,7 +300,7 @@ class Race:
         progress.close()
 
     def result(self, run: Training, measured: CostModel) -> dict:
-        """One schedule's row in the JSON. Latencies are without the first step, which also makes the optimizer's state."""
+        """A schedule's row in the JSON. Latencies exclude the first step, which also allocates the optimizer's state."""
         latency = timing.latency_ms(run.seconds[1:] or run.seconds)
         final = number(run.validations[-1][-1])
         row = {
@@ -323,7 +325,7 @@ class Race:
 
 
 def number(value: float) -> float | None:
-    """JSON has neither infinity nor NaN."""
+    """`value`, or None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
@@ -351,16 +353,12 @@ def table(results: dict) -> str:
         "probes": r["probe_count"]} for name, r in results.items()])
 
 
-def draw(path: Path, traces: dict[str, dict]) -> str:
-    """Loss and trained blocks over steps and over training time. Returns a line for the user."""
-    try:
-        from matplotlib.figure import Figure  # the object interface: no display, no global state
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
-    figure = Figure(figsize=(11, 6), layout="constrained")
+def draw(figure, result: dict) -> None:
+    """Loss and trained blocks over steps and over training time."""
+    figure.set_size_inches(11, 6)
     (by_step, by_time), (blocks_by_step, blocks_by_time) = figure.subplots(2, 2, sharex="col", height_ratios=[3, 1])
-    colors = "tab:blue", "tab:orange", "tab:green"  # of which two schedules leave one
-    for color, (name, t) in zip(colors, traces.items(), strict=False):
+    colors = "tab:blue", "tab:orange", "tab:green"  # there may be fewer schedules
+    for color, (name, t) in zip(colors, result["traces"].items(), strict=False):
         steps, elapsed = range(1, len(t["seconds"]) + 1), []
         for seconds in t["seconds"]:
             elapsed.append(seconds + (elapsed[-1] if elapsed else 0.0))
@@ -380,13 +378,11 @@ def draw(path: Path, traces: dict[str, dict]) -> str:
         axes.grid(alpha=0.25)
         axes.set_xlabel(label)
     blocks_by_step.set_ylabel("blocks trained")
-    figure.savefig(path, dpi=120)
-    return f"plot: {path}"
 
 
 def main(argv: list[str] | None = None) -> int:
     flags, suffix = parse([BenchFlags, SuffixFlags], argv, prog=f"python {SCRIPT}", description=__doc__.splitlines()[0],
-                          validate=impossible)
+                          validate=schedule_problems)
     flags, started = flags.filled(), time.monotonic()
     device, dtype = flags.open_device()
     from nanochat.runtime.device import device_name, dtype_name
@@ -399,20 +395,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device_name(device)}, {dtype_name(dtype)} | {flags.n_layers} blocks of {flags.dmodel}, "
           f"{parameters / 1e6:.2f} M parameters, {flags.batch_size} x {flags.seq_len} rows a step, lr {flags.lr:.3g}")
     print(f"measured: backward and update of a block take k = {k:.2f} times its forward", flush=True)
-    race = Race(runs, flags, measured)
-    race.go()
-    results = {name: race.result(run, measured) for name, run in runs.items()}
+    interleaved = InterleavedRuns(runs, flags, measured)
+    interleaved.train()
+    results = {name: interleaved.result(run, measured) for name, run in runs.items()}
     traces = {name: trace(run) for name, run in runs.items()}
     print(table(results))
     config = asdict(suffix) | asdict(flags) | {
         "dtype": dtype_name(dtype), "parameters": parameters, "k": k, "cost_sec": asdict(measured)}
     del config["block_update_schedule"]
-    elapsed = time.monotonic() - started
-    bench.write_json(flags.json_out, bench.envelope(SCRIPT, device, config, results, elapsed, traces, argv))
-    if flags.json_out:
-        print(f"json: {flags.json_out}")
-        if flags.plot:
-            print(draw(resolve(flags.json_out).with_suffix(".png"), traces))
+    content = make_result(SCRIPT, device, config, results, time.monotonic() - started, traces, argv)
+    save(flags.json_out, content, draw if flags.plot else None)
     return 1 if any(run.diverged for run in runs.values()) else 0
 
 

@@ -1,11 +1,11 @@
-"""A network and a task on which depth counts: residual MLP blocks, and a random stack of the same kind to imitate.
+"""A network and a task for which depth matters: residual MLP blocks, and a random stack of the same kind to imitate.
 
 The student maps 32 numbers to 32 through blocks x + MLP(rmsnorm(x)). Its targets come from a teacher, 6 fixed random
-blocks 32 wide, that is the same for every student; each output has mean 0 and variance 1, so a loss of 1 is that of
-knowing nothing and 0.1 leaves a tenth of the variance unexplained. Nothing is ever seen twice: batches are drawn afresh,
-each a function of (seed, index), so validation measures what training does, on batches of its own.
+blocks of width 32, the same for every student. Each output has mean 0 and variance 1, so a constant prediction has a loss of 1,
+and a loss of 0.1 leaves a tenth of the variance unexplained. No batch is used twice: each is random, a function of (seed, index),
+and validation has its own.
 
-Depth counts because blocks start random, not as the identity: what is frozen from the start scrambles the input for the
+Depth matters because blocks start random, not as the identity: a block that is frozen from the start scrambles the input of the
 blocks above. Of 8 blocks of width 128, 200 steps of 512 rows bring the loss to 0.19 training all, to 0.30 training the
 top four and to 0.37 training the top two (seed 42, bf16, lr 8.5e-4).
 """
@@ -45,7 +45,7 @@ class ResidualStack(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, branch: float) -> "ResidualStack":
-        """Normal, keeping the scale of the input, times `branch` where blocks write to the stream and in the head."""
+        """Draw normal weights that keep the scale of the input; `branch` scales the outputs of blocks and the head."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             scale = branch if name.endswith(("proj.weight", "head.weight")) else 1.0
@@ -53,7 +53,7 @@ class ResidualStack(nn.Module):
         return self
 
     def forward(self, x, active_start: int = 0):
-        """(B, T, 32) -> (B, T, 32). Below `active_start` nothing is recorded, so no gradient reaches input or blocks there."""
+        """(B, T, 32) -> (B, T, 32). Below `active_start` no gradients are recorded: embed and these blocks get none."""
         with torch.no_grad() if active_start > 0 else nullcontext():
             x = self.embed(x)
             for block in self.blocks[:active_start]:
@@ -67,25 +67,25 @@ class ResidualStack(nn.Module):
 
 
 class Task:
-    """Batches of random inputs and the teacher's answers."""
+    """Batches of random inputs and the teacher's outputs."""
 
     def __init__(self, seed: int, rows: tuple[int, int], device: torch.device, dtype: torch.dtype):
         self.seed, self.rows, self.device, self.dtype = seed, rows, device, dtype
         self.teacher = ResidualStack(**TEACHER).init_weights(TEACHER_SEED, branch=1.0).to(device)
         self.mean, self.std = 0.0, 1.0
-        answers = self._answers(torch.randn(4096, FEATURES, generator=torch.Generator().manual_seed(TEACHER_SEED)).to(device))
-        self.mean, self.std = answers.mean(0), answers.std(0)
+        targets = self._targets(torch.randn(4096, FEATURES, generator=torch.Generator().manual_seed(TEACHER_SEED)).to(device))
+        self.mean, self.std = targets.mean(0), targets.std(0)
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, T, 32) in the compute dtype and y (B, T, 32) in fp32."""
-        mixed = random.Random(f"{self.seed} {index}").getrandbits(32)  # all that torch's CPU generator takes of a seed
+        mixed = random.Random(f"{self.seed} {index}").getrandbits(32)  # torch's CPU generator uses 32 bits of a seed
         generator = torch.Generator().manual_seed(mixed)               # on the CPU: the same on every device
         x = torch.randn(*self.rows, FEATURES, generator=generator).to(self.device)
-        return x.to(self.dtype), self._answers(x)
+        return x.to(self.dtype), self._targets(x)
 
     def validation(self, batches: int):
         return (self.batch(VALIDATION_INDEX + i) for i in range(batches))
 
     @torch.no_grad()
-    def _answers(self, x):
+    def _targets(self, x):
         return (self.teacher(x) - self.mean) / self.std

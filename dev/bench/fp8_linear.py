@@ -1,22 +1,23 @@
-"""How much faster is a linear layer in FP8: this repository's, and torchao's, against bf16, shape by shape?
+"""How much faster than in bf16 is a linear layer in FP8, this repository's and torchao's, for each shape?
 
     python -m dev.bench.fp8_linear --preset gpu-d12 gpu-d20 gpu-d26 --modes eager compiled --json-out fp8.json
 
 For each shape of the presets' models: forward, and forward and backward, as ratios of bf16's median time (above 1 is
-faster). Layers are as in training: fp32 weights, which bf16 casts at every call, and torchao too; the custom layer's are
-cast once per optimizer step, and `cast ms` is what that takes. `roofline` is the ratio, forward and backward, that the
-datasheet allows when every product and every cast runs at the device's peak or bandwidth, the largest magnitudes being
-read apart from what makes the tensors, as here; `fused`, when they cost nothing, as a compiler can have it in a model.
+faster). Layers are as in training: fp32 weights, which the bf16 layer and torchao's cast at every call. The custom layer casts
+them once per optimizer step, in `cast ms` milliseconds. `roofline` is the ratio, forward and backward, that the datasheet allows
+if every product and every cast runs at the device's peak or bandwidth, with a separate pass for the largest magnitudes (amax);
+`fused` is the ratio if amax costs nothing, as a compiler can fuse it into the operation before.
 """
 
 import importlib.util
 import time
 from dataclasses import dataclass
 
+from nanochat.benchmarks.flags import OutputFlags
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import format_table, print0
-from nanochat.features.fp8 import Fp8Flags, device_trouble, layers_to_time
+from nanochat.features.fp8 import Fp8Flags, fp8_flag_unavailable_reason, layers_to_time
 from nanochat.recipe.shape import shape_of_depth
 from nanochat.training.config import DeviceFlags
 
@@ -32,19 +33,19 @@ CALLS = ("forward", "forward_backward")
 
 
 @dataclass
-class BenchFlags(DeviceFlags):
+class BenchFlags(OutputFlags, DeviceFlags):
     """The bench"""
-    preset: list[str] = flag(["cpu-d4"], "whose shapes", choices=tuple(PRESETS))
-    modes: list[str] = flag(["eager"], "how the layers run", choices=("eager", "compiled"))
+    preset: list[str] = flag(["cpu-d4"], "models whose shapes are timed", choices=tuple(PRESETS))
+    modes: list[str] = flag(["eager"], "how the layers are run", choices=("eager", "compiled"))
     tokens: list[int] = flag([], "tokens of a micro-batch instead of the preset's, one or several", low=16)
-    fast_accum: bool = flag(False, "add up the forward products with fewer bits")
-    calls: int = flag(10, "calls in one timing, so that launching is not what is timed", low=1)
+    fast_accum: bool = flag(False, "accumulate the forward products with fewer bits")
+    calls: int = flag(10, "calls in one timing, so that the time is not that of launching", low=1)
     repeats: int = flag(10, "timings per variant", low=2)
-    json_out: str | None = flag(None, "write the result here", metavar="PATH")
 
     def validate(self) -> list[str]:
-        problems = [f"--tokens must be multiples of 16, got {n}" for n in self.tokens if n % 16]
-        trouble = device_trouble(self.device_type, emulate=True)  # a CPU shows that the bench works, and nothing else
+        problems = super().validate() + [f"--tokens must be multiples of 16, got {n}" for n in self.tokens if n % 16]
+        # on a CPU FP8 is emulated: that shows only that the bench works
+        trouble = fp8_flag_unavailable_reason(self.device_type, emulate=True)
         return problems + ([trouble] if trouble else [])
 
 
@@ -56,7 +57,7 @@ def shapes_of(preset: str) -> list[tuple[int, int]]:
 
 
 def roofline(tokens: int, inputs: int, outputs: int, peak: float, bandwidth: float, fused: bool) -> float:
-    """The largest possible speed-up of forward and backward. peak: bf16's FLOP/s, which FP8 doubles; bandwidth: bytes/s."""
+    """The speed-up of forward and backward that hardware allows. peak: bf16 FLOP/s, doubled by FP8; bandwidth: bytes/s."""
     x, w, y = tokens * inputs, inputs * outputs, tokens * outputs  # elements
 
     def product(flops_per_second, read_and_written):
@@ -71,22 +72,21 @@ def main() -> None:
     flags, = parse([BenchFlags], prog="python -m dev.bench.fp8_linear")
     import torch
 
-    from nanochat.benchmarks import bench
+    from nanochat.benchmarks.result_file import make_result, write_json
     from nanochat.fp8 import refresh_weights
     from nanochat.runtime import timing
     from nanochat.runtime.device import device_name, init_device, peak_flops, pick_compute_dtype
-    bench.check_writable(flags.json_out)
     started = time.monotonic()
     device, _ = init_device(flags.device_type)
     dtype, _ = pick_compute_dtype(device, flags.dtype)
     backends = ["custom"] + (["torchao"] if importlib.util.find_spec("torchao") else [])
     if "torchao" not in backends:
-        print0("torchao is not installed: going on without it (pip install torchao)")
+        print0("torchao is not installed, so it is not timed (pip install torchao)")
     peak, bandwidth = peak_flops(device), next((b for part, b in BANDWIDTH.items() if part in device_name(device)), None)
     results, rows = {}, []
 
     def measure(inputs, outputs, tokens, compiled):
-        """Seconds per call, {layer: {forward, forward_backward}}, and of a cast of the weight."""
+        """{layer: {forward, forward_backward}} in seconds per call, and the seconds of a cast of the weight."""
         torch._dynamo.reset()
         layers = {}
         for backend in backends:
@@ -123,8 +123,8 @@ def main() -> None:
                                  **{name: limit and f"{limit:.2f}" for name, limit in limits.items()},
                                  "cast ms": f"{1000 * cast['median']:.3f}"})
     print(format_table(rows))
-    bench.write_json(flags.json_out, bench.envelope("dev/bench/fp8_linear.py", device, vars(flags) | {"dtype": str(dtype)},
-                                                    results, time.monotonic() - started))
+    write_json(flags.json_out, make_result("dev/bench/fp8_linear.py", device, vars(flags) | {"dtype": str(dtype)}, results,
+                                           time.monotonic() - started))
 
 
 if __name__ == "__main__":

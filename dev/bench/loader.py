@@ -1,14 +1,15 @@
-"""How fast are batches made, against how fast a training step takes them?
+"""How fast are batches made, compared with how fast training uses them?
 
     python -m dev.bench.loader --max-seq-len 512 --consumes 8600
 
-Prepared tokens of `--data` are needed (python -m nanochat.dataset). `--consumes` is what the trainer takes, in tokens
-per second, as `dev.bench.train_step` prints it.
+Prepared tokens of `--data` are needed (python -m nanochat.dataset). `--consumes` is the speed of training in tokens per second,
+as `dev.bench.train_step` prints it.
 """
 
 import time
 from dataclasses import dataclass
 
+from nanochat.benchmarks.flags import OutputFlags
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import format_table
@@ -16,24 +17,25 @@ from nanochat.data.sources import SourceFlags
 
 
 @dataclass
-class BenchFlags(SourceFlags):
+class BenchFlags(OutputFlags, SourceFlags):
     """The bench"""
     max_seq_len: int = flag(512, "tokens per row", low=1)
     device_batch_size: int = flag(8, "rows per batch", low=1)
     batches: int = flag(3000, "batches to time", low=1)
-    consumes: float = flag(8600.0, "tokens per second that training takes", low=0)
-    json_out: str | None = flag(None, "write the result here", metavar="PATH")
+    consumes: float = flag(8600.0, "tokens per second that training uses", low=0)
+
+    def validate(self) -> list[str]:
+        return OutputFlags.validate(self) + SourceFlags.validate(self)
 
 
 def main() -> None:
     flags, = parse([BenchFlags], prog="python -m dev.bench.loader")
     import torch
 
-    from nanochat.benchmarks import bench
+    from nanochat.benchmarks.result_file import make_result, write_json
     from nanochat.dataloader import PackedRows, TrainLoader
     from nanochat.dataset import TokenDataset, prepare_tokens
     from nanochat.tokenizer import get_tokenizer
-    bench.check_writable(flags.json_out)
     started = time.monotonic()
     tokens = TokenDataset.open(prepare_tokens(flags.data, get_tokenizer(), **flags.reading()))
     rows = PackedRows(tokens.split("train"), flags.max_seq_len, seed=0)
@@ -47,8 +49,8 @@ def main() -> None:
     loader.close()
     results = {"loader": {"tok_per_sec": rate, "times_what_training_takes": rate / flags.consumes, **rows.report()}}
     print(format_table([{k: round(v, 4) if v < 1 else round(v) for k, v in results["loader"].items()}]))
-    bench.write_json(flags.json_out, bench.envelope("dev/bench/loader.py", torch.device("cpu"), vars(flags), results,
-                                                    time.monotonic() - started))
+    write_json(flags.json_out, make_result("dev/bench/loader.py", torch.device("cpu"), vars(flags), results,
+                                           time.monotonic() - started))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast is a training step, what share of the machine's own matrix rate is that, and where does its time go?
+"""How fast is a training step, which share of the machine's matrix rate is that, and where does its time go?
 
     python -m dev.bench.train_step --preset cpu-d4 --json-out step.json
     python -m dev.bench.train_step --preset cpu-d4 --variants eager compiled parts
@@ -6,22 +6,22 @@
     python -m dev.bench.train_step --preset cpu-d4 --against 'cd ../other && python train.py' -- --depth 6 --dtype bfloat16
 
 The step is the real one: runs as `scripts.base_train` makes them, on the sources of the running Python, tokenized once under
-$NANOCHAT_BASE_DIR/bench. A preset is a line of base_train's flags; those behind `--` come after it, and those of each
---with after these, so that the last word counts. Everything is timed in turn in one process, whole steps of each variant
-and a plain matrix product of the same dtype, whose best rate is the peak that the steps are held against. Model FLOPs are
-counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal` counts only visible keys.
-The steps are the first ones of a run: what a schedule does later is not seen here.
+$NANOCHAT_BASE_DIR/bench. A preset is a file of base_train's flags in configs/ and a few below; the flags after `--` follow them,
+and those of each --with come last, so that the last value counts. All timings are interleaved in one process: whole steps of each
+variant, and a plain matrix product of the same dtype, whose best rate is the peak that the steps are compared with. Model FLOPs
+are counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal` counts only visible keys. The
+steps are the first of a run: later phases of a schedule are not measured.
 
 The breakdown comes from torch's profiler, on two more steps of each variant, and from a table of kernel names
-(nanochat/benchmarks/bench.py). Muon and AdamW are all that runs in their update; of the rest a kernel belongs where its name or
-the operator it runs in says: matrix products (casts of weights aside), attention with everything batched, loss with its soft cap,
-embedding with lookups and their gradient. `host` is the time in which no kernel runs. What this cannot tell:
-  - a kernel that a compiler fused from several parts counts whole for the first of loss, attention and embedding that its
-    name has, else as norms and elementwise: embedding has what was fused with a lookup, gates and norms among it;
-  - a kernel of our own that multiplies and does the rest too, as attention's do, counts whole for what it is called;
-  - `norms_elementwise` is the rest: norms, rotary positions, residuals, activations, casts, adding up gradients;
-  - of eager elementwise work it sees the operator, not who called: the loss's casts and divisions count there;
-  - on a CPU the profiler names compiled kernels on Linux and Windows only: elsewhere they count as host. On Macs' GPUs it sees
+(nanochat/benchmarks/profiler.py). Muon and AdamW are everything that runs in their update. Any other kernel is classified by its
+name, or the name of the operator around it: matrix products (without casts of weights), attention with all batched products, loss
+with its softcap, embedding with lookups and their gradient. `host` is the time in which no kernel runs. Limits of the method:
+  - a kernel that the compiler fused from several parts counts whole for the first of loss, attention and embedding in its name,
+    else as norms and elementwise: embedding includes gates and norms that were fused with a lookup;
+  - one of our own kernels that does more than its products, as attention's do, counts whole for its name;
+  - `norms_elementwise` is the rest: norms, rotary positions, residuals, activations, casts, adding gradients;
+  - an eager elementwise kernel has the name of its operator, not of its caller: the loss's casts and divisions count there;
+  - on a CPU the profiler names compiled kernels on Linux and Windows only: elsewhere they count as host. On Apple GPUs it sees
     none, and there is no breakdown.
 """
 
@@ -35,7 +35,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat.benchmarks import bench
+from nanochat.benchmarks.flags import OutputFlags
+from nanochat.benchmarks.profiler import breakdown, label_updates
+from nanochat.benchmarks.result_file import make_result, write_json
+from nanochat.benchmarks.yardsticks import external_rate, make_gemm
+from nanochat.cli.flag_files import CONFIGS
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import UserError, format_table, get_base_dir
@@ -47,33 +51,30 @@ from nanochat.training.config import Config, DeviceFlags, parse_config
 if TYPE_CHECKING:
     import torch
 
-COMMON = "--window-pattern=L --num-iterations=1000 --data=python --max-chars=8000000"
-CPU = f"{COMMON} --head-dim=64 --max-seq-len=512 --vocab-size=4096 --total-batch-size=16384"
-GPU = f"{COMMON} --head-dim=128 --max-seq-len=2048 --vocab-size=32768 --total-batch-size=524288"
-PRESETS = {
-    "cpu-d4": f"{CPU} --depth=4 --device-batch-size=8", "cpu-d6": f"{CPU} --depth=6 --device-batch-size=8",
-    "gpu-d12": f"{GPU} --depth=12 --device-batch-size=16", "gpu-d24": f"{GPU} --depth=24 --device-batch-size=8",
+STEP = "--num-iterations=1000 --data=python --max-chars=8000000"
+CPU, GPU = (f"{STEP} --vocab-size=4096 --total-batch-size=16384", f"{STEP} --vocab-size=32768 --total-batch-size=524288")
+PRESETS = {  # behind the flags of configs/NAME.flags
+    "cpu-d4": CPU, "cpu-d6": CPU, "gpu-d12": f"{GPU} --device-batch-size=16", "gpu-d24": GPU,
 }
 VARIANTS = {"compiled": "", "eager": "--no-compile", "parts": "--compile-parts"}  # flags
-TAKES_FLAGS = ("--with", "--against", "--against-regex")  # whose value may begin with a dash
+TAKES_FLAGS = ("--with", "--against", "--against-regex")  # their values may begin with a dash
 
 
 @dataclass
-class BenchFlags(DeviceFlags):
-    """The bench; base_train's flags go behind --"""
+class BenchFlags(OutputFlags, DeviceFlags):
+    """The bench; base_train's flags go after --"""
     preset: str = flag("cpu-d4", "shape and batch", choices=tuple(PRESETS))
-    variants: list[str] = flag(["compiled"], "how the step runs", choices=tuple(VARIANTS))
-    with_flags: list[str] = flag([], "one more variant: compiled, with these flags of base_train too; may be repeated",
+    variants: list[str] = flag(["compiled"], "how the step is run", choices=tuple(VARIANTS))
+    with_flags: list[str] = flag([], "add a variant: compiled, with these flags of base_train; may be repeated",
                                  aliases=("--with",), metavar="FLAGS")
     repeats: int = flag(7, "steps counted per variant, and per round under --against", low=1)
-    against: str | None = flag(None, "another trainer's command line, run whole in turn with our steps", metavar="COMMAND")
-    against_regex: str = flag(r"tok/sec: ([\d,.]+)", "finds the tokens/s in what it prints, as its one group", metavar="REGEX")
-    against_skip: int = flag(3, "how many of those do not count, at the beginning", low=0)
-    rounds: int = flag(3, "rounds under --against, a run of it in each", low=1)
-    json_out: str | None = flag(None, "write the result here", metavar="PATH")
+    against: str | None = flag(None, "another trainer's command line, run whole, interleaved with our steps", metavar="COMMAND")
+    against_regex: str = flag(r"tok/sec: ([\d,.]+)", "finds the tokens/s in its output, as the one group", metavar="REGEX")
+    against_skip: int = flag(3, "how many of these at the beginning do not count", low=0)
+    rounds: int = flag(3, "rounds under --against, with one run of it in each", low=1)
 
     def validate(self) -> list[str]:
-        problems = bench.unwritable(self.json_out)
+        problems = super().validate()
         try:
             if re.compile(self.against_regex).groups != 1:
                 problems.append(f"--against-regex needs one group, around the number, got {self.against_regex!r}")
@@ -84,12 +85,13 @@ class BenchFlags(DeviceFlags):
 
 def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
     """The bench's flags, and the run of each variant by name. UserError as for base_train's own command line."""
-    own, behind = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    own, run_flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     for i in reversed(range(len(own) - 1)):
-        if own[i] in TAKES_FLAGS:  # argparse would take a value like --chunked-ce for a flag of ours
+        if own[i] in TAKES_FLAGS:  # argparse would take a value like --chunked-ce for one of our flags
             own = [*own[:i], f"{own[i]}={own[i + 1]}", *own[i + 2:]]
     flags, = parse([BenchFlags], own, prog="python -m dev.bench.train_step")
-    base = [*PRESETS[flags.preset].split(), f"--device-type={flags.device_type}", f"--dtype={flags.dtype}", *behind]
+    preset = [f"@{CONFIGS / flags.preset}.flags", *PRESETS[flags.preset].split()]
+    base = [*preset, f"--device-type={flags.device_type}", f"--dtype={flags.dtype}", *run_flags]
     wanted, configs = {name: VARIANTS[name] for name in flags.variants} | {text: text for text in flags.with_flags}, {}
     for i, (name, more) in enumerate(wanted.items()):
         try:
@@ -100,28 +102,36 @@ def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
 
 
 class Variant:
-    """A run, past what its first steps do only once. Called, it takes a step."""
+    """A trainer, without the lock, folder and records of a run, that has taken the two steps which do what is done only once.
+    Called, it takes another step."""
 
     def __init__(self, config: Config, base_dir):
         import torch
 
-        from nanochat.training.build import Run
-        from nanochat.training.loop import settle
+        from nanochat.training.build import build_trainer_only
         held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # by the variants before this one
         # a tokenizer of its own for each size of vocabulary
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir / "bench" / f"vocabulary_{config.data.vocab_size}")
-        self.run = Run(config)
+        self.trainer, self.pending = build_trainer_only(config), None
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)  # for the other trainer
-        bench.name_updates(self.run.optimizer)
+        label_updates(self.trainer.state.optimizer)
         for _ in range(2):
             self()
-        settle(self.run)
-        self.peak_mem_mib = self.run.tally.peaks[-1] - held / 2**20
+        self.finish()
+        self.peak_mem_mib = self.result.peak_memory_mib - held / 2**20
 
     def __call__(self) -> None:
-        from nanochat.training.loop import train_step
-        train_step(self.run)
-        self.run.step += 1
+        launched = self.trainer.launch_step()
+        self.finish()
+        self.pending = launched
+        if not self.trainer.plan.config.run.deferred_loss_logging:
+            self.finish()
+
+    def finish(self) -> None:
+        """Read the results of the last step, if that has not been done."""
+        if self.pending:
+            self.result, self.pending = self.trainer.finalize_step(self.pending), None
+            self.trainer.state.features.after_step(self.result.step, self.result.loss, self.result.time)
 
 
 def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch.device"]:
@@ -133,43 +143,43 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     base_dir, variants, rounds = get_base_dir(), {}, []
     for name, config in configs.items():
         variants[name] = Variant(config, base_dir)
-    first = next(iter(variants.values())).run
-    device = first.device
-    # so large that the rate no longer grows, so often that launching is not what is timed
+    first = next(iter(variants.values())).trainer
+    device = first.plan.device
+    # so large that the rate no longer grows, so many that the launch does not matter
     size, products = ((8192, 8192, 4096), 16) if device.type == "cuda" else ((4096, 4096, 1024), 2)
-    peak_call, peak_flops = bench.gemm(device, first.dtype, *size)
+    peak_call, peak_flops = make_gemm(device, first.plan.dtype, *size)
     calls = variants | {"gemm": lambda: [peak_call() for _ in range(products)]}
     times = {name: [] for name in calls}
     for _ in range(flags.rounds if flags.against else 1):
-        theirs = bench.rate_of(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
+        theirs = external_rate(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
         now = timing.time_in_turn(calls, device, flags.repeats, warmup=1)
         rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
         for name, spent in now.items():
             times[name] += spent
     peak, results = products * peak_flops / min(times.pop("gemm")), {}
     for name, variant in variants.items():
-        tokens, shape = variant.run.horizon.total_batch_size, variant.run.model.config
+        tokens, shape = variant.trainer.plan.horizon.total_batch_size, variant.trainer.plan.shape
         seconds = timing.spread(times[name])
         rate = tokens / seconds["median"]
-        parts, unknown = bench.breakdown(variant, device, seconds["median"]) if device.type != "mps" else (None, None)
+        parts, unknown = breakdown(variant, device, seconds["median"]) if device.type != "mps" else (None, None)
         results[name] = {
             "tok_per_sec_median": rate,
             "model_flops_per_sec": rate * flops_per_token(shape),
             "gemm_peak_flops_per_sec": peak,
             "gemm_peak_share": rate * flops_per_token(shape) / peak,
             "gemm_peak_share_causal": rate * flops_per_token(shape, causal=True) / peak,
-            # a process's peak never falls: where that is all there is, only the first variant's is its own
-            "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.run is first else None,
+            # on a CPU the peak is the process's and never falls, so it is known for the first variant only
+            "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.trainer is first else None,
             "seconds": seconds, "breakdown_ms": parts, "breakdown_unknown": unknown,
-            "tokens_per_step": tokens, "dtype": dtype_name(variant.run.dtype),
-            "compiled": variant.run.compile and not variant.run.forward.eager_fallbacks,
+            "tokens_per_step": tokens, "dtype": dtype_name(variant.trainer.plan.dtype),
+            "compiled": variant.trainer.plan.compile and not variant.trainer.forward.eager_fallbacks,
         }
         if flags.against:
             pairs = [(tokens / ours[name], theirs) for theirs, ours in rounds]
             ratios = [ours / theirs for ours, theirs in pairs]
             results[name]["against"] = {"tok_per_sec": [{"ours": ours, "theirs": theirs} for ours, theirs in pairs],
                                         "ratios": ratios, "ratio_median": statistics.median(ratios)}
-        variant.run.loader.close()
+        variant.trainer.loader.close()
     return results, device
 
 
@@ -185,7 +195,7 @@ def show(results: dict) -> None:
         if parts := r["breakdown_ms"]:
             parts = parts | {"sum": sum(parts.values())}
             for unit, scale in ((f"{name}, ms", 1), (f"{name}, %", 100 / parts["sum"])):
-                rows.append({"where it goes": unit} | {part: round(ms * scale, 1) for part, ms in parts.items()})
+                rows.append({"part": unit} | {part: round(ms * scale, 1) for part, ms in parts.items()})
     if rows:
         print("\n" + format_table(rows))
     for name, r in results.items():
@@ -203,12 +213,11 @@ def show(results: dict) -> None:
 def main() -> None:
     flags, configs = parse_command(sys.argv[1:])
     started = time.monotonic()
-    with redirect_stdout(sys.stderr):  # the runs' own lines
+    with redirect_stdout(sys.stderr):  # the output of the runs
         results, device = measure(flags, configs)
     show(results)
-    asked = vars(flags) | {"runs": {name: config.flat() for name, config in configs.items()}}
-    elapsed = time.monotonic() - started
-    bench.write_json(flags.json_out, bench.envelope("dev/bench/train_step.py", device, asked, results, elapsed))
+    config = vars(flags) | {"runs": {name: config.flat() for name, config in configs.items()}}
+    write_json(flags.json_out, make_result("dev/bench/train_step.py", device, config, results, time.monotonic() - started))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@
 
     sampling, = parse([Sampling], argv, prog="python -m scripts.sample")
 
-Everything wrong with a command line is collected and reported in one message with exit status 2, before anything
-heavy is imported: unknown flags with the nearest known one, values of the wrong type, out of range or not among the
-choices, and whatever the dataclasses' own `validate()` methods (-> list of problems) find.
+All problems of a command line are reported in one message with exit status 2, before anything heavy is imported: unknown
+flags with the nearest known one; values of the wrong type, out of range or not among the choices; flags that would do nothing
+(`requires`); and what the dataclasses' own `validate()` methods (-> list of problems) find.
 
-A word behind a flag that takes a value is its value, also one that begins with a dash, unless it is a flag of the same
-command line itself: `--prompt --- --seed 1`.
+A word after a flag that takes a value is its value, even if it begins with a dash, unless it is a flag of the same program:
+`--prompt --- --seed 1`.
 """
 
 import argparse
@@ -21,23 +21,51 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, field, fields
 
+from nanochat.cli.flag_files import expand_flag_files
 from nanochat.common import UserError
 
-LARGEST = 10**15          # of an int without a bound of its own: steps, characters and bytes stay below, and products of
-                          # two that size a tensor are refused by torch in words instead of overflowing
-LARGEST_SEED = 2**32 - 1  # what torch's CPU generator and numpy's take of a seed: 2^32 + 1 would draw as 1 does
-TAKEN = "\0"              # before a word that begins with a dash and is a value: no command line can contain it
+LARGEST = 10**15          # upper bound of an int without its own: steps, characters and bytes stay below, and a product of two
+                          # that sizes a tensor is refused by torch with a message instead of overflowing
+LARGEST_SEED = 2**32 - 1  # torch's CPU generator and numpy's use 32 bits of a seed: 2^32 + 1 would give the numbers of 1
+TAKEN = "\0"              # marks a value that begins with a dash: no command line can contain this character
 
 
-def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None, aliases=(), free=False):
+class Condition(typing.NamedTuple):
+    """What another flag must be. `example` completes "give --flag ..."."""
+    holds: Callable[[typing.Any], bool]
+    example: str
+
+
+def at_least(least: float) -> Condition:
+    return Condition(lambda value: value >= least, f"at least {least}")
+
+
+def above(bound: float) -> Condition:
+    return Condition(lambda value: value > bound, f"a value above {bound}")
+
+
+def one_of(*values) -> Condition:
+    return Condition(lambda value: value in values, " or ".join(map(str, values)))
+
+
+def other_than(excluded, example: str) -> Condition:
+    return Condition(lambda value: value != excluded, example)
+
+
+def flag(default, help: str, *, choices=None, low=None, high=None, metavar=None, aliases=(), affects_results=True, requires=None):
     """A dataclass field that is also a flag. `low` and `high` are inclusive bounds; a list default takes several values.
-    An int without bounds is from -1, which turns things off or leaves them to be derived, to LARGEST.
+    An int without bounds goes from -1, which turns something off or means "derive it", to LARGEST.
 
-    free: a resumed run may have another value, as this decides nothing that is computed, but for rounding.
+    affects_results: False where at most the rounding of results depends on the flag, so that a resumed run may change it.
+    requires: when the flag has an effect: {name of another flag's field: its value or a Condition}, all of them. `parse` refuses
+        the flag elsewhere: requires={"fp8": True, "save_every": at_least(1)}.
     """
-    meta = dict(help=help, choices=choices, low=low, high=high, metavar=metavar, aliases=aliases, free=free)
+    conditions = {name: needed if isinstance(needed, Condition) else one_of(needed) for name, needed in (requires or {}).items()}
+    meta = dict(help=help, choices=choices, low=low, high=high, metavar=metavar, aliases=aliases,
+                affects_results=affects_results, requires=conditions)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -53,13 +81,18 @@ def default_of(f):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that collects its complaints instead of exiting at the first one."""
+    """argparse that raises UserError instead of exiting."""
 
     def error(self, message):
         raise UserError(message)
 
+    def flags_in(self, argv: list[str]) -> set[str]:
+        """Field names of the flags that stand in `argv` themselves, not in an @FILE of it."""
+        names = [word.split("=")[0] for word in self._with_values_marked(argv)]
+        return {self._option_string_actions[name].dest for name in names if name in self._option_string_actions}
+
     def parse_known_args(self, args=None, namespace=None):
-        """Where argparse would ask whether a word looks like a flag, what counts is whether it is one."""
+        """As argparse's, but a word is a flag if the program has it, not if it looks like one."""
         words = self._with_values_marked(sys.argv[1:] if args is None else args)
         namespace, unknown = super().parse_known_args(words, namespace)
         for name, value in vars(namespace).items():
@@ -80,7 +113,7 @@ def _unmarked(value):
     return value.removeprefix(TAKEN) if isinstance(value, str) and value.startswith(TAKEN + "-") else value
 
 
-def build_parser(groups: list[type], prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
+def build_parser(groups: list[type], prog: str | None = None, description: str | None = None) -> _Parser:
     """An argparse parser with one argument group per dataclass, headed by its docstring's first line."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -94,12 +127,15 @@ def build_parser(groups: list[type], prog: str | None = None, description: str |
 
 def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = None, description: str | None = None,
           validate=None) -> list:
-    """Parse `argv` into one instance per dataclass in `groups`; raise UserError listing every problem at once.
+    """Parse `argv` into one instance per dataclass in `groups`.
 
-    `validate(*instances)` may return further problems, for clashes between groups.
+    validate: `validate(*instances)` returns further problems, for flags of different groups that contradict each other.
+    Raises: UserError, which lists every problem.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(groups, prog, description)
+    typed = parser.flags_in(argv)  # a file of flags may hold some that others of the command line make useless
+    argv = expand_flag_files(argv, parser)
     known = [s for action in parser._actions for s in action.option_strings]
     namespace, unknown = parser.parse_known_args(argv)
     problems = [_unknown_flag(token, known) for token in unknown if token.startswith("-")]
@@ -111,7 +147,8 @@ def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = 
             values[f.name], trouble = _convert(f, getattr(namespace, f.name))
             problems += trouble
         instances.append(group(**values))
-    if not problems:  # the deeper checks may rely on every value being of its type
+    if not problems:  # these checks rely on every value being of its type
+        problems += flags_without_effect(instances, typed)
         for instance in instances:
             problems += instance.validate() if hasattr(instance, "validate") else []
         problems += validate(*instances) if validate else []
@@ -119,8 +156,36 @@ def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = 
     return instances
 
 
+def flags_without_effect(instances: list, typed: Collection[str]) -> list[str]:
+    """A problem for every unmet requirement of `typed` flags (field names) that differ from their default.
+
+    A program that sets flags itself, one value after another, names them in `varied`, an attribute of one of its groups:
+    requirements on these are not checked.
+    """
+    flags = {f.name: (f, getattr(group, f.name)) for group in instances for f in fields(group)}
+    varied = {name for group in instances for name in getattr(group, "varied", ())}
+    useless: dict[str, list[str]] = {}  # unmet condition -> flags
+    for name, (f, value) in flags.items():
+        if name not in typed or value == default_of(f):
+            continue
+        for other, condition in f.metadata["requires"].items():
+            if other in flags and other not in varied and not condition.holds(flags[other][1]):
+                useless.setdefault(_describe_unmet(*flags[other], condition), []).append(flag_name(name))
+                break  # the first one is enough
+    return [f"{', '.join(names)} would do nothing {unmet}, or leave out {', '.join(names)}" for unmet, names in useless.items()]
+
+
+def _describe_unmet(f, value, condition: Condition) -> str:
+    """The value of a flag beside which another one has no effect, and what to give instead."""
+    name = flag_name(f.name)
+    if isinstance(value, bool):
+        default, other = (name if value else f"--no-{name[2:]}" for value in (default_of(f), not default_of(f)))
+        return f"without {other}: add {other}" if value == default_of(f) else f"with {other}: leave out {other}"
+    return f"with {name} {value}: give {name} {condition.example}"
+
+
 def raise_problems(problems: list[str]) -> None:
-    """Raise one UserError that names every problem; nothing where there is none."""
+    """Raise one UserError that names every problem; none, if there is no problem."""
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
@@ -152,7 +217,7 @@ def _base_type(f) -> type:
 
 
 def _convert(f, raw) -> tuple[object, list[str]]:
-    """The field's value from argparse's string, and what is wrong with it."""
+    """The field's value from argparse's string, and its problems."""
     if raw is None or isinstance(raw, bool):
         return raw, []
     if raw == []:
@@ -184,7 +249,7 @@ def _convert(f, raw) -> tuple[object, list[str]]:
 
 
 def bounds(f) -> tuple:
-    """The least and the largest value of a field that is a flag; None where there is no bound."""
+    """(lowest, highest) value of a field that is a flag; None where there is no bound."""
     low, high = f.metadata["low"], f.metadata["high"]
     if _base_type(f) is int and not f.metadata["choices"]:
         low, high = -1 if low is None else low, LARGEST if high is None else high

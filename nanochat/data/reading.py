@@ -1,4 +1,4 @@
-"""What the readers of every source share: how rows become text, what is done with bad ones, what was met on the way."""
+"""Shared by the readers of all sources: rows to text, the handling of bad rows and files, and the counts of what was read."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -7,19 +7,19 @@ from nanochat.common import UserError
 from nanochat.data.text import replace_lone_surrogates
 
 COLUMN_HINT = "Name the one with the text (--text-column NAME)"
-MOST_KINDS = 10  # of files left out, that are named in the one line about them
+MOST_KINDS = 10  # kinds of skipped files that the summary line names
 
 
 @dataclass
 class Counts:
-    """What was met while reading."""
+    """Counts of what was read and of what was skipped."""
     files: int = 0
     documents: int = 0
-    empty: int = 0  # documents of nothing but white space, left out
-    unreadable: int = 0  # files or rows left out because they could not be read
-    duplicates: int = 0  # exact copies left out
-    left_out: dict[str, int] = field(default_factory=dict)  # files that were never read, by kind: {".png": 3, "hidden": 2}
-    examples: dict[str, str] = field(default_factory=dict)  # the first of each kind, and the first problem of "unreadable"
+    empty: int = 0  # skipped documents of white space only
+    unreadable: int = 0  # skipped files or rows that are bad (--skip-bad)
+    duplicates: int = 0  # skipped exact copies
+    left_out: dict[str, int] = field(default_factory=dict)  # skipped files by kind: {".png": 3, "hidden": 2}
+    examples: dict[str, str] = field(default_factory=dict)  # kind -> its first file; "unreadable" -> the first problem
 
     def leave_out(self, kind: str, name: str) -> None:
         """Count a file that is not read."""
@@ -28,7 +28,7 @@ class Counts:
 
 
 def describe_left_out(counts: dict) -> str:
-    """What a source has that is not among its documents, in one line, with an example of each kind; "" if nothing.
+    """One line about everything that was skipped, with an example of each kind; "" if nothing was.
 
     counts: the fields of a `Counts`.
     """
@@ -46,32 +46,32 @@ def describe_left_out(counts: dict) -> str:
 
 @dataclass
 class Reading:
-    """How rows are read, for the readers of each file type and of the hub."""
+    """The options of reading, and how rows become text. Shared by the file formats and the hub."""
     text_column: str
     skip_bad: bool
     counts: Counts
 
-    def bad(self, problem: str, hint: str = "Mend it") -> None:
-        """Refuse something unreadable, or count it and go on where the user asked for that."""
+    def bad(self, problem: str, hint: str = "Repair it") -> None:
+        """Report a bad row or file. Raises: UserError, unless `skip_bad`, which counts it."""
         if not self.skip_bad:
             raise UserError(f"{problem}. {hint}, or leave out what cannot be read with --skip-bad.")
         self.counts.unreadable += 1
         self.counts.examples.setdefault("unreadable", problem)
 
     def check_column(self, where: str, columns: Iterable[str]) -> bool:
-        """Whether a row or a table has the column with the text; without one it is bad."""
+        """Whether a row or table has the text column; reported as bad if not."""
         columns = list(columns)
         if self.text_column not in columns:
             self.bad(self.missing_column(where, columns), COLUMN_HINT)
         return self.text_column in columns
 
     def missing_column(self, where: str, columns: list[str]) -> str:
-        """What is wrong with a row or a table of these columns."""
+        """The problem of a row or table that has these columns only."""
         there = ", ".join(map(repr, columns)) or "none"
         return f"{where} has no column {self.text_column!r}; it has {there}"
 
     def row(self, row, where: str) -> Iterator[str]:
-        """The text of an object with the column, or of a string."""
+        """Yield the text of a JSON row: an object with the text column, or a string."""
         if isinstance(row, str):
             yield from self.text(row, where)
         elif not isinstance(row, dict):
@@ -80,7 +80,7 @@ class Reading:
             yield from self.text(row[self.text_column], where)
 
     def text(self, value, where: str) -> Iterator[str]:
-        """A value of the column: nothing is empty text, anything but a string is bad."""
+        """Yield a value of the text column: None is empty text, anything but a string is bad."""
         if value is None or isinstance(value, str):
             yield replace_lone_surrogates(value or "")
         else:

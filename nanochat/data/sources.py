@@ -1,14 +1,13 @@
-"""Where text comes from: a source is a stream of documents, always in the same order.
+"""Sources of text: a source is a stream of documents, always in the same order.
 
     python              the .py files of this interpreter's standard library and installed packages: real text on
                         every machine, without a network
-    PATH, GLOB, FOLDER  files of text (a file is a document) or of rows (a row is one), also compressed or in archives:
+    PATH, GLOB, FOLDER  files of text (a file is a document) or of rows (a row is a document), also compressed or in archives:
                         nanochat/data/files.py
-    hf:NAME[:CONFIG][:SPLIT][:COLUMN]   a dataset of the Hugging Face hub, streamed; hf:climbmix, hf:fineweb-edu and
-                        hf:tinystories are short for well-known ones: nanochat/data/hub.py
+    hf:NAME[:CONFIG][:SPLIT][:COLUMN]   a dataset of the Hugging Face hub, streamed: nanochat/data/hub.py. hf:climbmix,
+                        hf:fineweb-edu and hf:tinystories are short names of well-known ones
 
-Nothing is left out in silence: what cannot be read is an error that names the place, or, on request, is counted; files of
-other kinds are counted.
+Everything that is skipped is counted. Text that cannot be read is an error that names the place, or is counted with --skip-bad.
 """
 
 import hashlib
@@ -30,9 +29,9 @@ class SourceFlags:
     """The text"""
     data: str = flag("python", "python (this interpreter's own sources), a path, glob or folder, or "
                                "hf:NAME[:CONFIG][:SPLIT][:COLUMN]", metavar="SOURCE")
-    text_column: str = flag("text", "column (key, field) that holds the text, in files of rows", metavar="NAME")
+    text_column: str = flag("text", "name of the column (JSON key) with the text, in files of rows", metavar="NAME")
     max_chars: int = flag(-1, "read at most this many characters; -1 is all (1e9 of hf:)")
-    skip_bad: bool = flag(False, "leave out, and count, every bad row or file instead of stopping at it")
+    skip_bad: bool = flag(False, "skip and count rows and files that cannot be read, instead of stopping at the first")
 
     def validate(self) -> list[str]:
         problems = [] if self.max_chars == -1 or self.max_chars > 0 else ["--max-chars must be positive, or -1 for all"]
@@ -46,18 +45,19 @@ class SourceFlags:
 @dataclass
 class TokenizerFlags(SourceFlags):
     """The text, and the vocabulary to learn from it"""
-    vocab_size: int = flag(32768, "tokens of a tokenizer that is to be trained: 256 bytes, the merges, 9 special ones", low=265,
-                           high=2**24, free=True)
-    doc_cap: int = flag(10_000, "characters to learn from of a document, taken from all over it; more only where the text "
-                        "has little else", low=1, free=True)
+    vocab_size: int = flag(32768, "tokens of a newly trained tokenizer: 256 bytes, the merges, 9 special tokens", low=265,
+                           high=2**24, affects_results=False)
+    doc_cap: int = flag(10_000, "characters per document that the tokenizer learns from; more of long documents if the text "
+                        "is small", low=1, affects_results=False)
 
 
 def iter_documents(source: str, *, text_column: str = "text", skip_bad: bool = False, max_chars: int = -1,
                    counts: Counts | None = None) -> Iterator[str]:
-    """The documents of a source, those of nothing but white space left out; at most `max_chars` characters (-1: all).
+    """The documents of a source, without those of white space only.
 
-    `skip_bad` leaves out bad files and rows, which are otherwise a UserError that names file and place.
-    `counts` is filled along the way. UserError also where there is no text at all.
+    text_column: the column of the text, in files of rows.   skip_bad: skip bad files and rows.
+    max_chars: stop after this many characters; -1 reads all (from the hub HUB_CHARS).   counts: filled while reading.
+    Raises: UserError for a bad file or row, unless `skip_bad`, and for a source without any text.
     """
     counts = Counts() if counts is None else counts
     reading = Reading(text_column, skip_bad, counts)
@@ -69,7 +69,7 @@ def iter_documents(source: str, *, text_column: str = "text", skip_bad: bool = F
     else:
         texts = read_files(find_files(source, counts), reading)
     for text in texts:
-        text = text.replace("\ufeff", "")  # a byte-order mark, also where files were joined, is no text
+        text = text.replace("\ufeff", "")  # byte-order marks, which joined files have in the middle
         if not text.strip():
             counts.empty += 1
             continue
@@ -86,7 +86,7 @@ def iter_documents(source: str, *, text_column: str = "text", skip_bad: bool = F
 
 
 def python_files() -> list[Path]:
-    """The interpreter's own Python sources, sorted by their path relative to where they are installed."""
+    """The interpreter's Python sources, sorted by their path relative to where they are installed. Without this package."""
     roots = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     this_package = Path(__file__).resolve().parents[1]
     found = []
@@ -101,6 +101,7 @@ def python_files() -> list[Path]:
 
 
 def _read_python(counts: Counts) -> Iterator[str]:
+    """The documents of the source `python`, without exact copies."""
     seen = set()
     for path in python_files():
         counts.files += 1
@@ -117,12 +118,12 @@ def _read_python(counts: Counts) -> Iterator[str]:
 
 
 def text_digest(text: str) -> bytes:
-    """16 bytes that tell a text from others."""
+    """A hash of a text, 16 bytes, to find exact copies."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def expected_bytes(source: str, max_chars: int) -> int | None:
-    """About how much text a source has, for an ETA; None where that cannot be seen from the sizes of its files."""
+    """Approximate bytes of text in a source, for a progress bar; None if file sizes do not tell."""
     if source.startswith("hf:"):
         return HUB_CHARS if max_chars < 0 else max_chars
     if source == "python":
@@ -135,7 +136,7 @@ def expected_bytes(source: str, max_chars: int) -> int | None:
 
 
 def source_identity(source: str) -> list:
-    """What tells one content of a source from another, as far as that can be seen without reading it."""
+    """A key of a source's content that is known without reading it: paths, sizes and modification times of its files."""
     if source == "python":
         return [sys.version, sys.prefix]
     if source.startswith("hf:"):

@@ -1,8 +1,8 @@
-"""Text as UTF-8 can hold it. No torch."""
+"""Repair of text that UTF-8 cannot encode. No torch."""
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """`text` with each half of a broken UTF-16 pair, which JSON may carry and UTF-8 cannot, replaced by U+FFFD."""
+    """Replace every lone surrogate (half of a UTF-16 pair, which JSON can contain and UTF-8 cannot) by U+FFFD."""
     try:
         text.encode()
         return text

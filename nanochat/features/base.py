@@ -1,17 +1,17 @@
-"""The hooks of a feature, and how a run's features are called together. No torch."""
+"""The hooks of a feature, in the order in which a run calls them, and `Features`, which calls those of all enabled ones.
+No torch."""
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 
 class Feature:
-    """What a room may do, and when. Every hook has a default that does nothing; override those that are needed."""
+    """An optimization behind flags. Every hook does nothing unless it is overridden."""
 
-    name: str                 # key of its flags in `config.features` and of its state in checkpoints
-    varies_forward = False    # True where before_step's answers differ: the model is then compiled in parts, whose few
-                              # graphs serve every variant, instead of whole, a graph for each
-    defers = False            # True to read a step's results while the next one runs
-    memory: dict = {}         # how it changes what a step needs: fields of nanochat/recipe/memory_estimate.py's How
+    name: str                     # key of its flags in `config.features` and of its state in checkpoints
+    dynamic_forward_args = False  # whether before_step's answers differ from step to step. The model is then compiled in parts:
+                                  # their few graphs serve every variant, where a whole model needs a graph for each
+    memory: dict = {}             # its fields of MemoryConfig (nanochat/recipe/memory_estimate.py)
 
     @dataclass
     class Config:
@@ -19,116 +19,128 @@ class Feature:
 
     @classmethod
     def enabled(cls, config) -> bool:
-        """Whether the run's Config switches this room on. A room that is off is not made and changes no bit."""
+        """Whether the run's Config switches this feature on. One that is off is not constructed and changes no bit."""
         raise NotImplementedError
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        """Problems of the run's Config as far as this room knows, in words that a user can act on."""
+        """Problems of the run's Config, each with what to do about it. A flag that needs another one says so itself:
+        `flag(..., requires=...)`."""
         return []
 
     def __init__(self, config):
         self.config = config.features[self.name]
 
     def on_model(self, model, horizon) -> None:
-        """Change the model, on its device and initialized, before the optimizer is made and anything is compiled.
-        `horizon`: what the run will do (nanochat/recipe/horizon.py)."""
+        """Called once, when the model is initialized and on its device; the optimizer and compiled graphs come later. May replace
+        layers and kernels. Example: --fp8 replaces linear layers.
+
+        horizon: steps, batch size and learning rates of the run (nanochat/recipe/horizon.py)
+        """
 
     def before_step(self, step: int) -> dict:
-        """Keyword arguments for this step's forward, the same for all its micro-batches: {"active_start": 5}."""
+        """Called before each optimizer step. Returns keyword arguments for the forward of all its micro-batches. Example: dynamic
+        suffix training returns {"active_start": 5, "detach_x0": False}: blocks 0 to 4 are not trained."""
         return {}
 
     def after_backward(self, model, step: int) -> None:
-        """Look at the gradients of the whole step before the optimizer does."""
+        """Called when the gradients of all micro-batches are summed and averaged over the ranks, before the optimizer. May read
+        or change `p.grad`. Example: gradient clipping."""
 
-    def after_update(self) -> None:
-        """The weights are others: the optimizer has changed them, and what is done here counts as training time, or training
-        begins, or goes back to a checkpoint."""
+    def on_weights_changed(self) -> None:
+        """Called when the weights have new values: after each optimizer update, as a part of the step's time, when training
+        begins, and after a return to a checkpoint. Example: --cast-once casts the weights to bf16."""
+
+    def step_columns(self) -> dict:
+        """Called once per step, when all its work is queued. Returns columns for the step's row of metrics.jsonl. They may depend
+        on before_step and after_backward, not on the step's after_step, which is called later. Example: {"active_layers": 4}."""
+        return {}
 
     def after_step(self, step: int, loss: float, time) -> None:
-        """Take note of the step's mean loss in nats, and of the time it took (nanochat/runtime/clock.py, StepTime)."""
+        """Called with the results of a step, under --deferred-loss-logging only after the next step was launched; not called for
+        one whose results are not finite. Example: a schedule that follows the loss.
+
+        loss: mean over the step's tokens, in nats.   time: how long it took (StepTime, nanochat/runtime/clock.py), in seconds
+        """
 
     @contextmanager
     def eval_context(self, model):
-        """How the model is evaluated, sampled from and saved."""
+        """The context in which the model is evaluated, sampled from and saved. Must be undone at its end. Example: --fp8 puts the
+        original layers back, so that checkpoints contain no FP8 layers."""
         yield
 
-    def metrics(self) -> dict:
-        """Columns of the last step for metrics.jsonl."""
-        return {}
-
     def summary(self) -> dict:
-        """Fields for result.json."""
+        """Called when the run ends. Returns fields for result.json. Example: {"fp8_layers": "25/26"}."""
         return {}
 
     def report(self) -> str | None:
-        """A line for the user when the run ends."""
+        """Called when the run ends. Returns a line to print, or None."""
 
     def state_dict(self) -> dict:
-        """What an exact resume needs, as JSON."""
+        """Called for each checkpoint. Returns, as JSON, whatever later steps depend on, so that a resumed run gives the same
+        bits. Example: the moving averages of a schedule."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` gave."""
+        """Called on resume and rollback, after on_model, with what state_dict returned."""
 
 
 class Features:
-    """The rooms that a run has switched on, called in the order of FEATURES."""
+    """The features that a run has enabled. Each method calls the hook of the same name of each, in the order of FEATURES."""
 
     def __init__(self, config, available: tuple[type[Feature], ...]):
-        self.rooms = [feature(config) for feature in available if feature.enabled(config)]
+        self.enabled = [feature(config) for feature in available if feature.enabled(config)]
 
     @property
-    def varies_forward(self) -> bool:
-        return any(room.varies_forward for room in self.rooms)
-
-    @property
-    def defers(self) -> bool:
-        """Whether results are read a step late. Not where they decide the next step."""
-        return any(room.defers for room in self.rooms) and not self.varies_forward
+    def dynamic_forward_args(self) -> bool:
+        return any(feature.dynamic_forward_args for feature in self.enabled)
 
     def memory(self) -> dict:
-        return {key: value for room in self.rooms for key, value in room.memory.items()}
+        return _merged(feature.memory for feature in self.enabled)
 
     def on_model(self, model, horizon) -> None:
-        for room in self.rooms:
-            room.on_model(model, horizon)
+        for feature in self.enabled:
+            feature.on_model(model, horizon)
 
     def before_step(self, step: int) -> dict:
-        return {key: value for room in self.rooms for key, value in room.before_step(step).items()}
+        return _merged(feature.before_step(step) for feature in self.enabled)
 
     def after_backward(self, model, step: int) -> None:
-        for room in self.rooms:
-            room.after_backward(model, step)
+        for feature in self.enabled:
+            feature.after_backward(model, step)
 
-    def after_update(self) -> None:
-        for room in self.rooms:
-            room.after_update()
+    def on_weights_changed(self) -> None:
+        for feature in self.enabled:
+            feature.on_weights_changed()
+
+    def step_columns(self) -> dict:
+        return _merged(feature.step_columns() for feature in self.enabled)
 
     def after_step(self, step: int, loss: float, time) -> None:
-        for room in self.rooms:
-            room.after_step(step, loss, time)
+        for feature in self.enabled:
+            feature.after_step(step, loss, time)
 
     @contextmanager
     def eval_context(self, model):
         with ExitStack() as stack:
-            for room in self.rooms:
-                stack.enter_context(room.eval_context(model))
+            for feature in self.enabled:
+                stack.enter_context(feature.eval_context(model))
             yield
 
-    def metrics(self) -> dict:
-        return {key: value for room in self.rooms for key, value in room.metrics().items()}
-
     def summary(self) -> dict:
-        return {key: value for room in self.rooms for key, value in room.summary().items()}
+        return _merged(feature.summary() for feature in self.enabled)
 
     def reports(self) -> list[str]:
-        return [line for room in self.rooms if (line := room.report())]
+        return [line for feature in self.enabled if (line := feature.report())]
 
     def state_dict(self) -> dict:
-        return {room.name: room.state_dict() for room in self.rooms}
+        return {feature.name: feature.state_dict() for feature in self.enabled}
 
     def load_state_dict(self, state: dict) -> None:
-        for room in self.rooms:
-            if room.name in state:
-                room.load_state_dict(state[room.name])
+        for feature in self.enabled:
+            if feature.name in state:
+                feature.load_state_dict(state[feature.name])
+
+
+def _merged(dicts) -> dict:
+    return {key: value for one in dicts for key, value in one.items()}

@@ -1,12 +1,12 @@
-"""Cast the weights of the linear layers once per optimizer step, instead of in every micro-batch (nanochat/kernels/linear.py).
+"""Cast the weights of linear layers once per optimizer step instead of in every micro-batch (nanochat/kernels/linear.py).
 
-The bits are the same; the copies take two bytes per weight. What is saved is traffic: six bytes per weight and product,
-which matters the more the fewer tokens a micro-batch has and the slower the memory is.
+The results are the same to the bit. The copies take 2 bytes per weight. What is saved is memory traffic, 6 bytes per weight and
+matrix product: the fewer tokens a micro-batch has and the slower the memory is, the more it pays.
 """
 
 from dataclasses import dataclass
 
-from nanochat.cli.flags import flag
+from nanochat.cli.flags import flag, other_than
 from nanochat.common import print0
 from nanochat.features.base import Feature
 
@@ -16,9 +16,10 @@ class CastOnce(Feature):
 
     @dataclass
     class Config:
-        """Casts of weights"""
-        cast_once: bool = flag(False, "cast the weights of linear layers once per optimizer step, not in every micro-batch",
-                               free=True)
+        """Cast weights once"""
+        cast_once: bool = flag(False, "cast the weights of linear layers once per optimizer step, not in every micro-batch; pays "
+                               "where micro-batches are small", affects_results=False,
+                               requires={"dtype": other_than("float32", "bfloat16, float16 or auto")})
 
     @classmethod
     def enabled(cls, config) -> bool:
@@ -32,9 +33,9 @@ class CastOnce(Feature):
         for name, layer in zip(plain, self.layers, strict=True):
             model.set_submodule(name, layer)
         if not plain:
-            print0("--cast-once: no layer multiplies in another dtype than that of its weight, so nothing is cast at all")
-        self.after_update()
+            print0("--cast-once does nothing here: every linear layer already has its weight in the compute dtype")
+        self.on_weights_changed()
 
-    def after_update(self) -> None:
+    def on_weights_changed(self) -> None:
         from nanochat.kernels.linear import refresh
         refresh(self.layers)

@@ -1,8 +1,8 @@
-"""Cross-entropy by chunks of tokens: forward and backward of the head and the loss at once, a chunk at a time.
+"""Chunked cross-entropy: compute the head and the loss, forward and backward, for a chunk of tokens at a time.
 
-The logits of all tokens are the largest tensors of a step, and the passes over them the most work outside of matrix
-products. By chunks (nanochat/kernels/cross_entropy.py) neither they nor their gradients are ever there as a whole, and a kernel
-goes over each chunk once. The loss and the gradients are those of the plain one, rounded in another order.
+The logits of all tokens are the largest tensors of a step, and the passes over them the most work outside of matrix products.
+In chunks (nanochat/kernels/cross_entropy.py) neither they nor their gradients ever exist as a whole, and a fused kernel makes one
+pass over each chunk. Loss and gradients equal those of the plain loss up to rounding.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ class ChunkedCe(Feature):
     @dataclass
     class Config:
         """Chunked cross-entropy"""
-        chunked_ce: bool = flag(False, "compute loss and head by chunks of tokens", free=True)
-        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 chooses by the size of their logits", low=0,
-                                    free=True)
+        chunked_ce: bool = flag(False, "compute head and loss for a chunk of tokens at a time: saves memory, and time on CPUs",
+                                affects_results=False)
+        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 derives it from the size of their logits", low=0,
+                                    affects_results=False, requires={"chunked_ce": True})
 
     @classmethod
     def enabled(cls, config) -> bool:
@@ -29,12 +30,9 @@ class ChunkedCe(Feature):
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        flags = config.features[cls.name]
-        if flags.ce_chunk_tokens and not flags.chunked_ce:
-            return ["--ce-chunk-tokens without --chunked-ce would do nothing: add it"]
-        if flags.ce_chunk_tokens % 16:
-            below = flags.ce_chunk_tokens // 16 * 16
-            return [f"--ce-chunk-tokens {flags.ce_chunk_tokens}: matrix units want multiples of 16, {below or 16} for example"]
+        tokens = config.features[cls.name].ce_chunk_tokens
+        if tokens % 16:
+            return [f"--ce-chunk-tokens {tokens} must be a multiple of 16, as tensor cores need: use {tokens // 16 * 16 or 16}"]
         return []
 
     def on_model(self, model, horizon) -> None:
@@ -43,4 +41,4 @@ class ChunkedCe(Feature):
         head, device = model.lm_head.weight, model.get_device().type
         chunk = self.config.ce_chunk_tokens or default_chunk(head.size(0), model.compute_dtype, device)
         model.kernels.loss = ChunkedCrossEntropy(chunk, plain=Linear)
-        print0(f"cross-entropy: {chunk:,} tokens at a time, by a pass in {kernel_name(device, model.compute_dtype)}")
+        print0(f"cross-entropy: {chunk:,} tokens at a time, kernel: {kernel_name(device, model.compute_dtype)}")

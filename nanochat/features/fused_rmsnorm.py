@@ -1,9 +1,9 @@
-"""RMSNorm fused with the sum before it, one pass forward and one backward (nanochat/kernels/norms.py), on NVIDIA GPUs.
+"""Fused kernels for RMSNorm and the residual addition before it, one for the forward pass and one for the backward
+(nanochat/kernels/norms.py), on NVIDIA GPUs.
 
-torch.compile fuses these by itself. On a CPU kernels of our own were nearly twice as fast as its when timed alone, and
-forward and backward of a model no faster for it (dev/LOG.md): there the flag changes nothing, and says so. On GPUs the
-kernels have not run yet. Norm and quantization in one pass, for FP8, are not here: a tensor's scale is known only when all
-of it has been normed, so that it needs a second pass in any case.
+torch.compile also fuses these. On a CPU our kernels alone were nearly twice as fast, and a model's forward and backward no
+faster (dev/LOG.md): there the flag does nothing, and prints so. The GPU kernels have not been run yet. There is no kernel for
+norm and FP8 quantization together: a tensor's scale is known only when all of it is normed, so a second pass is needed anyway.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ class FusedRmsnorm(Feature):
     @dataclass
     class Config:
         """Fused RMSNorm"""
-        fused_rmsnorm: bool = flag(False, "add and norm in one pass of our own, on NVIDIA GPUs (not measured yet)", free=True)
+        fused_rmsnorm: bool = flag(False, "on NVIDIA GPUs: compute RMSNorm and the addition before it in one kernel of our own "
+                                   "(not measured yet)", affects_results=False)
 
     @classmethod
     def enabled(cls, config) -> bool:
@@ -28,9 +29,9 @@ class FusedRmsnorm(Feature):
     def on_model(self, model, horizon) -> None:
         from nanochat.kernels.norms import fused_add_norm, fused_mix_norm, kernels_for
         device = model.get_device().type
-        if written_in := kernels_for(device):
+        if language := kernels_for(device):
             model.kernels.mix_norm, model.kernels.add_norm = fused_mix_norm, fused_add_norm
-            print0(f"RMSNorm: one pass with the sum before it, in {written_in}")
+            print0(f"RMSNorm: fused with the addition before it, kernel: {language}")
         else:
-            why = "Triton is not installed" if device == "cuda" else f"on a {device} nothing would be gained"
-            print0(f"--fused-rmsnorm changes nothing here: {why}. RMSNorm is left to the compiler")
+            why = "Triton is not installed" if device == "cuda" else f"there is no kernel for {device}"
+            print0(f"--fused-rmsnorm does nothing here: {why}. RMSNorm is left to torch.compile")

@@ -1,34 +1,35 @@
-"""Dynamic suffix training: each step trains the top blocks that still matter; those below run forward only.
+"""Dynamic suffix training: each step trains only the top blocks that still learn; the blocks below run forward only.
 
-The policy (nanochat/recipe/suffix_policy.py) decides before a step and is told its loss afterwards, so `active_start` is one
-number per optimizer step, whatever the micro-batches. Relevance is measured on the gradients of probe steps alone, which
-train everything anyway, and leaves the device in one transfer. Under torchrun every rank sees the same averaged
-gradients and loss and so decides the same.
+The policy (nanochat/recipe/suffix_policy.py) decides before a step and gets its loss afterwards, so that `active_start` is the
+same for all micro-batches of an optimizer step. Relevance is measured only on the gradients of probe steps, which train all
+blocks anyway, and is copied to the host in one transfer. Under torchrun all ranks have the same averaged gradients and loss, and
+so decide the same.
 """
 
 import statistics
 from dataclasses import dataclass
 
-from nanochat.cli.flags import flag
+from nanochat.cli.flags import flag, one_of
 from nanochat.common import UserError
 from nanochat.features.base import Feature
 from nanochat.recipe.shape import flops_per_token, padded_vocab_size
 from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
 
-EPSILON = 1e-12  # keeps the relevance of a block of zeros finite
-PARTS_KEPT = 32  # full steps whose parts are remembered
+EPSILON = 1e-12  # keeps the relevance finite where all weights of a block are zero
+PARTS_KEPT = 32  # full steps whose forward, backward and update times are kept
 
 
 @dataclass
 class Flags(SuffixFlags):
     """Dynamic suffix training"""
-    suffix_detach_x0: bool = flag(False, "leave the embedding alone on suffix steps, instead of training it through x0")
+    suffix_detach_x0: bool = flag(False, "do not train the embedding on suffix steps, which otherwise reach it through x0",
+                                  requires={"block_update_schedule": one_of("static_suffix", "dynamic_suffix")})
 
 
 class Suffix(Feature):
     name = "suffix"
     Config = Flags
-    varies_forward = True
+    dynamic_forward_args = True
     STATE = ("active", "steps", "full", "parts")
 
     @classmethod
@@ -37,7 +38,7 @@ class Suffix(Feature):
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        steps = config.horizon.num_iterations  # where the horizon comes from the model, on_model checks what depends on it
+        steps = config.horizon.num_iterations  # if it is derived from the model, on_model checks what depends on it
         return problems(config.features[cls.name], config.model.depth, steps if steps > 0 else None)
 
     def on_model(self, model, horizon) -> None:
@@ -46,9 +47,9 @@ class Suffix(Feature):
         except ValueError as e:
             raise UserError(str(e)) from None
         self.shape = model.config
-        self.active = []              # blocks trained, a value per step
-        self.steps, self.full = [0, 0.0], [0, 0.0]  # number and seconds of all steps, and of plain full ones
-        self.parts = []               # (forward, backward, update) seconds of plain full steps
+        self.active = []              # number of trained blocks, per step
+        self.steps, self.full = [0, 0.0], [0, 0.0]  # [number, seconds] of all steps, and of full ones that measured nothing
+        self.parts = []               # (forward, backward, update) seconds of these full steps
 
     def before_step(self, step: int) -> dict:
         self.decision, self.relevance = self.policy.decide(step), None
@@ -57,6 +58,13 @@ class Suffix(Feature):
     def after_backward(self, model, step: int) -> None:
         if self.decision.needs_relevance:
             self.relevance = relevance_of_blocks(model.transformer.h, self.config.dyn_relevance_metric)
+
+    def step_columns(self) -> dict:
+        """`cost_share`: the step's cost as a share of a full step's, by the cost model."""
+        start = self.decision.active_start
+        layers = self.policy.n_layer - start
+        return {"step_kind": self.decision.kind, "active_start": start, "active_layers": layers,
+                "cost_share": 1 / predicted_speedup([layers], self.policy.n_layer, self.cost())}
 
     def after_step(self, step: int, loss: float, time) -> None:
         self.policy.observe(step, loss, self.relevance)
@@ -67,14 +75,8 @@ class Suffix(Feature):
             self.parts = [*self.parts, time[1:]][-PARTS_KEPT:]
         self.active.append(self.policy.n_layer - self.decision.active_start)
 
-    def metrics(self) -> dict:
-        """`cost_share`: of a full step's cost, by the model of costs."""
-        start, layers = self.decision.active_start, self.active[-1]
-        return {"step_kind": self.decision.kind, "active_start": start, "active_layers": layers,
-                "cost_share": 1 / predicted_speedup([layers], self.policy.n_layer, self.cost())}
-
     def summary(self) -> dict:
-        """`speedup_measured` compares the mean step with the mean of this run's own full steps, where it had any."""
+        """`speedup_measured`: mean time of this run's full steps over the mean time of all its steps; None without full steps."""
         if not self.active:
             return {"schedule": self.config.block_update_schedule}
         (steps, seconds), (full_steps, full_seconds), cost = self.steps, self.full, self.cost()
@@ -98,7 +100,7 @@ class Suffix(Feature):
                 + (f"measured {measured:.2f}" if measured else "not measured, as no step was full"))
 
     def cost(self) -> CostModel:
-        """A step's cost in seconds, as this run's plain full steps took; in FLOPs until there are such steps."""
+        """A step's cost in seconds, from the measured full steps of this run; in FLOPs until there are any."""
         if not self.parts:
             return cost_in_flops(self.shape)
         return cost_in_seconds(self.shape, *map(statistics.median, zip(*self.parts, strict=True)))
@@ -113,27 +115,27 @@ class Suffix(Feature):
 
 
 def head_share(config) -> float:
-    """Share of the model's FLOPs that the head takes, which every step pays in full."""
+    """Share of the model's FLOPs in the head, which every step trains."""
     return 6 * padded_vocab_size(config.vocab_size) * config.n_embd / flops_per_token(config)
 
 
 def cost_in_flops(config) -> CostModel:
-    """FLOPs per token; the backward counts as two forwards, and the optimizer as nothing."""
+    """Cost in FLOPs per token. The backward counts as two forwards; the optimizer is not counted."""
     total, share = flops_per_token(config), head_share(config)
     blocks = (1 - share) * total / config.n_layer
     return CostModel(forward_block=blocks / 3, backward_block=2 * blocks / 3, always=share * total)
 
 
 def cost_in_seconds(config, forward: float, backward: float, update: float) -> CostModel:
-    """Seconds, from those of a full step's parts. Forward and backward are split between head and blocks as their FLOPs
-    are; the update is the blocks' alone: Muon's products outweigh the rest of the optimizer."""
+    """Cost in seconds, from those of a full step's forward, backward and update. Forward and backward are split between head and
+    blocks in proportion to FLOPs. The update counts for the blocks alone: Muon's matrix products outweigh the rest of it."""
     blocks = (1 - head_share(config)) / config.n_layer
     return CostModel(forward_block=blocks * forward, backward_block=blocks * backward + update / config.n_layer,
                      always=head_share(config) * (forward + backward))
 
 
 def relevance_of_blocks(blocks, metric: str) -> list[float]:
-    """Relevance of each of these modules to the step, from its gradients: ||g|| / (||W|| + eps), or the sum of |g p|."""
+    """Relevance of each block from its gradients g and weights W: ||g|| / (||W|| + eps) (grad_ratio), or the sum of |g W|."""
     import torch
     values = []
     for block in blocks:

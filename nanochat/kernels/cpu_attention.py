@@ -1,6 +1,7 @@
-"""nanochat/kernels/cpp/attention.cpp as operators of torch: attention for CPUs with AVX512-BF16, in bf16.
+"""Attention for CPUs with AVX512-BF16: the C++ kernels of nanochat/kernels/cpp/attention.cpp as custom operators of torch.
 
-Compilers do not look inside, so a compiled model and an eager one get the same bits; so do any two numbers of threads.
+torch.compile treats them as opaque, so a compiled and an eager model get the same bits. The number of threads does not change
+a bit either.
 """
 
 import ctypes
@@ -8,31 +9,37 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nanochat.kernels.cpp_kernels import library, pointer, why_not_native
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 
-MULTIPLE = 32  # of which the features of a head must be a multiple: a vector of bf16
+MULTIPLE = 32  # head_dim must be a multiple of this: the bf16 numbers in a 512-bit vector
 
 
 def load():
-    """The backend: (q, k, v, window) -> y. Compiles the kernels the first time; RuntimeError where they cannot be had."""
-    reason = why_not_native("attention")
+    """Return the backend `attention`. Compiles the kernels at the first call.
+
+    Raises: RuntimeError where they are not available.
+    """
+    reason = cpp_unavailable_reason("attention")
     if reason is not None:
         raise RuntimeError(reason)
     return attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention: q (B, T, H, D), k and v (B, T, H_kv, D), all bf16 on a CPU, D a multiple of 32 -> (B, T, H, D).
+    """Causal attention: q (B, T, H, D), k and v (B, T, H_kv, D), bf16 on a CPU, D a multiple of 32 -> (B, T, H, D).
 
-    `window`: the tokens a query sees before itself, negative for all of them. Any strides; copied where the features of a
-    head are not next to each other.
+    window: tokens that a query sees before itself; negative means all.
+    Strides are free, except that a tensor whose last dimension is not contiguous is copied.
     """
     return attention_forward(q, k, v, window)[0]
 
 
 @torch.library.custom_op("nanochat::attention_forward", mutates_args=(), device_types="cpu")
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, D) in bf16, and the log-sum-exp of the scores (B, H, T) in fp32."""
+    """Output y (B, T, H, D) bf16, and the log-sum-exp of the scores (B, H, T) fp32, which the backward pass needs.
+
+    Raises: ValueError for other dtypes, or shapes that do not match.
+    """
     B, T, H, D = q.shape
     if not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
         raise ValueError(f"the kernel is for bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}")
@@ -40,36 +47,36 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Ten
         raise ValueError(f"the kernel takes heads of a multiple of {MULTIPLE}, not of {D}")
     if not (k.shape == v.shape == (B, T, k.size(2), D) and k.size(2) and H % k.size(2) == 0):
         raise ValueError(f"the shapes of q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not go together")
-    q, k, v = (_dense_features(x) for x in (q, k, v))
-    y, lse = _room_for_output(q)
+    q, k, v = (_contiguous_heads(x) for x in (q, k, v))
+    y, lse = _empty_output(q)
     library("attention").attention_forward(_problem(q, k, v, q, window), *map(pointer, (q, k, v, y, lse)))
     return y, lse
 
 
 @attention_forward.register_fake
 def _(q, k, v, window):
-    return _room_for_output(q)
+    return _empty_output(q)
 
 
 @torch.library.custom_op("nanochat::attention_backward", mutates_args=(), device_types="cpu")
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, dy: Tensor,
                        window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, in bf16, from what the forward was given and gave, and the gradient of y."""
-    q, k, v, dy = (_dense_features(x) for x in (q, k, v, dy))
-    gradients = _room_for_gradients(q, k, v)
+    """Gradients of q, k and v in bf16, from the forward's inputs and outputs and the gradient dy (B, T, H, D)."""
+    q, k, v, dy = (_contiguous_heads(x) for x in (q, k, v, dy))
+    gradients = _empty_gradients(q, k, v)
     library("attention").attention_backward(_problem(q, k, v, dy, window), *map(pointer, (q, k, v, y, lse, dy, *gradients)))
     return gradients
 
 
 @attention_backward.register_fake
 def _(q, k, v, y, lse, dy, window):
-    return _room_for_gradients(q, k, v)
+    return _empty_gradients(q, k, v)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # nothing depends on the log-sum-exp: no zeros for its gradient
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient; do not allocate zeros for it
 
 
 def _backward(ctx, dy, _):
@@ -80,20 +87,20 @@ def _backward(ctx, dy, _):
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _room_for_output(q: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _room_for_gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
-def _dense_features(x: Tensor) -> Tensor:
+def _contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, window: int) -> ctypes.Array:
-    """`struct Problem` of attention.cpp."""
+    """The sizes and strides as attention.cpp's `struct Problem`: 18 int64."""
     strides = [stride for x in (q, k, v, dy) for stride in x.stride()[:3]]
     return (ctypes.c_int64 * 18)(*q.shape[:3], k.size(2), q.size(3), window, *strides)

@@ -1,19 +1,22 @@
-"""The training loss: soft-capped cross-entropy over the head's logits. The plain version, and one that goes by chunks.
+"""The training loss: cross-entropy of soft-capped logits, as a reference implementation and in chunks of tokens.
 
-Soft cap (Gemma 2, arXiv 2408.00118): s = cap * tanh(z / cap) keeps every logit within (-cap, cap), in fp32.
+Soft cap (Gemma 2, arXiv 2408.00118): s = cap * tanh(z / cap), in fp32, keeps every logit within (-cap, cap).
 
-The plain version keeps the logits of all tokens for the backward pass, in fp32 and more than once: the largest tensors of
-a step. But the loss comes last, so a chunk of n tokens can go forward and backward at once (Liger, arXiv 2410.10989):
+The reference implementation keeps the logits of all tokens for the backward pass, several times and in fp32: the largest
+tensors of a training step. As the loss is the last operation, its gradient can be computed in the forward pass, one chunk of
+n tokens at a time (as in Liger Kernel, arXiv 2410.10989):
 
     logits     z  = x W^T                        (n, V)  in the dtype of x
     loss       log(sum exp s) - s[target]        (n,)    in fp32
     gradient   dz = (softmax(s) - onehot(target)) (1 - tanh^2(z / cap))   (n, V), written over z
-    products   dx = dz W  (n, C),  dW += dz^T x  (V, C), added up in fp32
+    products   dx = dz W  (n, C),  dW += dz^T x  (V, C), summed in fp32
 
-Only dx and dW are kept. They belong to the *sum* of the losses, so that no small factor is rounded into them; the
-backward pass multiplies them by the gradient that arrives at the sum. As |s| < cap, exp(s) cannot overflow: it needs no
-maximum, and loss and gradient take one pass over a row. That is a C++ kernel on CPUs (nanochat/kernels/cpp/loss.cpp), a Triton
-kernel on CUDA, and elsewhere plain PyTorch, compiled by itself where the model is.
+Only dx and dW are kept. They are the gradients of the *sum* of the losses, so that no small factor 1/N is rounded into them;
+the backward pass multiplies them by the gradient that arrives at the sum.
+
+As |s| < cap, exp(s) cannot overflow, so softmax needs no maximum, and loss and gradient take a single pass over a row. This
+fused kernel exists in Triton for CUDA, in C++ for CPUs (nanochat/kernels/cpp/loss.cpp), and in PyTorch for other devices,
+compiled where the model is.
 """
 
 import ctypes
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels.cpp_kernels import library, pointer, why_not_native
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 
 try:
     import triton
@@ -33,24 +36,25 @@ except ImportError:  # Windows, macOS, the CPU build of torch
     triton = None
 
 SOFTCAP = 15.0
-IGNORED = -1            # the target that does not count
-FP16_SCALE = 2.0**8     # of dz in fp16, where a probability below 6e-8 would be zero
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of a chunk's logits
-LEAST_CHUNK = 512       # tokens, whatever their logits take: dW is read and written once per chunk
-DW_ROWS = 2048          # of dW on a CPU, added to at once: few enough for their product to be still in the cache
-BLOCK = 2048            # columns that a program of the Triton kernel takes at once
+IGNORED = -1            # target without a loss
+FP16_SCALE = 2.0**8     # multiplies dz in fp16, where probabilities below 6e-8 would underflow
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # size of a chunk's logits
+LEAST_CHUNK = 512       # tokens; fewer would waste time, as dW is read and written once per chunk
+DW_ROWS = 2048          # rows of dW that a CPU updates at once: their product is still in the cache when it is added
+BLOCK = 2048            # columns per iteration of the Triton kernel
 
 
 def softcapped_logits(x: Tensor, lm_head, vocab_size: int) -> Tensor:
-    """Logits (B, T, vocab_size) in fp32 from the normed residual stream (B, T, C); the head's padding is cropped off."""
+    """Soft-capped logits (B, T, vocab_size) fp32 of the normed residual stream x (B, T, C), without the padding of lm_head."""
     logits = lm_head(x)[..., :vocab_size].float()
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def softcapped_cross_entropy(x: Tensor, lm_head, targets: Tensor, vocab_size: int, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of `targets` (B, T) int64, -1 = ignored, given the normed residual stream `x` (B, T, C).
+    """Cross-entropy in nats, fp32: the reference implementation.
 
-    `reduction`: `mean` over the targets that count (NaN if none does), `sum`, or `none` -> (B, T), zero where ignored.
+    x: normed residual stream (B, T, C).   targets: (B, T) int64, -1 = ignored.
+    reduction: `mean` over targets that are not ignored (NaN if all are), `sum`, or `none` -> (B, T), 0 where ignored.
     """
     logits = softcapped_logits(x, lm_head, vocab_size)
     loss = F.cross_entropy(logits.view(-1, vocab_size), targets.reshape(-1), ignore_index=IGNORED, reduction=reduction)
@@ -58,20 +62,21 @@ def softcapped_cross_entropy(x: Tensor, lm_head, targets: Tensor, vocab_size: in
 
 
 class ChunkedCrossEntropy:
-    """`softcapped_cross_entropy` by chunks of tokens. Without gradients each chunk is the plain one.
+    """`softcapped_cross_entropy` in chunks of tokens, with its signature.
 
-    chunk_tokens: tokens of a chunk, 0 to choose by the size of their logits.
-    plain: the class of heads whose forward is x W^T and no more, with W from `weight_in(dtype)`. Their products are made
-    here. A head with a forward of its own is called for each chunk, so that it multiplies as it does, in FP8 say.
+    chunk_tokens: tokens per chunk; 0 chooses by the size of their logits.
+    plain: the class of linear layers whose forward is x W^T and nothing else, with W from `weight_in(dtype)`. For those the
+    products are computed here. Any other lm_head (FP8 for example) is called on each chunk.
 
-    The gradients of single losses (`none`) are not known ahead: where they are wanted, all is the plain one.
+    With gradients and `reduction="none"` the reference implementation runs instead: the gradient that arrives at each single
+    loss is not known in the forward pass. Without gradients each chunk uses the reference implementation.
     """
 
     def __init__(self, chunk_tokens: int, plain: type):
         self.chunk_tokens, self.plain = chunk_tokens, plain
 
     def __call__(self, x: Tensor, lm_head, targets: Tensor, vocab_size: int, reduction: str = "mean") -> Tensor:
-        rows, wanted = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+        rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         chunk = self.chunk_tokens or default_chunk(lm_head.weight.size(0), x.dtype, x.device.type)
         if torch.is_grad_enabled():
             if reduction == "none":
@@ -79,30 +84,30 @@ class ChunkedCrossEntropy:
             compiled = torch.compiler.is_compiling()
             if type(lm_head).forward is self.plain.forward:
                 weight = lm_head.weight_in(x.dtype).detach()
-                gradients = chunked_gradients(rows.detach(), weight, wanted, vocab_size, chunk, compiled)
+                gradients = chunked_gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled)
             else:
-                gradients = gradients_through(lm_head, rows.detach(), wanted, vocab_size, chunk, compiled)
+                gradients = gradients_through(lm_head, rows.detach(), flat_targets, vocab_size, chunk, compiled)
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)
         else:
-            losses = torch.empty(wanted.shape, device=x.device)  # parts kept by themselves would pin the memory between them
-            for some, theirs, into in zip(rows.split(chunk), wanted.split(chunk), losses.split(chunk), strict=True):
-                into.copy_(softcapped_cross_entropy(some, lm_head, theirs, vocab_size, "none"))
+            losses = torch.empty(flat_targets.shape, device=x.device)  # one tensor: a list of small ones fragments memory
+            for x_part, y_part, out in zip(rows.split(chunk), flat_targets.split(chunk), losses.split(chunk), strict=True):
+                out.copy_(softcapped_cross_entropy(x_part, lm_head, y_part, vocab_size, "none"))
             if reduction == "none":
                 return losses.view_as(targets)
             total = losses.sum()
         if reduction == "sum":
             return total
-        count = (wanted != IGNORED).sum()
-        return torch.where(count > 0, total / count.clamp(min=1), math.nan)  # at NaN the gradients are zero, as the plain one's
+        count = (flat_targets != IGNORED).sum()
+        return torch.where(count > 0, total / count.clamp(min=1), math.nan)  # NaN has zero gradients, as in the reference
 
 
 def default_chunk(vocab: int, dtype: torch.dtype, device_type: str) -> int:
-    """Tokens of a chunk for a head of `vocab` rows."""
+    """Tokens per chunk for an lm_head of `vocab` rows: a multiple of 16, at least LEAST_CHUNK."""
     return max(LEAST_CHUNK, CHUNK_BYTES.get(device_type, 2**26) // (vocab * dtype.itemsize) // 16 * 16)
 
 
 class _WithGradients(torch.autograd.Function):
-    """`total` (0-d) as a function of x and weight, of which the gradients dx and dw are at hand."""
+    """`total` (0-d) as a function of x and weight, whose gradients dx and dw are already computed."""
 
     @staticmethod
     def forward(ctx, x, weight, total, dx, dw):
@@ -112,25 +117,25 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         dx, dw = ctx.saved_tensors
-        # in fp32, as dx * gradient may first round the gradient, a factor common to all, to the dtype of dx
+        # in fp32: dx * gradient could round the gradient, a factor common to all elements, to the dtype of dx first
         return (dx.float() * gradient).to(dx.dtype), dw * gradient, None, None, None
 
 
 @torch.library.custom_op("nanochat::chunked_loss", mutates_args=())
 def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int,
                       compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses (0-d fp32), and its gradients dx (N, C) in the dtype of x and dW (V, C) fp32.
+    """Sum of the losses (0-d fp32) and its gradients dx (N, C) in the dtype of x and dW (V, C) fp32.
 
-    x (N, C); weight (V, C) in the dtype of x, whose rows from `vocab_size` on are padding; targets (N,) int64. `compiled`:
-    whether what is plain PyTorch in it shall be compiled, as compilers do not look inside.
+    x (N, C).   weight (V, C) in the dtype of x; rows from `vocab_size` on are padding.   targets (N,) int64.
+    chunk: tokens.   compiled: compile the PyTorch kernel, which torch.compile cannot see inside this custom operator.
     """
-    total, dx, dw = _room_for_gradients(x, weight)
+    total, dx, dw = _empty_gradients(x, weight)
     logits, scale = x.new_empty(min(chunk, len(x)), len(weight)), FP16_SCALE if x.dtype == torch.float16 else 1.0
-    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
-        dz = torch.mm(some, weight.t(), out=logits[:len(some)])
-        total += loss_and_gradient(dz, wanted, vocab_size, compiled, scale).sum()
-        torch.mm(dz, weight, out=into)
-        _add_product(dw, dz, some)
+    for x_part, y_part, dx_part in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
+        dz = torch.mm(x_part, weight.t(), out=logits[:len(x_part)])
+        total += loss_and_gradient(dz, y_part, vocab_size, compiled, scale).sum()
+        torch.mm(dz, weight, out=dx_part)
+        _add_product(dw, dz, x_part)
     if scale != 1:
         dx, dw = dx / scale, dw / scale
     return total, dx, dw
@@ -138,10 +143,11 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
 
 @chunked_gradients.register_fake
 def _(x, weight, targets, vocab_size, chunk, compiled):
-    return _room_for_gradients(x, weight)
+    return _empty_gradients(x, weight)
 
 
-def _room_for_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """total (0-d), dx and dW before the first chunk; the sums start at zero."""
     return x.new_zeros((), dtype=torch.float32), torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
 
 
@@ -151,54 +157,59 @@ def _add_product(dw: Tensor, dz: Tensor, x: Tensor) -> None:
         dw.addmm_(dz.t(), x)
     elif dz.is_cuda:
         dw += torch.mm(dz.t(), x, out_dtype=torch.float32)
-    elif dz.dtype == torch.float16:  # the sum over tokens may be too large for it
+    elif dz.dtype == torch.float16:  # a sum over tokens may overflow fp16
         dw.addmm_(dz.t().float(), x.float())
     else:
-        for some, columns in zip(dw.split(DW_ROWS), dz.split(DW_ROWS, dim=1), strict=True):
-            some += columns.t() @ x
+        for dw_rows, columns in zip(dw.split(DW_ROWS), dz.split(DW_ROWS, dim=1), strict=True):
+            dw_rows += columns.t() @ x
 
 
 @torch.compiler.disable
 def gradients_through(lm_head, x: Tensor, targets: Tensor, vocab_size: int, chunk: int,
                       compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `chunked_gradients`, by the forward and backward of the head itself."""
+    """As `chunked_gradients`, but by the forward and backward of lm_head itself."""
     assert lm_head.bias is None, "a head's bias would get no gradient here"
     total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), None
-    for some, wanted, into in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
-        some = some.detach().requires_grad_()
-        logits = lm_head(some)
+    for x_part, y_part, dx_part in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
+        x_part = x_part.detach().requires_grad_()
+        logits = lm_head(x_part)
         dz = logits.detach()
-        total += loss_and_gradient(dz, wanted, vocab_size, compiled).sum()
-        d_some, d_weight = torch.autograd.grad(logits, (some, lm_head.weight), dz)
-        into.copy_(d_some)
+        total += loss_and_gradient(dz, y_part, vocab_size, compiled).sum()
+        d_x, d_weight = torch.autograd.grad(logits, (x_part, lm_head.weight), dz)
+        dx_part.copy_(d_x)
         dw = d_weight if dw is None else dw.add_(d_weight)
     return total, dx, dw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pass over the logits of a chunk
+# The fused kernel: loss and gradient in one pass over the logits of a chunk, in PyTorch (reference), C++ and Triton
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, compiled: bool = False, scale: float = 1.0) -> Tensor:
-    """Losses (n,) fp32 in nats, zero where ignored. The logits (n, V), contiguous, become the gradient of the losses' sum
-    times `scale`; their columns from `vocab_size` on, which are padding, become zero."""
+    """Losses (n,) fp32 in nats, 0 where ignored. In place, the logits (n, V) become the gradient of the losses' sum.
+
+    logits: contiguous; columns from `vocab_size` on are padding and get gradient 0.   targets: (n,) int64.
+    scale: multiplies the gradient.
+    Raises: IndexError for targets outside of the vocabulary (C++); Triton gives NaN losses instead.
+    """
     assert logits.is_contiguous()
-    loss = {"Triton": loss_with_triton, "C++": loss_natively, "PyTorch": _compiled_plainly() if compiled else loss_plainly}
+    loss = {"Triton": loss_triton, "C++": loss_cpp, "PyTorch": _compiled_reference() if compiled else loss_reference}
     return loss[kernel_name(logits.device.type, logits.dtype)](logits, targets, vocab_size, scale)
 
 
 def kernel_name(device_type: str, dtype: torch.dtype) -> str:
-    """In what the pass over logits of this dtype is written that serves there."""
+    """Implementation that runs on this device for logits of this dtype: `Triton`, `C++` or `PyTorch`."""
     if device_type == "cuda" and triton:
         return "Triton"
-    return "C++" if device_type == "cpu" and dtype in KERNELS and why_not_native("loss") is None else "PyTorch"
+    return "C++" if device_type == "cpu" and dtype in CPP_KERNELS and cpp_unavailable_reason("loss") is None else "PyTorch"
 
 
 @functools.cache
-def _compiled_plainly():
-    return torch.compile(loss_plainly, dynamic=False)
+def _compiled_reference():
+    return torch.compile(loss_reference, dynamic=False)
 
 
-def loss_plainly(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+def loss_reference(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+    """`loss_and_gradient` in PyTorch: the reference implementation."""
     ignored = targets == IGNORED
     at = targets.masked_fill(ignored, 0)[:, None]
     tanh = (logits[:, :vocab_size].float() / SOFTCAP).tanh_()                       # (n, V) fp32
@@ -210,13 +221,14 @@ def loss_plainly(logits: Tensor, targets: Tensor, vocab_size: int, scale: float 
     return losses
 
 
-KERNELS = {torch.float32: "loss_fp32", torch.bfloat16: "loss_bf16"}  # in nanochat/kernels/cpp/loss.cpp
+CPP_KERNELS = {torch.float32: "loss_fp32", torch.bfloat16: "loss_bf16"}  # in nanochat/kernels/cpp/loss.cpp
 
 
-def loss_natively(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+def loss_cpp(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+    """`loss_and_gradient` in C++, for fp32 and bf16 on a CPU."""
     losses = torch.empty(len(logits))
     targets = targets.contiguous()
-    wrong = getattr(library("loss"), KERNELS[logits.dtype])(
+    wrong = getattr(library("loss"), CPP_KERNELS[logits.dtype])(
         pointer(logits), pointer(targets), pointer(losses), *map(ctypes.c_int64, (*logits.shape, vocab_size)),
         *map(ctypes.c_float, (SOFTCAP, scale)))
     if wrong:
@@ -224,7 +236,8 @@ def loss_natively(logits: Tensor, targets: Tensor, vocab_size: int, scale: float
     return losses
 
 
-def loss_with_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+def loss_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
+    """`loss_and_gradient` in Triton, one program per row."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _loss_kernel[len(logits),](logits, targets.contiguous(), losses, logits.size(1), vocab_size, SOFTCAP, scale,
                                BLOCK=BLOCK, num_warps=8)
@@ -234,9 +247,11 @@ def loss_with_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: fl
 if triton:
     @triton.jit
     def _loss_kernel(logits, targets, losses, width, vocab, cap, scale, BLOCK: tl.constexpr):
-        """A row of logits (n, width): read for the sum, then read again, from the cache, and written over. With
-        r = 1 / (1 + exp(2 z / cap)) the capped logit is cap (1 - 2 r), its slope 4 r (1 - r). A target that is neither a
-        token nor ignored makes the loss NaN."""
+        """One row of logits (n, width): read once for the sum, then again from the cache, and overwritten by the gradient.
+
+        With r = 1 / (1 + exp(2 z / cap)) the capped logit is cap (1 - 2 r) and its derivative 4 r (1 - r). A target that is
+        neither in the vocabulary nor -1 makes the loss NaN.
+        """
         row = tl.program_id(0)
         target = tl.load(targets + row)
         logits += row.to(tl.int64) * width

@@ -1,10 +1,10 @@
-"""Embedding tables whose gradient is the same to the bit every time.
+"""Embedding tables with a deterministic gradient, summed in fp32.
 
-The gradient of a lookup adds up, per table row, what flows back to every place where that token stands. torch.compile
-does it with atomic adds from several threads, in whatever order they come; PyTorch's own kernel gives each thread rows
-of its own, but in a bf16 table also adds in bf16, where a frequent token's sum soon stops growing. Here PyTorch's kernel
-adds in fp32 and the result is rounded once; on a CPU with AVX512-BF16 ours does (`cpp/embedding.cpp`), in the same order. It
-is an operator of its own, so that compilers do not look inside.
+The gradient of a table row is the sum over all positions of its token. torch.compile sums with atomic adds from several
+threads, in random order. PyTorch's own kernel is deterministic (each thread owns some rows), but for a bf16 table it sums in
+bf16, where the sum of a frequent token soon stops growing. Here PyTorch's kernel sums in fp32 and the result is rounded once.
+On CPUs with AVX512-BF16 a C++ kernel (`cpp/embedding.cpp`) does the same in the same order. It is a custom operator, which
+torch.compile does not replace.
 """
 
 import ctypes
@@ -12,22 +12,22 @@ import ctypes
 import torch
 import torch.nn as nn
 
-from nanochat.kernels.cpp_kernels import library, pointer, why_not_native
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 
 
 @torch.library.custom_op("nanochat::embedding_gradient", mutates_args=())
 def embedding_gradient(grad: torch.Tensor, idx: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sum of grad (..., C) over the places in idx (...) int64 of each token: (rows, C) in grad's dtype, summed in fp32."""
-    if grad.is_cpu and grad.dtype == torch.bfloat16 and why_not_native("embedding") is None:
+    """Gradient of a table of `rows` rows: grad (..., C) summed per token of idx (...) int64 -> (rows, C) in grad's dtype."""
+    if grad.is_cpu and grad.dtype == torch.bfloat16 and cpp_unavailable_reason("embedding") is None:
         grad, idx, out = grad.contiguous(), idx.contiguous(), grad.new_empty(rows, grad.size(-1))
         sizes = map(ctypes.c_int64, (idx.numel(), rows, grad.size(-1)))
         library("embedding").embedding_gradient(*sizes, *map(pointer, (grad, idx, out)))
         return out
-    return embedding_gradient_plainly(grad, idx, rows)
+    return embedding_gradient_reference(grad, idx, rows)
 
 
-def embedding_gradient_plainly(grad: torch.Tensor, idx: torch.Tensor, rows: int) -> torch.Tensor:
-    """The same by PyTorch's kernel, which on a CPU adds in the same order."""
+def embedding_gradient_reference(grad: torch.Tensor, idx: torch.Tensor, rows: int) -> torch.Tensor:
+    """Reference implementation, by PyTorch's kernel. On a CPU it sums in the same order as the C++ kernel."""
     return torch.ops.aten.embedding_dense_backward(grad.float(), idx, rows, -1, False).to(grad.dtype)
 
 
@@ -37,6 +37,8 @@ def _(grad, idx, rows):
 
 
 class _Lookup(torch.autograd.Function):
+    """table (V, C), idx (...) int64 -> (..., C)."""
+
     @staticmethod
     def forward(ctx, table, idx):
         ctx.save_for_backward(idx)
@@ -50,7 +52,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` with the gradient above: idx (...) int64 -> (..., C) in the table's dtype."""
+    """`nn.Embedding` with the gradient of `embedding_gradient`: idx (...) int64 -> (..., C) in the table's dtype."""
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         return _Lookup.apply(self.weight, idx)

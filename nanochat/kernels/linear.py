@@ -1,7 +1,7 @@
-"""The linear layer of every model here, and one that casts its weight once for all products of a step.
+"""Linear layers: the default one, and one that casts its weight once per optimizer step.
 
-Master weights are fp32, and each product casts them: once forward, once more backward where a compiler would rather cast
-again than keep the copy, and that for every micro-batch. The cast of an optimizer step is the same each time.
+Master weights are fp32 and every matrix product needs them in the dtype of its input. The default layer casts in each forward
+pass, and often again in the backward pass, for every micro-batch. The result only changes when the optimizer updates the weight.
 """
 
 from collections.abc import Iterable
@@ -13,13 +13,16 @@ from torch import Tensor
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer with fp32 master weights, multiplied in the dtype of its input (no autocast)."""
+    """A linear layer without bias and with an fp32 master weight (N, K), cast to the dtype of its input: no autocast.
+
+    x (..., K) -> (..., N) in the dtype of x.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight as products in `dtype` take it."""
+        """The weight (N, K) cast to `dtype`, differentiable."""
         return self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,11 +30,14 @@ class Linear(nn.Linear):
 
 
 class CastOnceLinear(Linear):
-    """A Linear whose products take `cast`, a copy of its weight that `refresh` makes: before it is first used, and whenever
-    the weight changed. It shares the weight with the layer it is made from, and gives it the same gradient, bit by bit."""
+    """A Linear that keeps `cast`, its weight in low precision. Call `refresh` before the first use and after each update.
+
+    Outputs and gradients are the same bits as those of a Linear.
+    """
 
     @classmethod
     def from_linear(cls, linear: Linear, dtype: torch.dtype) -> "CastOnceLinear":
+        """Make one that shares the weight parameter of `linear`."""
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features)
         new.weight = linear.weight
@@ -43,7 +49,7 @@ class CastOnceLinear(Linear):
 
 
 class _Cast(torch.autograd.Function):
-    """weight.to(cast.dtype), which is at hand."""
+    """The value of weight.to(cast.dtype), already in `cast`, with the gradient of that cast."""
 
     @staticmethod
     def forward(ctx, weight, cast):
@@ -57,7 +63,7 @@ class _Cast(torch.autograd.Function):
 
 @torch.no_grad()
 def refresh(layers: Iterable[CastOnceLinear]) -> None:
-    """Cast the weights of these layers, in place."""
+    """Update the low-precision copies of these layers, in place, in one fused kernel."""
     layers = list(layers)
     if layers:
         torch._foreach_copy_([layer.cast for layer in layers], [layer.weight for layer in layers])

@@ -1,6 +1,6 @@
-"""The report's pictures, by matplotlib: lines with a band over seeds, and rows of dots, one per seed, with an interval.
+"""The report's charts: lines with a band over seeds, and rows of dots, one per seed, with an interval.
 
-Without matplotlib a report has its tables and no pictures.
+Without matplotlib a report has tables only.
 """
 
 import base64
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00")
-WIDTH, HEIGHT, ROW = 5.6, 3.2, 0.32  # inches: of a picture, of a chart of lines, of a row of dots
+WIDTH, HEIGHT, ROW = 5.6, 3.2, 0.32  # inches: width of a chart, height of one of lines, height of a row of dots
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Curves over a common x. `curves`: name -> points (x, y, lowest y, highest y)."""
+    """Curves over one x axis. `curves`: name -> points (x, y, lowest y, highest y)."""
     x_label: str
     y_label: str
     curves: dict[str, list[tuple[float, float, float, float]]]
@@ -37,7 +37,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Dots:
-    """A row of dots per name. `intervals`: name -> (low, high), where one is known."""
+    """A row of dots per name. `intervals`: name -> (low, high), for the names that have one."""
     x_label: str
     values: dict[str, list[float]]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Dots:
 
 
 def save(chart: Lines | Dots, path: Path) -> str:
-    """Draw `chart` into the PNG `path`. Returns it as an <img> that holds the picture itself; "" where nothing can be drawn."""
+    """Draw `chart` to the PNG file `path`; return an <img> with the picture embedded, "" without data or without matplotlib."""
     if not (chart.curves if isinstance(chart, Lines) else chart.values):
         return ""
     try:

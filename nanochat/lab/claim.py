@@ -1,8 +1,8 @@
-"""Who works on what in a shared folder: a claim is a file that only one worker can have made.
+"""Claims: lock files by which several workers share the work of one folder.
 
-A file is made with O_EXCL, which also holds over NFS, where flock(2) may not. Its owner touches it every second or so. A claim
-may be taken over when its owner has died, on this machine, or has been silent for two minutes, on another; ages are measured
-by the folder's clock, not by the worker's.
+A claim is created with O_EXCL, which is atomic over NFS too, where flock(2) may not be. Its owner touches it about once a second
+(a heartbeat). Another worker may take a claim over when its owner's process has ended, on this machine, or has not touched it for
+two minutes, on another one. Ages are measured by the clock of the file server, not by the worker's.
 """
 
 import json
@@ -13,26 +13,26 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SILENCE = 120.0  # seconds without a touch after which a worker on another machine is taken for ended
+LEASE_SECONDS = 120.0  # without a heartbeat for so long, a worker on another machine counts as ended
 
 
 class Claim:
-    """A claim that is held. `beat()` now and then, `release()` at the end."""
+    """A claim that this process holds: call `heartbeat()` about once a second, `release()` at the end."""
 
     def __init__(self, path: Path, token: str):
         self.path, self.token = path, token
 
     @classmethod
     def take(cls, path: Path) -> "Claim | None":
-        """The claim on `path`, or None where a live worker has it."""
+        """Take the claim on `path`; None where a live worker holds it."""
         if claim := cls._make(path):
             return claim
         if not _abandoned(path):
             return None
-        takeover = cls._make(path.with_name(path.name + ".takeover"))  # two that find it abandoned: one may replace it
-        if not takeover:
+        guard = path.with_name(path.name + ".takeover")  # of two workers that find a claim abandoned, one may replace it
+        if not (takeover := cls._make(guard)):
             with suppress(FileNotFoundError):
-                if _age(guard := path.with_name(path.name + ".takeover")) > SILENCE:
+                if _age(guard) > LEASE_SECONDS:
                     guard.unlink()
             return None
         try:
@@ -51,11 +51,12 @@ class Claim:
             return None
         token = uuid.uuid4().hex
         with os.fdopen(fd, "w") as f:
-            f.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "birth": _birth(os.getpid()), "token": token}))
+            pid = os.getpid()
+            f.write(json.dumps({"host": platform.node(), "pid": pid, "started": _start_time(pid), "token": token}))
         return cls(path, token)
 
-    def beat(self) -> bool:
-        """A sign of life. False where another worker has taken over, this one having been silent for too long."""
+    def heartbeat(self) -> bool:
+        """Show that this worker is alive. False where another has taken the claim over, as the last heartbeat was too old."""
         if _read(self.path).get("token") != self.token:
             return False
         with suppress(FileNotFoundError):
@@ -68,8 +69,11 @@ class Claim:
 
 
 @contextmanager
-def held(path: Path, poll: float = 0.05):
-    """Wait for the claim on `path`, hold it inside, give it back. For what takes seconds."""
+def hold_claim(path: Path, poll: float = 0.05):
+    """Wait for the claim on `path`, and hold it inside the `with` block, which should take seconds at most without heartbeats.
+
+    poll: seconds between attempts.
+    """
     while not (claim := Claim.take(path)):
         time.sleep(poll)
     try:
@@ -88,26 +92,26 @@ def _read(path: Path) -> dict:
 def _abandoned(path: Path) -> bool:
     owner = _read(path)
     if owner.get("host") == platform.node():
-        return not _alive(owner["pid"], owner["birth"])
+        return not _is_running(owner["pid"], owner["started"])
     try:
-        return _age(path) > SILENCE
+        return _age(path) > LEASE_SECONDS
     except FileNotFoundError:
         return False
 
 
-def _alive(pid: int, birth: str) -> bool:
-    """Whether the process is there, and is not another that got its number."""
+def _is_running(pid: int, started: str) -> bool:
+    """Whether this very process runs, and not a later one that was given the same id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return _birth(pid) == birth
+    return _start_time(pid) == started
 
 
-def _birth(pid: int) -> str:
-    """When the process began, in the kernel's ticks; nothing where there is no /proc."""
+def _start_time(pid: int) -> str:
+    """When the process started, in clock ticks since boot; "" where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -115,7 +119,7 @@ def _birth(pid: int) -> str:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the file was touched, by the clock of the machine that keeps the folder."""
+    """Seconds since the file was touched, by the clock of the machine that stores the folder."""
     probe = path.with_name(f".clock-{uuid.uuid4().hex}")
     try:
         probe.touch()

@@ -1,6 +1,6 @@
-"""The book-keeping of a cycle: its declared target, its phases, plateau and rollback, and the change log.
+"""The state of an optimization cycle (docs/lab.md): its declared target, its phases, plateau and rollback, and the change log.
 
-A cycle file is JSON. A target, once declared, stays for the cycle: results under two targets do not compare.
+A cycle file is JSON. A declared target stays for the whole cycle, as results under two targets cannot be compared.
 """
 
 import json
@@ -14,9 +14,8 @@ from nanochat.runtime.files import write_atomic
 PHASES = {"0": "baseline and target lock", "0.5": "tactical RMSNorm check", "1": "theory transfer", "2": "data and horizon",
           "3": "shape at fixed budget", "4": "support lane", "5": "miniseries"}
 STATES = ("open", "running", "done")
-ROLLBACK = ("cross-depth regression", "complexity", "hard to reason about")  # section 7.4
-PLATEAU_GAIN = 0.02  # section 7.2
-PLATEAU_CYCLES = 2
+ROLLBACK_REASONS = ("cross-depth regression", "complexity", "hard to reason about")  # docs/lab.md, "Rollback"
+PLATEAU_GAIN, PLATEAU_CYCLES = 0.02, 2                                               # docs/lab.md, "Plateau"
 
 
 def new_cycle(name: str, metric: str, threshold: float) -> dict:
@@ -25,7 +24,10 @@ def new_cycle(name: str, metric: str, threshold: float) -> dict:
 
 
 def read_cycles(path: Path) -> list[dict]:
-    """The cycles of a file, oldest first; none where there is no file."""
+    """The cycles of a file, oldest first; [] where there is no file.
+
+    Raises: UserError where the file cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,8 +48,8 @@ def current(cycles: list[dict]) -> dict:
     return cycles[-1]
 
 
-def record(cycle: dict, change: str, decision: str, gain: float | None) -> dict:
-    """The cycle with a decision taken. A promoted gain adds to the cycle's robust improvement, in ln(time)."""
+def record_decision(cycle: dict, change: str, decision: str, gain: float | None) -> dict:
+    """A copy of the cycle with a decision in it. A promoted gain, in ln(time), adds to the cycle's robust gain."""
     entry = {"date": str(date.today()), "change": change, "decision": decision, "gain": gain}
     lists = {"promote": "promoted", "keep optional": "optional"}
     cycle = cycle | {"log": [*cycle["log"], entry]}
@@ -59,20 +61,23 @@ def record(cycle: dict, change: str, decision: str, gain: float | None) -> dict:
 
 
 def roll_back(cycle: dict, change: str, reason: str) -> dict:
-    """The cycle with a promoted change off by default again, its gain taken off. UserError for another reason than 7.4's."""
+    """A copy of the cycle with a promoted change optional again, its gain subtracted.
+
+    Raises: UserError for a change that is not promoted, or a reason that is not one of ROLLBACK_REASONS.
+    """
     if change not in cycle["promoted"]:
         known = ", ".join(cycle["promoted"]) or "nothing is"
         raise UserError(f"{change!r} is not promoted in cycle {cycle['name']!r}: {known}")
-    if reason not in ROLLBACK:
-        raise UserError(f"a rollback is for one of: {', '.join(ROLLBACK)}")
+    if reason not in ROLLBACK_REASONS:
+        raise UserError(f"a rollback is for one of: {', '.join(ROLLBACK_REASONS)}")
     gain = sum(e["gain"] or 0.0 for e in cycle["log"] if e["change"] == change and e["decision"] == "promote")
-    cycle = record(cycle, change, f"rolled back: {reason}", -gain)
+    cycle = record_decision(cycle, change, f"rolled back: {reason}", -gain)
     return cycle | {"promoted": [c for c in cycle["promoted"] if c != change], "robust_gain": cycle["robust_gain"] - gain,
                     "optional": [*cycle["optional"], change]}
 
 
 def plateau(cycles: list[dict]) -> tuple[bool, str]:
-    """Section 7.2: two full cycles through phases 1-5, each below 2 %, and nothing that passed the miniseries."""
+    """Whether the last two full cycles (phases 1 to 5 done) each gained less than 2 % and promoted nothing; and why."""
     full = [c for c in cycles if all(c["phases"][p] == "done" for p in ("1", "2", "3", "4", "5"))][-PLATEAU_CYCLES:]
     if len(full) < PLATEAU_CYCLES:
         return False, f"{len(full)} of {PLATEAU_CYCLES} full cycles are done"
@@ -81,18 +86,18 @@ def plateau(cycles: list[dict]) -> tuple[bool, str]:
             return False, f"cycle {cycle['name']!r} gained {cycle['robust_gain']:.1%}"
         if cycle["promoted"]:
             return False, f"cycle {cycle['name']!r} promoted {', '.join(cycle['promoted'])}"
-    return True, "plateau: Based may be reconsidered (section 7.3)"
+    return True, "reached: deferred architectures may be reconsidered"
 
 
 def log_entry(change: str, decision: str, why: str, gain: float | None, details: str = "") -> str:
-    """An entry of the change log in Markdown: date, change, gain or loss, decision."""
-    measured = "unknown" if gain is None else f"{gain:+.1%} (time saved less quality lost)"
+    """A change log entry in Markdown: date, change, net gain in ln(time), decision."""
+    measured = "unknown" if gain is None else f"{gain:+.1%} (time saved minus quality lost)"
     return (f"## {date.today()} · {change}\n\nNet gain: {measured}. Decision: **{decision}** ({why}).\n"
             + (f"\n{details.strip()}\n" if details else ""))
 
 
 def write_log(path: Path, entry: str) -> None:
-    """Put an entry into a log that has its newest first: before the first `## `, or at the end where there is none."""
+    """Insert an entry into a log whose newest entry is first: before the first `## `, or at the end where there is none."""
     text = path.read_text(encoding="utf-8") if path.exists() else "# Log\n"
     first = re.search(r"^## ", text, re.MULTILINE)
     at = first.start() if first else len(text)

@@ -1,13 +1,14 @@
-"""What is to be run: profiles, templates, variants, matched conditions, and the order of the cells.
+"""Plan an experiment: profiles, templates, variants, matched conditions, and the order of the cells.
 
-A profile is a text file of base_train's flags, with comments; a variant is a name and further flags, the last of a name
-counts. A flag may be relative to the baseline: `--lr-multiplier=x1.1`, `--total-batch-size=x0.7`, `--depth=x1.5`.
+A profile is a file of base_train's flags (configs/, nanochat/cli/flag_files.py). A variant is a name and more flags; of a flag
+that is given twice the last value counts. A flag may be relative to the baseline: `--lr-multiplier=x1.1`,
+`--total-batch-size=x0.7`, `--depth=x1.5`.
 
 A template is a JSON file:
-    "about"     what it asks
+    "about"     its question
     "match"     steps | flops | time | free: what all variants have in common with the baseline (free: nothing)
     "grid"      {"--flag": [values]}: every combination is a variant
-    "variants"  {"name": "flags"}: further ones
+    "variants"  {"name": "flags"}: more variants
     "if_implemented"  true: leave out variants with a flag that base_train does not have
 """
 
@@ -19,6 +20,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.cli.flag_files import CONFIGS, expand_flag_files, profiles
+from nanochat.cli.flags import build_parser
 from nanochat.common import UserError, resolve as resolve_path
 from nanochat.lab.rows import config_of
 
@@ -27,12 +30,13 @@ MATCHES = ("steps", "flops", "time", "free")
 NAME = r"[\w.+-]+"       # of a variant
 RELATIVE = r"x\d*\.?\d+"  # a flag's value
 HORIZON = ("--num-iterations", "--target-flops", "--target-param-data-ratio")  # what sets the length of a run
-OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwrite")  # the lab's to set
+OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwrite")  # set by the lab
+ALIASES = {"cpu": "lab-cpu", "gpu": "lab-gpu", "d12": "plan-d12"}  # earlier names of profiles
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, and what it is run with: the whole command line but for the seed."""
+    """A name, and the flags of its runs without the seed."""
     name: str
     flags: tuple[str, ...]
 
@@ -42,11 +46,7 @@ class Template:
     about: str
     match: str
     variants: dict[str, str]  # name -> flags
-    missing: list[str]        # names of those left out, as a flag of theirs is not implemented
-
-
-def profiles() -> list[str]:
-    return sorted(p.stem for p in (HERE / "profiles").glob("*.flags"))
+    missing: list[str]        # names of variants that are left out because a flag of theirs is not implemented
 
 
 def templates() -> list[str]:
@@ -54,19 +54,26 @@ def templates() -> list[str]:
 
 
 def read_profile(name: str) -> list[str]:
-    """The flags of a profile that ships with the lab, or of a file; none of the profile ''."""
+    """The flags of a profile in configs/, or of a file; none for the name "".
+
+    Raises: UserError if there is no such profile, or the file cannot be read.
+    """
     if not name:
         return []
-    path = HERE / "profiles" / f"{name}.flags"
+    path = CONFIGS / f"{ALIASES.get(name, name)}.flags"
     path = path if path.exists() else resolve_path(name)
-    try:
-        return shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    except (OSError, ValueError) as e:
-        raise UserError(f"no profile {name!r} ({e}): choose one of {', '.join(profiles())}, or name a file of flags") from None
+    if not path.exists():
+        raise UserError(f"no profile {name!r}: choose one of {', '.join(profiles())}, or name a file of flags")
+    return expand([f"@{path}"])
+
+
+def expand(words: list[str]) -> list[str]:
+    """Flags of base_train with every @FILE replaced by its flags."""
+    return expand_flag_files(words, build_parser([type(group) for group in config_of([]).groups()]))
 
 
 def read_template(name: str) -> Template:
-    """A template of the lab, by its letter or name, or one of a file. UserError where it says what is not known."""
+    """A template of the lab, by its letter or name, or a file. Raises: UserError for a file that is not a template."""
     shipped = [t for t in templates() if name in (t, t.split("-")[0])]
     path = HERE / "templates" / f"{shipped[0]}.json" if shipped else resolve_path(name)
     try:
@@ -96,9 +103,11 @@ def _short(flag: str, value) -> str:
 
 
 def make_variants(profile: list[str], baseline: str, candidates: dict[str, str], match: str) -> tuple[Variant, list[Variant]]:
-    """The baseline, and the candidates that differ from it. Every flag is checked; UserError names the variant.
+    """The baseline, and the candidates that differ from it.
 
-    Candidates have their flags on top of the baseline's. Under `steps` all are given the baseline's number of steps.
+    Raises: UserError that names the variant with a wrong flag.
+
+    Candidates have their flags in addition to the baseline's. If `match` is "steps", all have the baseline's number of steps.
     """
     base, = named_variants(profile, baseline, {"baseline": ""}, match)
     same = config_of(base.flags).flat()
@@ -106,10 +115,10 @@ def make_variants(profile: list[str], baseline: str, candidates: dict[str, str],
 
 
 def named_variants(profile: list[str], baseline: str, texts: dict[str, str], match: str) -> list[Variant]:
-    """A variant for each of `texts`, also where two are the same; what they have in common need not be a run of its own."""
+    """A variant for each of `texts` (name -> flags), even if two are the same. Their common flags need not be a valid run."""
     common, found = [*profile, *_words("baseline", baseline)], []
     if match == "steps":
-        common.append(f"--num-iterations={horizon_of(checked('baseline', common)).num_iterations}")
+        common += steps_of(horizon_of(checked("baseline", common)).num_iterations)
     for name, text in texts.items():
         own = _words(name, text)
         if match != "free" and (lengths := [f.split("=")[0] for f in own if f.split("=")[0] in HORIZON]):
@@ -121,11 +130,11 @@ def named_variants(profile: list[str], baseline: str, texts: dict[str, str], mat
 
 def _words(name: str, text: str) -> list[str]:
     try:
-        words = shlex.split(text)
+        words = expand(shlex.split(text))
     except ValueError as e:
         raise UserError(f"{name}: {e} in {text!r}") from None
     if taken := [w for w in words if w.split("=")[0] in OWN]:
-        raise UserError(f"{name}: {taken[0]} is the lab's to set: leave it out")
+        raise UserError(f"{name}: {taken[0]} is set by the lab: leave it out")
     return words
 
 
@@ -189,7 +198,7 @@ def _batch(factor: float, config) -> list[str]:
 def shorter(variant: Variant, share: float, name: str) -> Variant:
     """The variant with `share` of its steps, annealed to their end."""
     steps = horizon_of(config_of(variant.flags)).num_iterations
-    return Variant(name, (*variant.flags, f"--num-iterations={max(1, round(steps * share))}"))
+    return Variant(name, (*variant.flags, *steps_of(max(1, round(steps * share)))))
 
 
 def pilot(variant: Variant, share: float) -> Variant:
@@ -209,7 +218,12 @@ def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match:
     assert pilot_row is not None, "equal time needs the rate of a pilot"
     seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
     steps = max(1, math.floor(baseline_row["train_time_sec"] / seconds))
-    return Variant(variant.name, (*variant.flags, f"--num-iterations={steps}"))
+    return Variant(variant.name, (*variant.flags, *steps_of(steps)))
+
+
+def steps_of(number: int) -> list[str]:
+    """Flags that give a run so many steps, whatever else has set its length."""
+    return [f"--num-iterations={number}", "--target-flops=-1"]
 
 
 def interleaved(variants: list, index: int) -> list:

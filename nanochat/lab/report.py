@@ -1,7 +1,7 @@
-"""report.html of an experiment's folder: the verdict on top, then curves, time to target, figures, commands, machine.
+"""report.html of an experiment's folder: the verdict first, then curves, time to target, numbers, commands, machine.
 
-One file that fetches nothing, its pictures in it (and beside it, as PNG), made anew from the folder's rows and verdict.json
-whenever it is asked for.
+One self-contained file that loads nothing from elsewhere. Its pictures are embedded, and saved beside it as PNG. It is written
+from the folder's rows and verdict.json.
 """
 
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from nanochat.common import UserError
 from nanochat.lab.charts import COLOURS, Dots, Lines, save
-from nanochat.lab.decide import good, number
+from nanochat.lab.decide import number, succeeded
 from nanochat.lab.rows import read_result, read_rows
-from nanochat.lab.stats import half_width
+from nanochat.lab.stats import margin_of_error
 from nanochat.runtime.files import write_atomic
 
 BPB = "validation (bits per byte)"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # holds the browser to it: nothing is fetched
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # makes the browser load nothing
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --text: #222; --back: #fff }
 @media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #181a1b } }
@@ -39,7 +39,10 @@ pre { font-size: .75rem; white-space: pre-wrap; background: #8881; padding: .6re
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html, and its pictures beside it. UserError where the folder holds no runs."""
+    """Write `folder`/report.html, and its pictures beside it.
+
+    Raises: UserError where the folder holds no runs.
+    """
     rows, verdict = read_rows(folder), read_result(folder / "verdict.json")
     if not rows and not verdict:
         raise UserError(f"{folder} holds no runs of the lab")
@@ -60,7 +63,7 @@ def write_report(folder: Path) -> Path:
     if times := times_to_target(main):
         metric, threshold = (next(iter(main.values()))[0][f"target_metric_{part}"] for part in ("name", "threshold"))
         picture(f"Time to target: {metric} of {threshold}", "time_to_target", times,
-                "A dot is a seed. The line is the 95 % interval of the mean, where there are two or more.")
+                "A dot is a seed. The line is the 95 % confidence interval of the mean, where there are two or more seeds.")
     for heading, field, label in (("Throughput", "tok_per_sec_median", "tokens per second, median over steps"),
                                   ("Memory", "peak_mem_mib", "peak memory (MiB)")):
         picture(heading, field, Dots(label, {name: values for name, found in main.items() if (values := [
@@ -90,7 +93,7 @@ def write_report(folder: Path) -> Path:
 
 
 def curve(rows: list[dict], x: str) -> list[tuple[float, float, float, float]]:
-    """Validation over "step" or "time": at each evaluation x, the mean over seeds, the lowest and the highest."""
+    """Validation bits per byte over x, "step" or "time" (seconds): (x, mean over seeds, lowest, highest) at each evaluation."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         for step, seconds, bpb in row["val_curve"]:
@@ -99,7 +102,7 @@ def curve(rows: list[dict], x: str) -> list[tuple[float, float, float, float]]:
     most = max(map(len, by_step.values()), default=0)
     points = []
     for step, seen in sorted(by_step.items()):
-        if step > 0 and len(seen) == most:  # untrained, all are alike and far above
+        if step > 0 and len(seen) == most:  # before training all are alike, and far above
             values = [bpb for _, bpb in seen]
             at = step if x == "step" else statistics.fmean(seconds for seconds, _ in seen)
             points.append((at, statistics.fmean(values), min(values), max(values)))
@@ -107,16 +110,15 @@ def curve(rows: list[dict], x: str) -> list[tuple[float, float, float, float]]:
 
 
 def times_to_target(variants: dict[str, list[dict]]) -> Dots | None:
-    """Seconds of training until the target was met, or, where a variant never met it, extrapolated. None where neither is
-    known of any."""
+    """Seconds of training until the target was met, extrapolated where a variant never met it. None where nothing is known."""
     values, intervals = {}, {}
     for name, rows in variants.items():
-        if found := [measured for row in rows if good(row) and number(measured := row["time_to_target_sec_measured"])]:
+        if found := [measured for row in rows if succeeded(row) and number(measured := row["time_to_target_sec_measured"])]:
             values[name] = found
             with suppress(UserError):  # no scipy: dots without an interval
-                mean, width = statistics.fmean(found), half_width(found, 0.025)
-                if math.isfinite(width):
-                    intervals[name] = (max(0.0, mean - width), mean + width)
+                mean, margin = statistics.fmean(found), margin_of_error(found, 0.025)
+                if math.isfinite(margin):
+                    intervals[name] = (max(0.0, mean - margin), mean + margin)
         elif row := next((row for row in rows if number(row["time_to_target_sec_extrapolated"])), None):
             label, best = f"{name} (extrapolated)", row["time_to_target_sec_extrapolated"]
             values[label] = [best]
@@ -125,7 +127,7 @@ def times_to_target(variants: dict[str, list[dict]]) -> Dots | None:
 
 
 def scaling(table: list[dict]) -> Lines:
-    """Bits per byte over the training FLOPs of baseline and candidate, a point per depth."""
+    """Bits per byte over training FLOPs, a curve per variant, a point per depth."""
     curves = {}
     for name in dict.fromkeys(row["variant"] for row in table):
         by_depth: dict[int, list[tuple[float, float]]] = {}

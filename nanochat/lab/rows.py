@@ -1,7 +1,7 @@
-"""One run, one row: the columns of the execution plan (section 3.4) in its order, further ones behind them.
+"""One row per run: the columns that docs/lab.md ("Records") requires, in that order, then further ones.
 
-`runs.csv` is made anew from the rows that the cells keep (`cells/*/row.json`), under the folder's claim, and renamed into
-place. So several writers lose nothing, a reader never sees half a line, and a cell that is run again replaces its row.
+`runs.csv` is rewritten from the rows that the cells keep (`cells/*/row.json`) while its claim is held, and replaced atomically.
+So several writers lose no row, a reader never sees half a line, and a cell that is run again replaces its row.
 """
 
 import csv
@@ -17,12 +17,12 @@ from pathlib import Path
 from nanochat.cli.flags import flag_name
 from nanochat.common import UserError, format_table
 from nanochat.features import FEATURES
-from nanochat.lab.claim import held
+from nanochat.lab.claim import hold_claim
 from nanochat.runtime.files import write_atomic
 from nanochat.training.config import parse_config
 
 SCHEMA_VERSION = 1
-PLAN_COLUMNS = (
+REQUIRED_COLUMNS = (
     "timestamp", "git_commit", "experiment_name", "seed", "depth", "max_seq_len", "device_batch_size", "total_batch_size",
     "target_param_data_ratio", "warmdown_ratio", "warmdown_shape", "target_metric_name", "target_metric_threshold",
     "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "extrapolation_method", "tok_per_sec_median",
@@ -33,21 +33,24 @@ FROM_RESULT = (
     "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
 MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_target_sec_low", "time_to_target_sec_high",
                 "killed_at", "worker", "command")
-COLUMNS = PLAN_COLUMNS + MORE_COLUMNS
+COLUMNS = REQUIRED_COLUMNS + MORE_COLUMNS
 
 
 def config_of(flags: Sequence[str]):
-    """The Config of base_train's `flags`. UserError for wrong ones, before anything is started."""
+    """Parse base_train's `flags` into its Config.
+
+    Raises: UserError for wrong flags.
+    """
     return parse_config(FEATURES, list(flags))
 
 
 def number(value) -> float | None:
-    """A finite number, or None: result.json spells infinities and NaN as strings, and leaves out what is not known."""
+    """`value` if it is a finite number, else None: result.json writes infinities and NaN as strings, and null where unknown."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def read_result(path: Path) -> dict:
-    """A result.json; {} where there is none or it cannot be read."""
+    """Read a result.json; {} where there is none or it cannot be read."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,10 +59,10 @@ def read_result(path: Path) -> dict:
 
 
 def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int) -> dict:
-    """The row of a run, `val_curve` included; a run that left no result.json is `failed`, with its exit status as the error."""
-    config, known = config_of(flags), dict.fromkeys(COLUMNS)
+    """Make the row of a run, `val_curve` included. Without a result.json the status is `failed`, the error the exit status."""
+    config = config_of(flags)
     steps = result.get("steps_done")
-    row = known | {
+    row = dict.fromkeys(COLUMNS) | {
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "experiment_name": f"{experiment}/{variant}",
         "seed": seed, "depth": config.model.depth, "max_seq_len": config.model.max_seq_len,
         "device_batch_size": config.horizon.device_batch_size,
@@ -70,7 +73,7 @@ def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[st
         "status": "failed", "exit_code": exit_code, "error": f"exit status {exit_code}, no result.json",
         "schema_version": SCHEMA_VERSION, "variant": variant, "cell": cell, "worker": f"{platform.node()}:{os.getpid()}",
     }
-    row |= {name: result[name] for name in (*PLAN_COLUMNS, *FROM_RESULT, "command") if name in result and name not in (
+    row |= {name: result[name] for name in (*REQUIRED_COLUMNS, *FROM_RESULT, "command") if name in result and name not in (
         "timestamp", "experiment_name", "seed", "depth", "total_batch_size")}
     return row | {"val_curve": result.get("val_curve") or []}
 
@@ -81,9 +84,9 @@ def read_rows(folder: Path) -> list[dict]:
     return sorted(rows, key=lambda row: row["timestamp"])
 
 
-def known_of(folder: Path, row: dict) -> dict:
-    """All that is known of a run: its row, the rest of its result.json, and its flags: switches, and those that were given
-    (another's default may mean nothing without its switch)."""
+def run_fields(folder: Path, row: dict) -> dict:
+    """All fields of a run: its row, the rest of its result.json, and its flags. Of these only switches and those that were given:
+    the default of another flag may mean nothing while its switch is off."""
     given = {word.split("=")[0] for word in row["flags"]}
     flags = {name: value for name, value in config_of(row["flags"]).flat().items()
              if isinstance(value, bool) or flag_name(name) in given}
@@ -92,7 +95,7 @@ def known_of(folder: Path, row: dict) -> dict:
 
 
 def table_of(columns: str, runs: list[dict]) -> str:
-    """Runs as text. Columns are "name", "name=field", or either with ":format" of its numbers, separated by spaces."""
+    """Format runs as a table. Columns, separated by spaces, are "name", "name=field", or either with ":format" for numbers."""
     parsed = {}  # name -> (field, format)
     for column in columns.split():
         name, _, form = column.partition(":")
@@ -104,23 +107,31 @@ def table_of(columns: str, runs: list[dict]) -> str:
     return format_table([{name: cell(run.get(field), form) for name, (field, form) in parsed.items()} for run in runs])
 
 
+def csv_text(rows: list[dict], columns: Sequence[str]) -> str:
+    """CSV with a header; other fields of the rows are ignored."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write_csv(folder: Path) -> None:
     """Write the folder's runs.csv from its cells."""
-    with held(folder / ".csv.claim"):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(read_rows(folder))
-        write_atomic(folder / "runs.csv", text.getvalue())
+    with hold_claim(folder / ".csv.claim"):
+        write_atomic(folder / "runs.csv", csv_text(read_rows(folder), COLUMNS))
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a runs.csv as strings. UserError where it is of another schema."""
+    """Read a runs.csv; its values are strings.
+
+    Raises: UserError where it cannot be read, or has another schema version.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if any(row.get("schema_version") != str(SCHEMA_VERSION) for row in rows):
-        raise UserError(f"{path} is of another schema version than {SCHEMA_VERSION}: make it anew with `lab report`")
+        raise UserError(f"{path} has another schema version than {SCHEMA_VERSION}: write it again with `lab report`")
     return rows

@@ -1,11 +1,11 @@
-"""From one dial to a whole run: tokens, batch size, learning rate, weight decay and steps. Pure arithmetic, no torch.
+"""The training horizon: number of steps, batch size, learning rate and weight decay, all from the model's shape. No torch.
 
-The reference point is d12, tuned by hand at B_ref = 2^19 tokens a step. From there:
-- tokens     D = ratio x (block matrices + lm_head)
-- batch      B = B_ref (D / D_ref)^0.383, the power law of arXiv 2505.13738, rounded to a power of two
-- LR         x sqrt(B / B_ref): the usual square-root rule, derived for AdamW, assumed to hold for Muon
-- decay      x sqrt(B / B_ref) x D_ref / D, which keeps tau = B / (eta lambda D) constant (arXiv 2405.13698);
-             again derived for AdamW
+The reference is d12, tuned by hand at a batch of B_ref = 2^19 tokens. For other models:
+- tokens         D = ratio * (parameters of block matrices and lm_head), a fixed ratio as in Chinchilla (arXiv 2203.15556)
+- batch size     B = B_ref (D / D_ref)^0.383, the power law of arXiv 2505.13738, rounded to a power of two
+- learning rate  * sqrt(B / B_ref): the usual square-root rule, derived for AdamW, assumed to hold for Muon
+- weight decay   * sqrt(B / B_ref) * D_ref / D, which keeps tau = B / (eta lambda D) constant (arXiv 2405.13698);
+                 again derived for AdamW
 """
 
 import math
@@ -16,20 +16,20 @@ from nanochat.recipe.shape import GPTConfig, flops_per_token, scaling_params, sh
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens
 BATCH_EXPONENT = 0.383
-DEFAULT_RATIO = 12.0     # tokens per scaling parameter, where none is given
+DEFAULT_RATIO = 12.0     # tokens per scaling parameter
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """What a run will do. Batch sizes are in tokens over all ranks; multipliers include the user's."""
-    num_iterations: int
-    total_batch_size: int
-    grad_accum_steps: int
-    lr_scale: float
-    weight_decay: float
-    target_tokens: int
+    """The planned length and the derived hyperparameters of a run."""
+    num_iterations: int    # optimizer steps
+    total_batch_size: int  # tokens per optimizer step, over all ranks
+    grad_accum_steps: int  # micro-batches per optimizer step, on each rank
+    lr_factor: float       # multiplies every learning rate; includes --lr-multiplier
+    weight_decay: float    # Muon's at the start; includes --wd-multiplier
+    target_tokens: int     # ratio * scaling parameters, whatever sets num_iterations
     flops_per_token: int
-    reason: str  # what set num_iterations
+    reason: str            # the flag that sets num_iterations
 
     @property
     def total_tokens(self) -> int:
@@ -41,13 +41,13 @@ class Horizon:
 
 
 def nearest_batch_sizes(total: int, micro: int) -> str:
-    """In words, the multiples of `micro` on either side of `total`, for the message that refuses it."""
+    """The multiples of `micro` below and above `total`, as text for an error message."""
     below, above = total // micro * micro, -(-total // micro) * micro
     return f"{below:,} or {above:,}" if below and below != above else f"{above:,}"
 
 
 def predicted_batch(tokens: float, reference_tokens: float) -> float:
-    """The predicted optimal batch B_opt in tokens, before rounding."""
+    """Predicted optimal batch size in tokens, before rounding."""
     return REFERENCE_BATCH * (tokens / reference_tokens) ** BATCH_EXPONENT
 
 
@@ -55,9 +55,10 @@ def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int =
                  num_iterations: int = -1, target_flops: float = -1.0, target_param_data_ratio: float = DEFAULT_RATIO,
                  weight_decay: float = 0.28, batch_multiplier: float = 1.0, lr_multiplier: float = 1.0,
                  wd_multiplier: float = 1.0) -> Horizon:
-    """The horizon of a run; of `num_iterations`, `target_flops` and the ratio the first that is positive counts.
+    """Plan a run. Of `num_iterations`, `target_flops` and `target_param_data_ratio` the first that is positive counts.
 
-    ValueError, with the nearest that would do, where `total_batch_size` is not a whole number of micro-batches.
+    device_batch_size: sequences per micro-batch on one rank.   total_batch_size: tokens per step; -1 derives it.
+    Raises: ValueError where `total_batch_size` is no multiple of a micro-batch over all ranks; it names the nearest that are.
     """
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else DEFAULT_RATIO
     reference = replace(shape_of_depth(REFERENCE_DEPTH), vocab_size=config.vocab_size)
@@ -85,6 +86,6 @@ def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int =
     batch_scale = math.sqrt(batch / REFERENCE_BATCH)
     return Horizon(
         num_iterations=steps, total_batch_size=batch, grad_accum_steps=batch // micro,
-        lr_scale=batch_scale * lr_multiplier,
+        lr_factor=batch_scale * lr_multiplier,
         weight_decay=weight_decay * batch_scale * (reference_tokens / tokens) * wd_multiplier,
         target_tokens=int(tokens), flops_per_token=flops, reason=reason)

@@ -1,8 +1,9 @@
-"""What memory a training step needs, estimated by arithmetic alone, and the flags that would fit. No torch.
+"""Estimate the memory of a training step by arithmetic alone, and advise flags that would fit. No torch.
 
-Weights, gradients and moments follow from the shape. The rest is fitted to measured peaks: what a token leaves for the
-backward pass, the logits with all that the plain loss makes of them, and the temporaries of the largest update, which come
-when the others are gone. Frozen blocks and FP8 are not counted. How near it comes to what was measured: dev/RELIABILITY.md.
+Weights, gradients and moments follow from the model's shape. Three parts are fitted to measured peaks: the activations that a
+token leaves for the backward pass, the logits with all that the loss makes of them, and the temporaries of the largest
+optimizer update. Activations and temporaries do not exist at the same time, so the larger of the two counts. Frozen blocks
+and FP8 are not modelled. Accuracy against measured peaks: docs/reliability.md.
 """
 
 import os
@@ -11,49 +12,49 @@ from pathlib import Path
 
 from nanochat.recipe.shape import MUON_BATCH, GPTConfig, param_counts
 
-MARGIN = 0.8  # share of the memory at hand that a plan may take
+MARGIN = 0.8  # share of the available memory that an estimate may use
 
 
 @dataclass(frozen=True)
-class How:
-    """What decides the memory of a run, beside its shape and its rows."""
-    bytes_per_element: int     # of activations and tables: 2 or 4
+class MemoryConfig:
+    """Settings of a run that decide its memory, besides the model's shape and the micro-batch."""
+    bytes_per_element: int     # of activations and embedding tables: 2 or 4
     compiled: bool
-    cuda: bool = False         # on a CUDA device, else on a CPU, whose fit Apple GPUs share for want of their own
-    chunked_ce: bool = False
-    recompute: bool = False    # --recompute-activations, which is done by the compiler
-    momentum_bytes: int = 4    # of a number of the first moments
+    cuda: bool = False         # CUDA, else CPU coefficients, which also serve for Apple GPUs, as those were not measured
+    chunked_ce: bool = False   # --chunked-ce
+    recompute: bool = False    # --recompute-activations; without effect unless compiled
+    momentum_bytes: int = 4    # bytes per element of the first moments
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Fitted to peaks: d3 to d12 on CPUs, d8 to d20 on CUDA (dev/LOG.md)."""
-    logit: float          # bytes per logit under the plain loss
-    per_layer: float      # elements of the width that a token leaves for the backward pass, for each layer
-    once: float           # and beside them
+class MemoryCoefficients:
+    """Coefficients fitted to measured peaks: d3 to d12 on CPUs, d8 to d20 on CUDA (dev/LOG.md)."""
+    logit: float          # bytes per logit, without --chunked-ce
+    per_layer: float      # activations per token and layer, in units of n_embd elements
+    once: float           # activations per token outside of the layers, in the same unit
     recomputed: float     # per_layer under --recompute-activations
-    cast: float           # bytes per element of the blocks' matrices, for copies that are kept for the backward pass
-    muon: float           # fp32 numbers per element of the largest update by Muon (a batch of matrices)
-    adamw: float          # and by AdamW
+    cast: float           # bytes per element of the blocks' matrices, for low-precision copies kept for the backward pass
+    muon: float           # temporaries of a Muon update: fp32 numbers per element of the stack of matrices
+    adamw: float          # temporaries of an AdamW update: fp32 numbers per element of lm_head
 
 
-FITS = {  # (on CUDA, compiled)
-    (False, False): Fit(logit=40, per_layer=22, once=87, recomputed=22, cast=0, muon=28, adamw=18),
-    (False, True): Fit(logit=7, per_layer=14, once=113, recomputed=6, cast=0, muon=20, adamw=10),
-    (True, False): Fit(logit=17, per_layer=19, once=7, recomputed=19, cast=2, muon=28, adamw=18),
-    (True, True): Fit(logit=2.2, per_layer=19, once=7, recomputed=11, cast=2, muon=20, adamw=10),
+COEFFICIENTS = {  # (cuda, compiled)
+    (False, False): MemoryCoefficients(logit=40, per_layer=22, once=87, recomputed=22, cast=0, muon=28, adamw=18),
+    (False, True): MemoryCoefficients(logit=7, per_layer=14, once=113, recomputed=6, cast=0, muon=20, adamw=10),
+    (True, False): MemoryCoefficients(logit=17, per_layer=19, once=7, recomputed=19, cast=2, muon=28, adamw=18),
+    (True, True): MemoryCoefficients(logit=2.2, per_layer=19, once=7, recomputed=11, cast=2, muon=20, adamw=10),
 }
-CHUNK = {False: 2**23, True: 2**28}  # bytes of a chunk's logits, nanochat/kernels/cross_entropy.py
+CHUNK = {False: 2**23, True: 2**28}  # cuda -> bytes of a chunk's logits: CHUNK_BYTES in nanochat/kernels/cross_entropy.py
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes on one device."""
+class MemoryEstimate:
+    """Bytes on one device, by purpose."""
     weights: int
     gradients: int
-    moments: int
-    update: int       # temporaries of the optimizer
-    activations: int
+    moments: int      # first and second moments of the optimizer
+    update: int       # temporaries of the largest optimizer update
+    activations: int  # kept for the backward pass
     logits: int
 
     @property
@@ -61,53 +62,53 @@ class Plan:
         return self.weights + self.gradients + self.moments + max(self.update, self.activations + self.logits)
 
 
-def plan_memory(shape: GPTConfig, rows: int, how: How) -> Plan:
-    """Memory of a step with micro-batches of `rows`."""
-    counts, fit = param_counts(shape), FITS[how.cuda, how.compiled]
+def estimate_memory(shape: GPTConfig, rows: int, config: MemoryConfig) -> MemoryEstimate:
+    """Estimate the memory of a step with micro-batches of `rows` sequences."""
+    counts, fit = param_counts(shape), COEFFICIENTS[config.cuda, config.compiled]
     tables, matrices = counts["wte"] + counts["value_embeds"], counts["block_matrices"]
-    weights = tables * how.bytes_per_element + (counts["total"] - tables) * 4
-    tokens, matrix = rows * shape.sequence_len, 4 * shape.n_embd**2  # the largest one, of an MLP
-    at_once = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix
-    activations = how.bytes_per_element * tokens * shape.n_embd * (
-        shape.n_layer * (fit.recomputed if how.recompute else fit.per_layer) + fit.once)
+    weights = tables * config.bytes_per_element + (counts["total"] - tables) * 4
+    tokens, matrix = rows * shape.sequence_len, 4 * shape.n_embd**2  # the largest matrix, of an MLP
+    stacked = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix  # elements that Muon updates at once
+    activations = config.bytes_per_element * tokens * shape.n_embd * (
+        shape.n_layer * (fit.recomputed if config.recompute else fit.per_layer) + fit.once)
     logits = fit.logit * tokens * shape.vocab_size
-    if how.chunked_ce:  # a chunk, and the head's gradient in fp32, some three times
-        logits = min(logits, CHUNK[how.cuda] + 12 * counts["lm_head"])
-    return Plan(
+    if config.chunked_ce:  # one chunk, and lm_head's fp32 gradient about three times
+        logits = min(logits, CHUNK[config.cuda] + 12 * counts["lm_head"])
+    return MemoryEstimate(
         weights=weights, gradients=weights,
-        moments=how.momentum_bytes * counts["total"] + 4 * (counts["total"] - matrices),  # AdamW keeps two, Muon one and a vector
-        update=int(4 * max(fit.muon * at_once, fit.adamw * counts["lm_head"])),
+        moments=config.momentum_bytes * counts["total"] + 4 * (counts["total"] - matrices),  # Muon's second moment is a vector
+        update=int(4 * max(fit.muon * stacked, fit.adamw * counts["lm_head"])),
         activations=int(activations + fit.cast * matrices),
         logits=int(logits))
 
 
 def micro_batches(rows: int) -> list[int]:
-    """The micro-batches that can take the place of one of `rows` with the same tokens per step, largest first."""
+    """Micro-batch sizes that divide `rows`, largest first: with gradient accumulation the tokens per step stay the same."""
     return [n for n in range(rows, 0, -1) if rows % n == 0]
 
 
-def largest_fit(shape: GPTConfig, candidates: list[int], available: int, how: How) -> int | None:
-    """The first of the candidates (rows, largest first) whose plan leaves a margin in `available` bytes, or None."""
-    return next((n for n in candidates if plan_memory(shape, n, how).total <= MARGIN * available), None)
+def largest_fit(shape: GPTConfig, candidates: list[int], available: int, config: MemoryConfig) -> int | None:
+    """The first of the candidates (rows, largest first) whose estimate is within MARGIN of `available` bytes, or None."""
+    return next((n for n in candidates if estimate_memory(shape, n, config).total <= MARGIN * available), None)
 
 
-def advice(shape: GPTConfig, rows: int, limit: int, how: How) -> str:
-    """What to do after micro-batches of `rows` did not fit into `limit` bytes: flags that would, by estimate."""
-    def needs(n, how):
-        return gib(plan_memory(shape, n, how).total)
-    have = f"--device-batch-size {rows} needs about {needs(rows, how)}, of {gib(limit)}"
-    thrifty = replace(how, chunked_ce=True, recompute=how.compiled)
-    flags = [flag for flag, off in {"--chunked-ce": not how.chunked_ce,
-                                    "--recompute-activations": how.compiled and not how.recompute}.items() if off]
-    expected = not largest_fit(shape, [rows], limit, how)  # else the memory went to something that no flag saves
-    if flags and expected and largest_fit(shape, [rows], limit, thrifty):
-        return f"{have}. Add {' '.join(flags)}: about {needs(rows, thrifty)}, at a little more time per step."
-    for way, added in ((how, []), (thrifty, flags)):
+def advice(shape: GPTConfig, rows: int, limit: int, config: MemoryConfig) -> str:
+    """Advice after micro-batches of `rows` did not fit in `limit` bytes: the smallest change of flags that fits by estimate."""
+    def needs(n, config):
+        return gib(estimate_memory(shape, n, config).total)
+    have = f"--device-batch-size {rows} needs about {needs(rows, config)}, of {gib(limit)}"
+    saving = replace(config, chunked_ce=True, recompute=config.compiled)
+    flags = [flag for flag, off in {"--chunked-ce": not config.chunked_ce,
+                                    "--recompute-activations": config.compiled and not config.recompute}.items() if off]
+    expected = not largest_fit(shape, [rows], limit, config)  # else something that is not modelled took the memory
+    if flags and expected and largest_fit(shape, [rows], limit, saving):
+        return f"{have}. Add {' '.join(flags)}: about {needs(rows, saving)}, at a little more time per step."
+    for way, added in ((config, []), (saving, flags)):
         if fitting := largest_fit(shape, micro_batches(rows)[1:], limit, way):
             return (f"{have}. Take {' '.join([f'--device-batch-size {fitting}', *added])}: about {needs(fitting, way)}, and the "
                     "result stays the same, as more micro-batches are accumulated (--auto-batch chooses by itself).")
     least = " ".join(["--device-batch-size 1", *flags])
-    return f"{have}, and even {least} about {needs(1, thrifty)}. Shorten --max-seq-len, or lower --depth or --vocab-size."
+    return f"{have}, and even {least} about {needs(1, saving)}. Shorten --max-seq-len, or lower --depth or --vocab-size."
 
 
 def gib(size: int) -> str:
@@ -115,8 +116,10 @@ def gib(size: int) -> str:
 
 
 def host_memory(available: bool) -> int:
-    """Bytes of memory that this process may have: in all, or what is `available` to it now. The least of what the machine,
-    the control group (a container) and `ulimit -v` grant."""
+    """Bytes of main memory that this process may use: in total, or still `available` now.
+
+    The smallest of three limits: the machine's, the control group's (of a container), and `ulimit -v`.
+    """
     limits = []
     try:
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

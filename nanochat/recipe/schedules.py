@@ -1,4 +1,7 @@
-"""Schedules as pure functions of the step, so that they can be plotted, tested and resumed at any point. No torch."""
+"""Schedules of learning rate, momentum and weight decay.
+
+Each is a function of the step alone: a resumed run needs no state for it, and it can be plotted. No torch.
+"""
 
 import math
 
@@ -6,14 +9,17 @@ MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END, MOMENTUM_WARMUP_STEPS = 0.85, 0.97,
 
 
 def _warmdown_progress(step: int, num_iterations: int, warmdown_ratio: float) -> float:
-    """0 until the warm-down starts, then linearly to 1 at `num_iterations`."""
+    """Progress of the warm-down: 0 before it starts, then linear up to 1 at `num_iterations`."""
     length = round(warmdown_ratio * num_iterations)
     return max(0.0, step - (num_iterations - length)) / length if length else 0.0
 
 
-def lr_multiplier(step: int, num_iterations: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65,
-                  final_lr_frac: float = 0.05, warmdown_shape: str = "linear") -> float:
-    """Learning rate as a share of its peak: linear warm-up, flat, then down to `final_lr_frac` (linear or cosine)."""
+def lr_scale(step: int, num_iterations: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65,
+             final_lr_frac: float = 0.05, warmdown_shape: str = "linear") -> float:
+    """Factor of the peak learning rate: linear warm-up to 1, constant, then warm-down to `final_lr_frac`.
+
+    warmdown_ratio: share of the steps that the warm-down takes.   warmdown_shape: `linear` or `cosine`.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = _warmdown_progress(step, num_iterations, warmdown_ratio)
@@ -22,13 +28,13 @@ def lr_multiplier(step: int, num_iterations: int, *, warmup_steps: int = 40, war
 
 
 def muon_momentum(step: int, num_iterations: int, *, warmdown_ratio: float = 0.65) -> float:
-    """Muon's momentum: 0.85 -> 0.97 over the first 400 steps, then -> 0.90 over the warm-down."""
+    """Muon's momentum: linear warm-up from 0.85 to 0.97 over 400 steps, then down to 0.90 over the warm-down."""
     if step < MOMENTUM_WARMUP_STEPS:
         return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * step / MOMENTUM_WARMUP_STEPS
     progress = _warmdown_progress(step, num_iterations, warmdown_ratio)
     return MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * progress
 
 
-def weight_decay_multiplier(step: int, num_iterations: int) -> float:
-    """Muon's weight decay as a share of its start: a half cosine from 1 to 0."""
+def weight_decay_scale(step: int, num_iterations: int) -> float:
+    """Factor of Muon's initial weight decay: a half cosine from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / num_iterations))

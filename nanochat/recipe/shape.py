@@ -1,28 +1,28 @@
-"""The shape of a model and what follows from it by arithmetic alone: windows, parameter counts, FLOPs. No torch.
+"""The shape of a model, and what follows from it by arithmetic: attention windows, parameter counts, FLOPs. No torch.
 
-Counts come from the configuration, never from the modules in place, so they are the same whatever linear class, loss
-or attention a feature has swapped in.
+Everything is counted from the configuration, not from the modules, so the numbers stay the same whatever linear layer, loss or
+attention an optimization has put in place.
 """
 
 from dataclasses import dataclass
 
-VE_GATE_CHANNELS = 12     # the value-embedding gate reads this many channels of the block's input
-SMEAR_GATE_CHANNELS = 24  # the smear gate reads this many channels of the embedding
-VOCAB_MULTIPLE = 64       # the vocabulary is padded to a multiple of this, which matrix units like
-MUON_BATCH = 2**25        # elements of matrices that Muon updates at once, or a matrix if that is larger
-WINDOW_TILE = 128         # short windows are rounded up to a multiple of this, as attention kernels work in tiles
+VE_GATE_CHANNELS = 12     # channels of a block's input that the value-embedding gate reads
+SMEAR_GATE_CHANNELS = 24  # channels of the embedding that the smear gate reads
+VOCAB_MULTIPLE = 64       # the vocabulary is padded to a multiple: tensor cores are slow on odd sizes
+MUON_BATCH = 2**25        # elements: Muon stacks matrices of one shape up to this size, but at least one
+WINDOW_TILE = 128         # short windows are rounded up to a multiple: attention kernels work in tiles
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a model. `window_pattern`: S = a quarter of the context, L = all of it, tiled over layers, last always L."""
-    sequence_len: int = 2048
+    """Shape of a model. The defaults are d12."""
+    sequence_len: int = 2048      # tokens of context in training
     vocab_size: int = 32768
     n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-    window_pattern: str = "SSSL"
+    n_head: int = 6               # query heads
+    n_kv_head: int = 6            # key/value heads; fewer than n_head is grouped-query attention
+    n_embd: int = 768             # width of the residual stream
+    window_pattern: str = "SSSL"  # per layer, repeated: S sees a quarter of the context, L all of it; the last is always L
 
     @property
     def head_dim(self) -> int:
@@ -31,19 +31,19 @@ class GPTConfig:
 
 def shape_of_depth(depth: int, aspect_ratio: int = 64, head_dim: int = 128, *, sequence_len: int = 2048,
                    vocab_size: int = 32768, window_pattern: str = "SSSL") -> GPTConfig:
-    """The model of a depth: width = depth x aspect_ratio, rounded up to whole heads."""
+    """The shape of depth `depth`: width = depth * aspect_ratio, rounded up to a multiple of head_dim."""
     heads = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
                      n_embd=heads * head_dim, window_pattern=window_pattern)
 
 
 def has_value_embedding(layer: int, n_layer: int) -> bool:
-    """Every second layer, counted from the last, which always has one."""
+    """Whether a layer has a value embedding: every second one does, and the last always."""
     return layer % 2 == (n_layer - 1) % 2
 
 
 def window_sizes(config: GPTConfig) -> list[int]:
-    """Per layer, how many earlier tokens a token attends to (besides itself); the whole context for L layers."""
+    """Attention window of each layer: how many tokens before itself a token attends to; `sequence_len` in L layers."""
     short = -(-config.sequence_len // 4 // WINDOW_TILE) * WINDOW_TILE
     sizes = {"S": min(short, config.sequence_len), "L": config.sequence_len}
     pattern = config.window_pattern.upper()
@@ -57,11 +57,11 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def param_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by role: block_matrices, lm_head, wte, value_embeds, scalars, and their total."""
+    """Number of parameters by role: block_matrices, lm_head, wte, value_embeds, scalars, total."""
     n, width, vocab = config.n_layer, config.n_embd, padded_vocab_size(config.vocab_size)
     kv_dim = config.n_kv_head * config.head_dim
     with_ve = sum(has_value_embedding(i, n) for i in range(n))
-    per_block = 2 * width * width + 2 * width * kv_dim + 8 * width * width  # q and proj, k and v, fc and proj
+    per_block = 2 * width * width + 2 * width * kv_dim + 8 * width * width  # c_q and c_proj, c_k and c_v, MLP
     counts = {
         "block_matrices": n * per_block + with_ve * VE_GATE_CHANNELS * config.n_kv_head,
         "lm_head": vocab * width,
@@ -73,16 +73,16 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
 
 
 def scaling_params(config: GPTConfig) -> int:
-    """The parameters that data is scaled with: block matrices and lm_head (tables only look things up)."""
+    """Number of parameters that scaling laws count here: block matrices and lm_head, not the embedding tables."""
     counts = param_counts(config)
     return counts["block_matrices"] + counts["lm_head"]
 
 
 def flops_per_token(config: GPTConfig, causal: bool = False) -> int:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 x heads x head_dim x window for attention.
+    """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * n_head * head_dim * window per layer.
 
-    As is customary (PaLM, arXiv 2204.02311) the masked half of attention is counted too; `causal=True` counts only
-    the keys that a query can see, on average over a row.
+    The masked half of attention is counted too, as is usual (PaLM, arXiv 2204.02311). `causal=True` counts only the keys that
+    a query sees, on average over a sequence.
     """
     def keys(window):
         visible = min(window, config.sequence_len)

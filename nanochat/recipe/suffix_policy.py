@@ -1,27 +1,27 @@
-"""Which suffix of the blocks to train, and when. Pure Python, no torch; training and the bench use it as it is.
+"""Dynamic suffix training: which suffix of the blocks to train in each step. Pure Python, no torch.
 
-A step that trains only the top `a` of `n` blocks runs the others forward only and so saves their backward and update:
+A step that trains only the top `a` of `n` blocks runs the others forward only, and saves their backward pass and update:
 
-    C(a) / C(n) = (always + n F + a B) / (always + n F + n B)     F forward, B backward and update of one block;
+    C(a) / C(n) = (always + n F + a B) / (always + n F + n B)     F: forward of a block; B: its backward and update;
                                                                   always: embedding, head and their optimizer
 
-Which blocks may wait is read off their gradients. A full step now and then, the probe, gives each block's relevance;
-an EMA smooths it, and the smallest top suffix that holds a given share of the sum is trained until the next probe.
-A `dynamic_suffix` run, in order:
+The gradients show which blocks need training. A probe, a full step now and then, measures the relevance of each block; an
+exponential moving average (EMA) smooths it. Until the next probe the smallest suffix is trained that holds a given share of the
+total relevance. The phases of a `dynamic_suffix` run:
 
-    warmup      everything: gradients above zero-initialized projections say nothing yet, so nothing is measured either
-    full        everything, measuring at the probes' cadence, until the freeze gate opens: a step or a share of the run,
-                and on request a stable loss; once open it stays open
-    suffix      with a full step at every probe and refresh. On request these also move the budget, the most layers a
-                suffix may have: up where their loss exceeds the EMA of the earlier ones, down where it falls below it
-    recovery    on request: everything again, at once (`full`) or in three stages that never train less than the suffix
+    warmup      all blocks, without measuring: output projections start at zero, so the gradients above them say nothing yet
+    full        all blocks, measuring relevance at the interval of the probes, until the freeze gate opens: at a step or a share
+                of the run, optionally also not before the loss is stable. Once open it stays open
+    suffix      the chosen suffix, with a full step at every probe and refresh. Optionally these also adapt the budget, the
+                maximum number of blocks in a suffix: up if their loss is above the EMA of earlier ones, down if it is below
+    recovery    optional: all blocks again, at once (`full`) or in three stages that never train less than the suffix
 
-The defaults are those that won at equal time (dev/LOG.md): a fifth of the steps for all blocks, from then on every fourth
-step, the others for the top third or a little more. So no block is ever left for long, and all settle as the learning
-rate falls; a recovery at the end cost more than it gave.
+The defaults are those that won at equal training time (dev/LOG.md): all blocks for a fifth of the steps, then all of them in
+every fourth step and the top third or a little more in the others. So no block is frozen for long, and all of them follow the
+decay of the learning rate; a recovery at the end cost more than it gained.
 
-The policy is asked before a step, `decide(step)`, which changes nothing, and told after it, `observe(step, loss,
-relevance)`. Its whole state is plain JSON, so a resumed run decides as the one that was never killed.
+Call `decide(step)`, which changes nothing, before a step, and `observe(step, loss, relevance)` after it. The whole state is
+plain JSON, so a resumed run decides exactly as an uninterrupted one.
 """
 
 import math
@@ -32,6 +32,10 @@ from statistics import fmean, pstdev
 from nanochat.cli.flags import flag, flag_name
 
 SCHEDULES = ("full_update", "static_suffix", "dynamic_suffix")
+DYNAMIC = {"block_update_schedule": "dynamic_suffix"}  # for `requires`: the flags that have an effect under it
+ADAPT = DYNAMIC | {"dyn_adapt_budget": True}
+STABLE = DYNAMIC | {"dyn_require_stable": True}
+STAGED = DYNAMIC | {"dyn_final_recovery_mode": "staged"}
 
 
 @dataclass
@@ -39,48 +43,52 @@ class SuffixFlags:
     """Dynamic suffix training"""
     block_update_schedule: str = flag("full_update", "which blocks are trained: all of them, always the top "
                                       "--static-active-layers, or a suffix chosen by relevance", choices=SCHEDULES)
-    static_active_layers: int = flag(-1, "blocks that static_suffix trains")
-    dyn_warmup_steps: int = flag(25, "full steps at the start")
-    dyn_probe_every: int = flag(4, "steps between probes: full steps that measure relevance")
-    dyn_refresh_every: int = flag(120, "steps between refreshes, which go before probes; 0 makes none")
-    dyn_relevance_metric: str = flag("grad_ratio", "relevance of a block: ||g|| / ||W||, or the sum of |g p|",
-                                     choices=("grad_ratio", "saliency_abs_gp"))
-    dyn_relevance_ema_decay: float = flag(0.9, "beta of the EMA of relevance over its measurements")
-    dyn_relevance_threshold: float = flag(0.25, "share of the summed relevance that the suffix must hold")
-    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a third of them")
-    dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them")
-    dyn_adapt_budget: bool = flag(False, "let the loss of probes and refreshes move the most blocks to train")
-    dyn_loss_upper: float = flag(1.01, "more blocks where a probe's loss exceeds this multiple of its EMA")
-    dyn_loss_lower: float = flag(0.997, "fewer blocks where a probe's loss is below this multiple of its EMA")
-    dyn_budget_step_up: int = flag(2, "by how many more")
-    dyn_budget_step_down: int = flag(1, "by how many fewer")
-    dyn_loss_ema_decay: float = flag(0.9, "decay of the EMA of the probes' loss")
-    dyn_freeze_start_frac: float = flag(0.2, "share of the steps before which nothing is frozen")
-    dyn_freeze_start_step: int = flag(-1, "step before which nothing is frozen; -1 uses the share")
-    dyn_require_stable: bool = flag(False, "freeze nothing before the loss is stable")
-    dyn_stability_window: int = flag(12, "losses that are looked at for that")
-    dyn_stability_rel_change: float = flag(0.02, "stable: the means of its halves differ by at most this share")
-    dyn_stability_cv: float = flag(0.03, "stable: standard deviation over mean in the window is at most this")
+    static_active_layers: int = flag(-1, "blocks that static_suffix trains", requires={"block_update_schedule": "static_suffix"})
+    dyn_warmup_steps: int = flag(25, "full steps at the start", requires=DYNAMIC)
+    dyn_probe_every: int = flag(4, "steps between probes: full steps that measure relevance", requires=DYNAMIC)
+    dyn_refresh_every: int = flag(120, "steps between refreshes, full steps that replace a probe; 0 is none", requires=DYNAMIC)
+    dyn_relevance_metric: str = flag("grad_ratio", "relevance of a block: |gradient| / |weight|, or sum of |gradient * weight|",
+                                     choices=("grad_ratio", "saliency_abs_gp"), requires=DYNAMIC)
+    dyn_relevance_ema_decay: float = flag(0.9, "decay of the moving average of relevance", requires=DYNAMIC)
+    dyn_relevance_threshold: float = flag(0.25, "share of the total relevance that the suffix must hold", requires=DYNAMIC)
+    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a third of them", requires=DYNAMIC)
+    dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them", requires=DYNAMIC)
+    dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of the probes", requires=DYNAMIC)
+    dyn_loss_upper: float = flag(1.01, "more blocks if a probe's loss exceeds this multiple of its average", requires=ADAPT)
+    dyn_loss_lower: float = flag(0.997, "fewer blocks if a probe's loss is below this multiple of its average", requires=ADAPT)
+    dyn_budget_step_up: int = flag(2, "by how many blocks it rises", requires=ADAPT)
+    dyn_budget_step_down: int = flag(1, "by how many blocks it falls", requires=ADAPT)
+    dyn_loss_ema_decay: float = flag(0.9, "decay of the moving average of a probe's loss", requires=ADAPT)
+    dyn_freeze_start_frac: float = flag(0.2, "share of the steps before which nothing is frozen",
+                                        requires=DYNAMIC | {"dyn_freeze_start_step": -1})
+    dyn_freeze_start_step: int = flag(-1, "step before which nothing is frozen; -1 uses the share", requires=DYNAMIC)
+    dyn_require_stable: bool = flag(False, "freeze nothing before the loss is stable", requires=DYNAMIC)
+    dyn_stability_window: int = flag(12, "number of recent losses that must be stable", requires=STABLE)
+    dyn_stability_rel_change: float = flag(0.02, "stable: the means of both halves differ by at most this share", requires=STABLE)
+    dyn_stability_cv: float = flag(0.03, "stable: standard deviation / mean of the window is at most this", requires=STABLE)
     dyn_final_full_frac: float = flag(-1.0, "share of the steps, at the end, that recover the frozen blocks; -1 is none, or a "
-                                     "tenth if in stages")
-    dyn_final_recovery_mode: str = flag("full", "how: all blocks at once, or in stages", choices=("full", "staged"))
-    dyn_final_recovery_stage1_progress: float = flag(0.34, "share of the recovery at which stage 1 ends")
-    dyn_final_recovery_stage1_layers: int = flag(-1, "blocks trained in stage 1; -1 is a third from min to all")
-    dyn_final_recovery_stage2_progress: float = flag(0.67, "share at which stage 2 ends; then all blocks are trained")
-    dyn_final_recovery_stage2_layers: int = flag(-1, "blocks trained in stage 2; -1 is two thirds from min to all")
+                                     "tenth if in stages", requires=DYNAMIC)
+    dyn_final_recovery_mode: str = flag("full", "recovery: all blocks at once, or in stages", choices=("full", "staged"),
+                                        requires=DYNAMIC)
+    dyn_final_recovery_stage1_progress: float = flag(0.34, "share of the recovery at which stage 1 ends", requires=STAGED)
+    dyn_final_recovery_stage1_layers: int = flag(-1, "blocks trained in stage 1; -1 is a third from min to all", requires=STAGED)
+    dyn_final_recovery_stage2_progress: float = flag(0.67, "share at which stage 2 ends; then all blocks are trained",
+                                                     requires=STAGED)
+    dyn_final_recovery_stage2_layers: int = flag(-1, "blocks trained in stage 2; -1 is two thirds from min to all",
+                                                 requires=STAGED)
 
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """How many blocks are trained at least, at most on suffix steps, and in the stages of recovery."""
-    low: int
-    high: int
-    stage1: int
-    stage2: int
+    """Numbers of trained blocks, with every -1 of the flags replaced."""
+    low: int     # minimum
+    high: int    # maximum in suffix steps
+    stage1: int  # minimum in stage 1 of a staged recovery
+    stage2: int  # and in stage 2
 
 
 def layer_counts(flags: SuffixFlags, n_layer: int) -> LayerCounts:
-    """The flags' counts, with every -1 derived from `n_layer`: 4, 12, 7 and 9 of 12 blocks."""
+    """The counts of the flags; -1 is derived from `n_layer`: 4, 12, 7 and 9 of 12 blocks."""
     def given(count: int, derived: int) -> int:
         return derived if count == -1 else count
 
@@ -93,93 +101,116 @@ def layer_counts(flags: SuffixFlags, n_layer: int) -> LayerCounts:
 
 
 def freeze_start(flags: SuffixFlags, num_steps: int) -> int:
-    """The first step that may leave a block frozen, as far as steps alone decide."""
+    """First step that may freeze blocks, apart from --dyn-require-stable."""
     start = flags.dyn_freeze_start_step
     return max(flags.dyn_warmup_steps, round(flags.dyn_freeze_start_frac * num_steps) if start == -1 else start)
 
 
 def recovery_start(flags: SuffixFlags, num_steps: int) -> int:
-    """The first step of the final recovery; `num_steps` where there is none."""
+    """First step of the final recovery; `num_steps` if there is none."""
     return num_steps - round(recovery_share(flags) * num_steps)
 
 
 def recovery_share(flags: SuffixFlags) -> float:
-    """The share of the steps that the final recovery takes."""
+    """Share of the steps that the final recovery takes."""
     if flags.dyn_final_full_frac == -1:
         return 0.1 if flags.dyn_final_recovery_mode == "staged" else 0.0
     return flags.dyn_final_full_frac
 
 
 def problems(flags: SuffixFlags, n_layer: int, num_steps: int | None) -> list[str]:
-    """Every reason why these flags make no schedule for this model and run, with what to do about it. `num_steps` is None
-    where it is not known yet, which leaves the rules of `step_problems` for later."""
+    """Every reason why these flags are invalid for this model and run, with advice.
+
+    num_steps: None if not known yet; the rules of `step_problems` are then not checked.
+    """
     found = []
-
-    def require(good: bool, name: str, rule: str) -> bool:
-        if not good:
-            found.append(f"{flag_name(name)} {rule}, got {getattr(flags, name)}")
-        return good
-
     for f in fields(flags):
-        choices = f.metadata["choices"]
-        require(not choices or getattr(flags, f.name) in choices, f.name, f"must be one of {', '.join(choices or ())}")
-    if flags.block_update_schedule == "static_suffix":
-        require(1 <= flags.static_active_layers <= n_layer, "static_active_layers",
-                f"must say how many of the {n_layer} blocks static_suffix trains, from 1 to {n_layer}")
+        if (choices := f.metadata["choices"]) and getattr(flags, f.name) not in choices:
+            found += _problem(flags, f.name, f"must be one of {', '.join(choices)}")
+    if flags.block_update_schedule == "static_suffix" and not 1 <= flags.static_active_layers <= n_layer:
+        found += _problem(flags, "static_active_layers",
+                          f"must say how many of the {n_layer} blocks static_suffix trains, from 1 to {n_layer}")
     if found or flags.block_update_schedule != "dynamic_suffix":
-        return found  # the --dyn-* flags may stay set while another schedule is tried
+        return found
+    found = _number_problems(flags) + _block_problems(flags, n_layer) + _option_problems(flags)
+    if not found and num_steps is None and flags.dyn_freeze_start_step == -1:
+        recovery = recovery_share(flags)
+        if flags.dyn_freeze_start_frac + recovery >= 1:
+            found = _problem(flags, "dyn_freeze_start_frac", "leaves no step to train a suffix in, as recovery takes "
+                             f"{recovery:g} of the steps: lower one of the shares")
+    return found if found or num_steps is None else step_problems(flags, num_steps)
 
-    require(flags.dyn_warmup_steps >= 0, "dyn_warmup_steps", "must be at least 0")
-    require(flags.dyn_probe_every >= 1, "dyn_probe_every", "must be at least 1: only probes tell what is relevant")
-    require(flags.dyn_refresh_every >= 0, "dyn_refresh_every", "must be at least 1, or 0 for no refreshes")
-    require(0 < flags.dyn_relevance_threshold <= 1, "dyn_relevance_threshold", "must be above 0 and at most 1")
-    for name in ("dyn_relevance_ema_decay", "dyn_loss_ema_decay"):
-        require(0 <= getattr(flags, name) < 1, name, "must be at least 0 and below 1: at 1 the first value would stay")
-    require(flags.dyn_freeze_start_step >= -1, "dyn_freeze_start_step",
-            "must be a step, or -1 to use --dyn-freeze-start-frac")
-    require(0 <= flags.dyn_freeze_start_frac < 1, "dyn_freeze_start_frac", "must be at least 0 and below 1")
-    require(flags.dyn_final_full_frac == -1 or 0 <= flags.dyn_final_full_frac < 1, "dyn_final_full_frac",
-            "must be at least 0 and below 1, or -1 to derive it")
 
+def _problem(flags: SuffixFlags, name: str, rule: str) -> list[str]:
+    return [f"{flag_name(name)} {rule}, got {getattr(flags, name)}"]
+
+
+def _number_problems(flags: SuffixFlags) -> list[str]:
+    """Single numbers of a dynamic suffix that are out of range."""
+    decay = "must be at least 0 and below 1: at 1 the first value would stay"
+    rules = (  # (is valid, name, rule)
+        (flags.dyn_warmup_steps >= 0, "dyn_warmup_steps", "must be at least 0"),
+        (flags.dyn_probe_every >= 1, "dyn_probe_every", "must be at least 1: only probes measure relevance"),
+        (flags.dyn_refresh_every >= 0, "dyn_refresh_every", "must be at least 1, or 0 for no refreshes"),
+        (0 < flags.dyn_relevance_threshold <= 1, "dyn_relevance_threshold", "must be above 0 and at most 1"),
+        (0 <= flags.dyn_relevance_ema_decay < 1, "dyn_relevance_ema_decay", decay),
+        (0 <= flags.dyn_loss_ema_decay < 1, "dyn_loss_ema_decay", decay),
+        (flags.dyn_freeze_start_step >= -1, "dyn_freeze_start_step", "must be a step, or -1 to use --dyn-freeze-start-frac"),
+        (0 <= flags.dyn_freeze_start_frac < 1, "dyn_freeze_start_frac", "must be at least 0 and below 1"),
+        (flags.dyn_final_full_frac == -1 or 0 <= flags.dyn_final_full_frac < 1, "dyn_final_full_frac",
+         "must be at least 0 and below 1, or -1 to derive it"),
+    )
+    return [problem for valid, name, rule in rules if not valid for problem in _problem(flags, name, rule)]
+
+
+def _block_problems(flags: SuffixFlags, n_layer: int) -> list[str]:
+    """Numbers of blocks that are out of range or in the wrong order, and the stages of a recovery."""
     staged, counts = flags.dyn_final_recovery_mode == "staged", layer_counts(flags, n_layer)
     names = ["dyn_min_active_layers", "dyn_max_active_layers"]
     names += ["dyn_final_recovery_stage1_layers", "dyn_final_recovery_stage2_layers"] if staged else []
-    possible = [require(getattr(flags, name) in (-1, *range(1, n_layer + 1)), name,
-                        f"must be from 1 to {n_layer}, the number of blocks, or -1 to derive it") for name in names]
-    if all(possible) and counts.low > counts.high:
+    found = [problem for name in names if getattr(flags, name) not in (-1, *range(1, n_layer + 1))
+             for problem in _problem(flags, name, f"must be from 1 to {n_layer}, the number of blocks, or -1 to derive it")]
+    in_range = not found
+    if in_range and counts.low > counts.high:
         found.append(f"--dyn-min-active-layers ({counts.low}) is above --dyn-max-active-layers ({counts.high}): "
                      "lower the first or raise the second")
-    if staged:
-        if all(possible) and not counts.low <= counts.stage1 <= counts.stage2:
-            found.append("staged recovery needs stages that grow: --dyn-min-active-layers <= "
-                         "--dyn-final-recovery-stage1-layers <= --dyn-final-recovery-stage2-layers, "
-                         f"got {counts.low}, {counts.stage1}, {counts.stage2}")
-        first, second = flags.dyn_final_recovery_stage1_progress, flags.dyn_final_recovery_stage2_progress
-        if not 0 < first < second <= 1:
-            found.append("staged recovery needs 0 < --dyn-final-recovery-stage1-progress < "
-                         f"--dyn-final-recovery-stage2-progress <= 1, got {first} and {second}")
-        require(flags.dyn_final_full_frac != 0, "dyn_final_full_frac",
-                "must be above 0 for --dyn-final-recovery-mode staged: that is the part of the run it stages")
+    if not staged:
+        return found
+    if in_range and not counts.low <= counts.stage1 <= counts.stage2:
+        found.append("staged recovery needs stages that grow: --dyn-min-active-layers <= "
+                     "--dyn-final-recovery-stage1-layers <= --dyn-final-recovery-stage2-layers, "
+                     f"got {counts.low}, {counts.stage1}, {counts.stage2}")
+    first, second = flags.dyn_final_recovery_stage1_progress, flags.dyn_final_recovery_stage2_progress
+    if not 0 < first < second <= 1:
+        found.append("staged recovery needs 0 < --dyn-final-recovery-stage1-progress < "
+                     f"--dyn-final-recovery-stage2-progress <= 1, got {first} and {second}")
+    if flags.dyn_final_full_frac == 0:
+        found += _problem(flags, "dyn_final_full_frac",
+                          "must be above 0 for --dyn-final-recovery-mode staged: it is the share of steps in stages")
+    return found
+
+
+def _option_problems(flags: SuffixFlags) -> list[str]:
+    """Invalid numbers of --dyn-adapt-budget and --dyn-require-stable."""
+    found = []
     if flags.dyn_adapt_budget:
         if not 0 < flags.dyn_loss_lower < flags.dyn_loss_upper:
             found.append("--dyn-adapt-budget needs 0 < --dyn-loss-lower < --dyn-loss-upper, for example 0.997 and "
                          f"1.01, got {flags.dyn_loss_lower} and {flags.dyn_loss_upper}")
         for name in ("dyn_budget_step_up", "dyn_budget_step_down"):
-            require(getattr(flags, name) >= 1, name,
-                    "must be at least 1 block; leave out --dyn-adapt-budget to keep the budget")
+            if getattr(flags, name) < 1:
+                found += _problem(flags, name, "must be at least 1 block; leave out --dyn-adapt-budget to keep the budget")
     if flags.dyn_require_stable:
-        require(flags.dyn_stability_window >= 2, "dyn_stability_window", "must be at least 2: its halves are compared")
+        if flags.dyn_stability_window < 2:
+            found += _problem(flags, "dyn_stability_window", "must be at least 2: its halves are compared")
         for name in ("dyn_stability_rel_change", "dyn_stability_cv"):
-            require(getattr(flags, name) > 0, name, "must be above 0, or no loss is stable")
-    if not found and num_steps is None and flags.dyn_freeze_start_step == -1:
-        recovery = recovery_share(flags)
-        require(flags.dyn_freeze_start_frac + recovery < 1, "dyn_freeze_start_frac",
-                f"leaves no step to train a suffix in, as recovery takes {recovery:g} of the steps: lower one of the shares")
-    return found if found or num_steps is None else step_problems(flags, num_steps)
+            if not getattr(flags, name) > 0:
+                found += _problem(flags, name, "must be above 0, or no loss is stable")
+    return found
 
 
 def step_problems(flags: SuffixFlags, num_steps: int) -> list[str]:
-    """The reasons that depend on the number of steps, for flags that are right by themselves."""
+    """The problems that depend on the number of steps, for flags that are otherwise valid."""
     start, end = freeze_start(flags, num_steps), recovery_start(flags, num_steps)
     if start >= end:
         return [f"no step is left to train a suffix in: freezing starts at step {start} and recovery at {end} of "
@@ -192,11 +223,11 @@ def step_problems(flags: SuffixFlags, num_steps: int) -> list[str]:
 
 
 def choose_suffix(relevance: list[float], threshold: float, low: int, high: int) -> int:
-    """The fewest top blocks that hold the share `threshold` of all relevance, but at least `low` and at most `high`.
+    """Length of the smallest suffix with the share `threshold` of the total relevance, limited to [low, high].
 
-    Where no block has any relevance nothing tells them apart, and `high` are trained.
+    If the total is zero, no block is preferred and the result is `high`.
     """
-    held = list(accumulate(reversed(relevance)))  # held[k-1]: relevance of the top k blocks
+    held = list(accumulate(reversed(relevance)))  # held[k-1]: total relevance of the top k blocks
     if held[-1] <= 0:
         return high
     enough = next(k for k, share in enumerate(held, start=1) if share >= threshold * held[-1])
@@ -204,7 +235,7 @@ def choose_suffix(relevance: list[float], threshold: float, low: int, high: int)
 
 
 def is_stable(losses: list[float], rel_change: float, cv: float) -> bool:
-    """Whether the mean hardly moves from the first half of `losses` to the second, and they scatter little."""
+    """Whether the means of the two halves differ by at most the share `rel_change`, and std / mean is at most `cv`."""
     middle = len(losses) // 2
     before, after = fmean(losses[:middle]), fmean(losses[middle:])
     return abs(after - before) <= rel_change * abs(before) and pstdev(losses) <= cv * abs(fmean(losses))
@@ -212,14 +243,14 @@ def is_stable(losses: list[float], rel_change: float, cv: float) -> bool:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one optimizer step trains: blocks [active_start, n)."""
+    """What to train in one optimizer step: blocks [active_start, n)."""
     active_start: int
     kind: str              # full, warmup, probe, refresh, suffix or recovery: `step_kind` in metrics.jsonl
-    needs_relevance: bool  # whether `observe` wants every block's relevance after this step's backward
+    needs_relevance: bool  # whether to measure the relevance of every block after the backward pass, for `observe`
 
 
 class SuffixPolicy:
-    """Decides for every step of one run; see the top of this file for the rules."""
+    """The decisions for the steps of one run, by the rules at the top of this file. Raises: ValueError for invalid flags."""
 
     STATE = ("relevance", "probe_loss", "budget", "losses", "freeze_step")
 
@@ -231,14 +262,14 @@ class SuffixPolicy:
         self.freeze_start, self.recovery_start = freeze_start(flags, num_steps), recovery_start(flags, num_steps)
         self.recovery_steps = num_steps - self.recovery_start
 
-        self.relevance: list[float] | None = None  # EMA, a value for each block; None before the first measurement
-        self.probe_loss: float | None = None       # EMA over probes and refreshes
-        self.budget = self.counts.high             # the most blocks that a suffix may have now
-        self.losses: list[float] = []              # the stability window; no longer fed once the gate is open
-        self.freeze_step = None if flags.dyn_require_stable else self.freeze_start  # the first step behind the gate
+        self.relevance: list[float] | None = None  # EMA, one value per block; None before the first measurement
+        self.probe_loss: float | None = None       # EMA of the loss of probes and refreshes
+        self.budget = self.counts.high             # current maximum of blocks in a suffix
+        self.losses: list[float] = []              # the stability window; not updated once the gate is open
+        self.freeze_step = None if flags.dyn_require_stable else self.freeze_start  # first step with the freeze gate open
 
     def decide(self, step: int) -> Decision:
-        """What to train at `step`. Asking changes nothing."""
+        """Decide what to train at `step`. Changes no state."""
         flags = self.flags
         if flags.block_update_schedule == "full_update":
             return Decision(0, "full", False)
@@ -254,10 +285,9 @@ class SuffixPolicy:
         return self._suffix(step, self.counts.low, "suffix")
 
     def observe(self, step: int, loss: float, relevance: list[float] | None = None) -> None:
-        """Take in the training loss of `step` and, where it was asked for, the relevance of every block.
+        """Update the state with the training loss of `step` and, if it was measured, the relevance of every block.
 
-        Values that are not finite say nothing about the blocks: they are left out, and a loss that is not finite
-        empties the stability window.
+        Values that are not finite are ignored, except that such a loss empties the stability window.
         """
         flags = self.flags
         if flags.block_update_schedule != "dynamic_suffix":
@@ -281,7 +311,7 @@ class SuffixPolicy:
             setattr(self, name, state[name])
 
     def _suffix(self, step: int, at_least: int, kind: str) -> Decision:
-        """A refresh or a probe where one is due (and always before the first measurement), else the chosen suffix."""
+        """A refresh or probe if one is due, or nothing was measured yet; else the chosen suffix, of `at_least` blocks."""
         flags = self.flags
         if flags.dyn_refresh_every and step % flags.dyn_refresh_every == 0:
             return Decision(0, "refresh", True)
@@ -291,7 +321,7 @@ class SuffixPolicy:
         return Decision(self.n_layer - max(chosen, at_least), kind, False)
 
     def _recovery_layers(self, step: int) -> int:
-        """How many blocks this step of the recovery trains at least; all where none was ever frozen."""
+        """Minimum of trained blocks in this step of the recovery; all if none was ever frozen."""
         flags, progress = self.flags, (step - self.recovery_start) / max(1, self.recovery_steps)
         if flags.dyn_final_recovery_mode == "full" or self.freeze_step is None:
             return self.n_layer
@@ -300,7 +330,7 @@ class SuffixPolicy:
         return self.counts.stage2 if progress < flags.dyn_final_recovery_stage2_progress else self.n_layer
 
     def _adapt_budget(self, loss: float) -> None:
-        """Compare a probe's loss with the EMA of the probes before it, move the budget, and take it into the EMA."""
+        """Adapt the budget by comparing the loss of a probe with the EMA of earlier ones, then update the EMA."""
         flags = self.flags
         if self.probe_loss is None:
             self.probe_loss = loss
@@ -312,7 +342,7 @@ class SuffixPolicy:
         self.probe_loss = ema(self.probe_loss, loss, flags.dyn_loss_ema_decay)
 
     def _watch_stability(self, step: int, loss: float) -> None:
-        """Open the freeze gate for the next step if the loss is stable. It does not open during recovery."""
+        """Open the freeze gate for the next step if the loss is stable, but not during recovery."""
         flags = self.flags
         window = flags.dyn_stability_window
         self.losses = [*self.losses, loss][-window:] if math.isfinite(loss) else []
@@ -323,20 +353,21 @@ class SuffixPolicy:
 
 
 def ema(old: float, new: float, decay: float) -> float:
+    """One update of an exponential moving average."""
     return decay * old + (1 - decay) * new
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost of a step in one unit, seconds or FLOPs. A backward of 2 forwards is the reference's guess: measure it."""
-    forward_block: float = 1.0   # a block's forward, paid frozen or not
-    backward_block: float = 2.0  # a block's backward and update, saved while it is frozen
-    always: float = 0.0          # per step: embedding, head, loss and their optimizer
+    """Cost of a step, in seconds or FLOPs. The default, backward = 2 forwards, is only a guess: measure it."""
+    forward_block: float = 1.0   # forward of a block, frozen or not
+    backward_block: float = 2.0  # backward and update of a block, saved while it is frozen
+    always: float = 0.0          # the rest of a step: embedding, head, loss and their optimizer
 
     def step(self, active_layers: float, n_layer: int) -> float:
         return self.always + n_layer * self.forward_block + active_layers * self.backward_block
 
 
 def predicted_speedup(active_layers: list[int], n_layer: int, cost: CostModel) -> float:
-    """How much faster than full training the steps are that trained these numbers of blocks."""
+    """Speed-up over full training of steps that trained these numbers of blocks."""
     return len(active_layers) * cost.step(n_layer, n_layer) / sum(cost.step(a, n_layer) for a in active_layers)

@@ -1,4 +1,4 @@
-"""Time that is what it says: training, evaluation and compilation apart, on the device's own clock."""
+"""Time spent on training, evaluation and compilation, measured apart and on the device's own clock."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ def compile_seconds() -> float:
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step, compilation left out, and of its parts summed over the micro-batches, where they are known."""
+    """Seconds of one step without compilation, and of its parts over all micro-batches, where they are known."""
     total: float
     forward: float | None = None
     backward: float | None = None
@@ -48,11 +48,11 @@ class Clock:
         compiled = compile_seconds() - compiled
         self.compile += compiled
 
-        def settled() -> StepTime:
+        def wait() -> StepTime:
             total = max(seconds_between(marks[0][1], marks[-1][1]) - compiled, 1e-9)
             self.train += total
             return StepTime(total, **(laps(marks[:-1]) if not compiled and self.device.type != "mps" else {}))
-        self.last = settled
+        self.last = wait
 
     def _wait(self) -> None:
         if self.device.type != "cuda":

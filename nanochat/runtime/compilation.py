@@ -1,75 +1,99 @@
-"""torch.compile without its surprises: no step runs uncompiled unsaid, and none waits for a compiler while it is timed.
+"""torch.compile without its surprises: no step runs uncompiled unnoticed, and no timed step waits for the compiler.
 
-Torch compiles when a function is first called, and its backward when that is first needed. What differs in a Python
-value, `active_start` say, is a graph of its own; at the ninth, torch goes on uncompiled with no more than a warning. So
-here each variant of the forward is rehearsed once before it is trained with, forward and backward: its graphs are then
-made, or found not to be possible, in which case this one variant runs uncompiled and the run says so.
+torch compiles a function when it is first called, and its backward when that is first needed. Each value of a Python argument,
+of `active_start` for example, makes a graph of its own; from the ninth on, torch runs uncompiled with only a warning. So here
+each variant of the forward is warmed up once before a step uses it, forward and backward. If its graphs cannot be made, this
+one variant runs uncompiled and the run says so.
 
-A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so
-that a dozen serve any depth and every `active_start`. On a CPU parts are 1-2 % slower, and a d12 start takes 39 s of
-compiling instead of 75, from a warm cache 5 instead of 13 (dev/LOG.md).
+A model is compiled whole, which fuses best, or in parts: embedding, blocks and loss. Blocks of a kind share graphs, so that a
+dozen graphs serve any depth and every `active_start`. On a CPU, steps in parts take 1-2 % longer, and a d12 model compiles in
+39 s instead of 75, from a warm cache in 5 instead of 13 (dev/LOG.md).
 
-What the forward pass keeps for the backward one is the compiler's choice. By default it keeps all that a product of the
-backward pass reads; of a model with `recompute_activations` only what cannot be had again without one.
+The compiler chooses what the forward pass keeps for the backward pass. By default it keeps everything that a matrix product of
+the backward pass reads. With `recompute_activations` it keeps less and computes norms, rotary positions and squared ReLUs again
+there, but no product and no attention: selective activation checkpointing (arXiv 2205.05198).
 """
+
+import os
 
 import torch
 
-from nanochat.common import print0
+from nanochat.common import print0, resolve
 from nanochat.runtime.toolchain import cause_of, prepare_compiler, reason
 
 RECOMPILE_LIMIT = 64  # graphs per function, where torch's default is 8
 
 
 class CompiledModel:
-    """A GPT to train with: called like the model, compiled `whole` or in parts. The model itself stays as it was to
-    whoever calls it under the stance `force_eager`, as evaluation does."""
+    """A GPT compiled for training, called like the model itself: `(x, y, **forward_args) -> loss`.
 
-    def __init__(self, model, whole: bool, backend: str = "inductor"):
-        self.model = model
+    whole: one graph per variant; otherwise in parts. The model is unchanged for whoever calls it under the stance `force_eager`,
+    as evaluation does.
+    recompute_activations: see the top of this file.
+    compiled_variants: for each set of forward_args that was warmed up, whether its graphs could be made.
+    """
+
+    def __init__(self, model, whole: bool, backend: str = "inductor", recompute_activations: bool = False):
+        self.model, self.recompute_activations = model, recompute_activations
         self.forward = (compile_whole if whole else compile_parts)(model, backend)
-        self.works: dict[tuple, bool] = {}  # variants that were rehearsed, and whether their graphs could be made
+        self.compiled_variants: dict[tuple, bool] = {}
 
-    def rehearsed(self, options: dict) -> bool:
-        """Whether `rehearse` has seen these options."""
-        return tuple(sorted(options.items())) in self.works
+    def is_warmed_up(self, forward_args: dict) -> bool:
+        return _variant(forward_args) in self.compiled_variants
 
-    def rehearse(self, x: torch.Tensor, y: torch.Tensor, **options) -> None:
-        """Make the graphs of forward(x, y, **options) and its backward, the first time these options are seen."""
-        if self.rehearsed(options):
+    def warm_up(self, x: torch.Tensor, y: torch.Tensor, **forward_args) -> None:
+        """Compile forward(x, y, **forward_args) and its backward, the first time these forward_args are seen.
+
+        x, y: (B, T) int64, of the micro-batch's shape. Raises: torch.OutOfMemoryError.
+        """
+        if self.is_warmed_up(forward_args):
             return
-        variant = tuple(sorted(options.items()))
+        variant = _variant(forward_args)
         try:
-            with torch._functorch.config.patch(ban_recompute_materialized_backward=not self.model.recompute_activations):
-                self.forward(x, y, **options).backward()
-            self.works[variant] = True
-        except Exception as e:  # whatever a compiler raises
+            with torch._functorch.config.patch(ban_recompute_materialized_backward=not self.recompute_activations):
+                self.forward(x, y, **forward_args).backward()
+            self.compiled_variants[variant] = True
+        except Exception as e:  # a compiler may raise anything
             if isinstance(cause_of(e), torch.OutOfMemoryError):
                 raise cause_of(e) from None
-            self.works[variant] = False
+            self.compiled_variants[variant] = False
             which = ", ".join(f"{name}={value}" for name, value in variant) or "the model"
             print0(f"{which} could not be compiled and trains uncompiled, slower: {reason(e)}")
         self.model.zero_grad(set_to_none=True)
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, **options) -> torch.Tensor:
-        if self.works[tuple(sorted(options.items()))]:
-            return self.forward(x, y, **options)
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, **forward_args) -> torch.Tensor:
+        if self.compiled_variants[_variant(forward_args)]:
+            return self.forward(x, y, **forward_args)
         with torch.compiler.set_stance("force_eager"):
-            return self.model(x, y, **options)
+            return self.model(x, y, **forward_args)
 
     @property
     def eager_fallbacks(self) -> int:
-        return list(self.works.values()).count(False)
+        """How many variants could not be compiled."""
+        return list(self.compiled_variants.values()).count(False)
 
 
-def compiler_works(device: torch.device) -> str | None:
-    """None where torch.compile works on the device, else the reason and what to do. Tried, as it needs a C++ compiler or
-    Triton."""
+def _variant(forward_args: dict) -> tuple:
+    return tuple(sorted(forward_args.items()))
+
+
+def compile_unavailable_reason(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used on the device, with what to do; None where it can. Found by compiling a small function:
+    it needs a C++ compiler or Triton."""
     try:
         prepare_compiler()
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as e:  # whatever a missing or broken tool chain raises
+    except Exception as e:  # a missing or broken tool chain may raise anything
         return reason(e)
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keep compiled graphs in this folder (--compile-cache-dir). By default torch keeps them under the temporary directory, which
+    a reboot empties, and which containers and rented machines find empty every time."""
+    if folder:
+        path = resolve(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
 
 
 def compile_whole(model, backend: str = "inductor"):

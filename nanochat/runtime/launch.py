@@ -1,7 +1,7 @@
-"""torchrun for programs that start others: `python -m nanochat.runtime.launch --nproc_per_node=2 -m scripts.base_train ...`
+"""torchrun without a traceback of its own: `python -m nanochat.runtime.launch --nproc_per_node=2 -m scripts.base_train ...`
 
-The same launcher with the same flags, but when a process fails it ends with that process's exit status, and without a
-traceback of its own: what was wrong has been said by the process.
+The flags are torchrun's. When a process fails, the launcher ends with that process's exit status and prints nothing: the process
+has printed what was wrong.
 """
 
 import logging

@@ -1,7 +1,7 @@
-"""The random number generators that a process may draw from, as JSON: torch's on the host and the device, Python's, numpy's.
+"""The states of all random number generators of a process, as JSON: torch's on the host and the device, Python's, numpy's.
 
-Training itself draws nothing after initialization: a batch is a function of (seed, step, rank). Rooms may, and their
-draws must go on after a resume where they were.
+Training itself draws no random numbers after initialization: a batch is a function of (seed, step, rank). Features may draw
+some; after a resume they must draw those that would have come next.
 """
 
 import base64

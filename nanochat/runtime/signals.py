@@ -1,11 +1,12 @@
-"""Being told to stop: Ctrl-C (SIGINT), SIGTERM, a terminal that closes (SIGHUP).
+"""Signals that ask a run to stop: Ctrl-C (SIGINT), SIGTERM, and SIGHUP of a terminal that closes.
 
-The first signal is a wish, which the training loop grants at the next moment that leaves an exact resume: after the step.
-Where nothing would be lost, in an evaluation say, it is raised at once. The second signal ends the process on the spot; a
-checkpoint is written beside and renamed, so the one before it is whole. Exit status: 128 + the signal's number, as in a shell.
+The first signal asks for a stop: the training loop stops after the step, from where a resume is exact. Where nothing would be
+lost, in an evaluation for example, the signal is raised at once as `Interrupted`. The second signal ends the process on the
+spot: a checkpoint is written under another name and renamed, so the one before it is whole. The exit status is 128 + the
+signal's number, as in a shell.
 
-Under torchrun every rank gets the signal, but each in another moment. A rank that stopped by itself would leave the others
-waiting in a collective. So the wish travels with the loss, which all ranks reduce at each step and read at the same step.
+Under torchrun every rank gets the signal, but each at another moment. A rank that stopped by itself would leave the others
+waiting in a collective. So the signal's number is reduced over the ranks together with the loss: all learn of it at one step.
 """
 
 import os
@@ -16,11 +17,11 @@ import time
 from contextlib import contextmanager
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-ONE_WISH = 0.5  # seconds within which signals count as one: `timeout` and some launchers send theirs twice
+DEBOUNCE_SECONDS = 0.5  # signals this close together count as one: `timeout` and some launchers send theirs twice
 
 
 class Interrupted(BaseException):
-    """The run was told to stop by this signal. Like KeyboardInterrupt no Exception, so that nothing takes it for a failure."""
+    """The run was stopped by a signal. Like KeyboardInterrupt it is no Exception, so that no handler takes it for a failure."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -28,29 +29,31 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """The signals that this process got, from `with signals.caught()` on. A signal that was ignored before, by nohup say,
-    stays so."""
+    """The signals that this process got inside `with signals.install_handlers()`.
+
+    received: the number of the first one, 0 before that. A signal that was ignored before, by nohup for example, stays ignored.
+    """
 
     def __init__(self):
-        self.received, self.when, self.raising = 0, 0.0, False  # received: the first signal's number
+        self.received, self.when, self.raising = 0, 0.0, False
 
     @contextmanager
-    def caught(self):
-        """Take note of signals instead of dying of them. Only a process's main thread can; in others nothing changes."""
+    def install_handlers(self):
+        """Record signals instead of ending the process. Only in a process's main thread; in others nothing changes."""
         wanted = SIGNALS if threading.current_thread() is threading.main_thread() else []
         before = {s: signal.getsignal(s) for s in wanted}
-        caught = [s for s, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-        for s in caught:
+        handled = [s for s, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for s in handled:
             signal.signal(s, self._handle)
         try:
             yield
         finally:
-            for s in caught:
+            for s in handled:
                 signal.signal(s, before[s])
 
     @contextmanager
-    def raised(self, wanted: bool = True):
-        """Inside, a signal is raised as Interrupted wherever it comes, if `wanted`."""
+    def raise_immediately(self, wanted: bool = True):
+        """Inside, if `wanted`, a signal raises Interrupted at whatever line it comes."""
         if wanted and self.received:
             raise Interrupted(self.received)
         self.raising = wanted
@@ -66,12 +69,12 @@ class Signals:
                 _forget_terminal()
             if self.raising:
                 raise Interrupted(signum)
-        elif time.monotonic() - self.when > ONE_WISH:
+        elif time.monotonic() - self.when > DEBOUNCE_SECONDS:
             os._exit(128 + signum)
 
 
 def _forget_terminal() -> None:
-    """Let what is printed to a terminal that is gone go nowhere, instead of failing."""
+    """Send what is printed to a closed terminal to /dev/null, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if stream.isatty():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

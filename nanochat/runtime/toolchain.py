@@ -1,7 +1,8 @@
-"""The C++ compiler behind torch.compile and our own kernels: files where it can write, paths it can take, and why it fails.
+"""The C++ compiler behind torch.compile and our own kernels: folders that it can write in, paths that it can take, and the reason
+when it fails.
 
-Where a compiler fails, the user is told its own first error and what to do. Torch joins the words of the C++ compiler's
-command with spaces and splits them again, so a path with a space in it falls apart; such paths it is given as links.
+When a compiler fails, the user sees its own first error and what to do about it. torch joins the words of the C++ compiler's
+command with spaces and splits them again, so a path with a space in it would fall apart; such paths are replaced by links.
 A cache folder that cannot be used is replaced as soon as this module is imported, before anything loads torch's compiler.
 """
 
@@ -31,7 +32,7 @@ WHAT_TO_DO = {  # by what is found in a compiler's output or in an error of the 
 
 
 def prepare_compiler() -> None:
-    """What torch's compiler needs to work here: files where it can write, at paths that its commands can hold."""
+    """Give torch's compiler a cache folder that it can write in, and paths that its commands can hold."""
     use_writable_cache_folder()
     folder = os.environ[CACHE_FOLDER]
     if (link := path_for_commands(folder)) != folder:
@@ -40,20 +41,20 @@ def prepare_compiler() -> None:
     from torch._inductor import config
     from torch.utils import cpp_extension
     headers = default_cache_folder()  # where compiled headers go, whatever the cache folder is; openssl takes their checksum
-    if not fits_commands(headers) or why_not_writable(headers) or not shutil.which("openssl"):
+    if not fits_commands(headers) or unwritable_reason(headers) or not shutil.which("openssl"):
         config.cpp_cache_precompile_headers = False
     cpp_extension._TORCH_PATH = path_for_commands(cpp_extension._TORCH_PATH)
     cpp_extension.TORCH_LIB_PATH = os.path.join(cpp_extension._TORCH_PATH, "lib")
 
 
 def use_writable_cache_folder() -> None:
-    """Name a folder for torch to keep compiled graphs in that works. Without one even eager training ends with an error, as
-    torch makes it when it loads its compiler."""
+    """Choose a cache folder for compiled graphs that works. Without one even eager training would fail, as torch makes the folder
+    when it loads its compiler."""
     folder = os.path.abspath(os.environ.get(CACHE_FOLDER) or default_cache_folder())
-    if trouble := why_not_writable(folder):
+    if trouble := unwritable_reason(folder):
         default = default_cache_folder()
         # where all are full the folder stays: what cannot be compiled says why
-        instead = default if not why_not_writable(default) else folder if os.path.isdir(folder) else tempfile.mkdtemp()
+        instead = default if not unwritable_reason(default) else folder if os.path.isdir(folder) else tempfile.mkdtemp()
         if instead != folder:
             print0(f"the compiler's cache folder {folder} cannot be used ({trouble}): taking {instead}. "
                    f"Set {CACHE_FOLDER} to a folder that you can write to")
@@ -62,7 +63,7 @@ def use_writable_cache_folder() -> None:
 
 
 def default_cache_folder() -> str:
-    """As torch names it; to ask torch loads its compiler, which makes the folder."""
+    """The folder that torch would take. Asking torch would load its compiler, which makes the folder."""
     try:
         user = getpass.getuser()
     except (KeyError, ImportError, OSError):
@@ -75,7 +76,7 @@ def default_cache_folder() -> str:
 
 
 @functools.cache
-def why_not_writable(folder: str) -> str | None:
+def unwritable_reason(folder: str) -> str | None:
     """Why files cannot be written into a folder, which is made if missing; None where they can."""
     try:
         os.makedirs(folder, exist_ok=True)
@@ -86,13 +87,13 @@ def why_not_writable(folder: str) -> str | None:
 
 
 def fits_commands(path: str) -> bool:
-    """Whether a path is still one word after its command was split into words."""
+    """Whether a path stays one word when a command is split into words."""
     return os.name != "posix" or not re.search(r"""[\s'"\\]""", path)
 
 
 def path_for_commands(path: str) -> str:
-    """The path, or that of a link to it, made if there is none yet, where a command cannot hold the path. The same link each
-    time, as what was compiled is found again by its command."""
+    """The path, or, where a command cannot hold it, the path of a link to it, which is made if missing. It is the same link each
+    time: compiled files are found again by the command that made them."""
     if fits_commands(path):
         return path
     name = f"nanochat-{os.getuid()}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"

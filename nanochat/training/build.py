@@ -1,388 +1,154 @@
-"""How a run comes to be: from flags to text, model, optimizer, loader and, when resuming, to where it was."""
+"""From flags to a run that is ready to train: text, plan, model, optimizer, loader, records; or a checkpoint taken over."""
 
-import json
-import platform
-import shlex
-import shutil
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from nanochat.checkpoint_manager import (
-    CheckpointWriter,
-    build_model,
-    check_room,
-    check_tokenizer,
-    checkpoint_bytes,
-    finish_what_was_killed,
-    load_checkpoint,
-    load_weights,
-    set_aside_later,
-)
-from nanochat.cli.paths import list_steps, located, portable, runs_dir, step_dir, writable_base_dir
-from nanochat.common import UserError, get_base_dir, is_main_rank, print0, resolve
+from nanochat.checkpoint_manager import build_model
+from nanochat.cli.paths import located, runs_dir, writable_base_dir
+from nanochat.common import UserError, get_base_dir, is_main_rank, print0
 from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
-from nanochat.recipe import schedules
-from nanochat.recipe.memory_estimate import micro_batches
-from nanochat.recipe.shape import param_counts
+from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
 from nanochat.runtime.clock import Clock
-from nanochat.runtime.compilation import CompiledModel, compiler_works, graphs_compiled
-from nanochat.runtime.device import PeakMemory, device_name, dtype_name, init_device, peak_flops, pick_compute_dtype
-from nanochat.runtime.distributed import barrier, broadcast_bool, on_main_rank_first
-from nanochat.runtime.files import write_atomic
+from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
+from nanochat.runtime.device import device_name, dtype_name, init_device, pick_compute_dtype
+from nanochat.runtime.distributed import Ranks, on_main_rank_first
 from nanochat.runtime.lock import RunLock
-from nanochat.runtime.provenance import git_state
-from nanochat.runtime.rng import rng_state, set_rng_state
-from nanochat.runtime.signals import Interrupted, Signals
-from nanochat.tokenizer import FILE_NAME, get_token_bytes, get_tokenizer
+from nanochat.runtime.signals import Signals
+from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer
 from nanochat.training import run_folder
-from nanochat.training.auto_batch import advice, check_memory, choose_micro_batch, out_of_memory, take_micro_batch
+from nanochat.training.auto_batch import check_memory, choose_micro_batch_size, is_out_of_memory, out_of_memory_advice
 from nanochat.training.config import Config
-from nanochat.training.plot import plot_run
-from nanochat.training.records import MetricsFile, write_result
-from nanochat.training.run_stats import Tally
-from nanochat.training.trackers import Trackers
+from nanochat.training.console import Console
+from nanochat.training.divergence import DivergencePolicy
+from nanochat.training.evaluation import Evaluator
+from nanochat.training.recorder import Recorder, describe_run, write_config, write_failed_start
+from nanochat.training.resume import Checkpoints, open_checkpoint, refuse_changes
+from nanochat.training.run_stats import RunStats
+from nanochat.training.state import RunPlan, TrainState
+from nanochat.training.step import PendingStep, Trainer
 
 
 class FailedStart(Exception):
     """A run that could not be built for want of memory. Its result.json is written; the message says what to do."""
 
 
+@dataclass
 class Run:
-    """Everything that one run is made of. Made whole by the constructor; `nanochat.training.loop` moves `step` from there."""
+    """A run that is ready to train: the parts that the loop (nanochat/training/loop.py) works with."""
+    trainer: Trainer                    # takes the steps
+    recorder: Recorder                  # writes rows and result.json
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+    divergence: DivergencePolicy
+    signals: Signals
+    lock: RunLock | None                # rank 0's
+    pending: PendingStep | None = None  # the last step, where its results have not been read yet
+    stop_signal: int = 0                # under torchrun, the signal at which all ranks have agreed to stop
 
-    def __init__(self, config: Config, rooms: tuple[type[Feature], ...] = FEATURES):
-        self.config, self.started = config, time.monotonic()
-        self.device, self.ranks = init_device(config.run.device_type)
-        self.dtype, why = pick_compute_dtype(self.device, config.run.dtype)
-        self.console = Console()
-        print0(f"device: {device_name(self.device)} | compute dtype: {dtype_name(self.dtype)} ({why})")
-        self.run_dir = runs_dir() / config.model_tag
-        self.shape, self.compile = None, config.run.compile
-        self.lock = on_main_rank_first(self._take_lock, others=lambda: None)
+    @property
+    def plan(self) -> RunPlan:
+        return self.trainer.plan
+
+    @property
+    def state(self) -> TrainState:
+        return self.trainer.state
+
+    @property
+    def defers_metrics(self) -> bool:
+        """Whether a step's results are read while the next one runs: not where they decide about that one."""
+        flags = self.plan.config.run
+        return (flags.deferred_loss_logging and flags.on_divergence == "stop"
+                and not self.state.features.dynamic_forward_args)
+
+    @property
+    def console(self) -> Console:
+        return self.recorder.console
+
+
+def build_run(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Run:
+    """Build the run that the flags describe, holding the lock of its folder.
+
+    available: the features that flags can switch on. Raises: UserError for what the user can mend, FailedStart where memory
+    runs out; after any failure the lock is free again.
+    """
+    started, (device, ranks) = time.monotonic(), init_device(config.run.device_type)
+    dtype, why = pick_compute_dtype(device, config.run.dtype)
+    print0(f"device: {device_name(device)} | compute dtype: {dtype_name(dtype)} ({why})")
+    run_dir, plan = runs_dir() / config.model_tag, None
+    lock = on_main_rank_first(lambda: take_lock(run_dir), others=lambda: None)
+    try:
+        features = Features(config, available)
+        checkpoint = find_checkpoint(config, run_dir)
+        plan = make_plan(config, device, ranks, dtype, features, checkpoint and checkpoint[2])
+        return assemble(build_trainer(plan, features, checkpoint and checkpoint[2]), checkpoint, lock, started)
+    except BaseException as e:
+        no_memory = is_out_of_memory(e)
         try:
-            self._prepare(rooms)
-        except BaseException as e:
-            try:
-                self._record_failed_start(e)
-            finally:
-                self.unlock()
-            if out_of_memory(e):
-                raise FailedStart(f"out of memory. {advice(self)}") from e
-            raise
-
-    def _take_lock(self) -> RunLock:
-        writable_base_dir()
-        return RunLock(self.run_dir)
-
-    def _prepare(self, rooms: tuple[type[Feature], ...]) -> None:
-        config = self.config
-        self.first_step = self.step = 0
-        resume = config.run.resume_from_step
-        checkpoint = None
-        if resume != "-1":
-            checkpoint = on_main_rank_first(lambda: open_checkpoint(self.run_dir, resume))
-            self.first_step = self.step = checkpoint[2]["step"]
-            refuse_changes(config, config.changed_since(checkpoint[2]["user_config"]))
-        else:
-            on_main_rank_first(lambda: refuse_start(self.run_dir, config.run.overwrite), others=lambda: None)
-
-        recorded = checkpoint and config.same_text(checkpoint[2]["user_config"]) and checkpoint[2]["tokens"] or None
-        self.tokenizer, self.tokens = on_main_rank_first(lambda: prepare_text(config, recorded))
-        self.token_bytes = get_token_bytes(self.device, self.tokenizer)
-        self.shape = shape = config.model.shape(self.tokenizer.get_vocab_size())
-        self.horizon = config.plan(shape, self.ranks.world_size)
-        if self.step > self.horizon.num_iterations:
-            raise UserError(f"the checkpoint is of step {self.step}, and the run ends at {self.horizon.num_iterations} "
-                            f"({self.horizon.reason}): lengthen it, or resume from an earlier step.")
-        self.features = Features(config, rooms)
-        check_memory(self)
-        torch.manual_seed(config.run.seed)
-        self.model = build_model(shape, self.dtype, self.device)
-        self.model.kernels.attention = make_attention(self.device, self.dtype, shape.head_dim, shape.sequence_len,
-                                                      self.model.window_sizes)
-        print0(str(self.model.kernels.attention))
-        self.features.on_model(self.model, self.horizon)
-        if self.compile and (trouble := compiler_works(self.device)):
-            print0(f"going on without torch.compile, slower: {trouble}")
-            self.compile = False
-        scale = self.horizon.lr_scale
-        optim = config.optim
-        self.optimizer = self.model.setup_optimizer(
-            optim.unembedding_lr * scale, optim.embedding_lr * scale, optim.matrix_lr * scale, self.horizon.weight_decay,
-            optim.scalar_lr * scale, compile=self.compile)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if config.horizon.auto_batch:
-            before = checkpoint and checkpoint[2]["user_config"]["device_batch_size"]
-            possible = micro_batches(config.horizon.device_batch_size)
-            take_micro_batch(self, before if before in possible else choose_micro_batch(self))
-        self.in_parts = config.run.compile_parts or self.features.varies_forward
-        self.forward = CompiledModel(self.model, whole=not self.in_parts) if self.compile else self.model
-
-        rows = PackedRows(self.tokens.split("train"), shape.sequence_len, config.run.seed)
-        packing = rows.report(groups=1)
-        print0(f"rows of {shape.sequence_len} tokens: {packing['tokens_lost_share']:.2%} of the tokens lost, "
-               f"{packing['documents_cut_share']:.1%} of the documents cut ({packing['documents_longer_share']:.1%} are longer "
-               "than a row)")
-        self.loader = TrainLoader(rows, device_batch_size=config.horizon.device_batch_size,
-                                  grad_accum_steps=self.horizon.grad_accum_steps, rank=self.ranks.rank,
-                                  world_size=self.ranks.world_size, device=self.device)
-        self.clock = Clock(self.device)
-        self.unsettled = None  # the step whose results have not been read yet (nanochat/training/loop.py)
-        self.saved_step = self.step  # what is trained since can be lost
-        self.same_run = True  # whether a resume goes on to the same bits
-        self.signals = Signals()
-        self.stop = 0                # under torchrun, the signal by which all ranks have agreed to stop
-        self.memory = PeakMemory(self.device)
-        self.tally = Tally(config.eval.target_metric_name, config.eval.target_metric_threshold)
-        steps, every, keep = self.horizon.num_iterations - self.step, config.eval.save_every, config.eval.keep_last
-        saves = -(-steps // every) if every > 0 else 1
-        size, count = checkpoint_bytes(self.model, self.optimizer), min(saves, keep + 2) if keep > 0 else saves
-        on_main_rank_first(lambda: check_room(self.run_dir, size, rows=steps, count=count),  # those kept, the best, and the
-                           others=lambda: None)                                              # one being written
-        self.checkpoints = CheckpointWriter(self.run_dir, config.eval.keep_last, self.console.line,
-                                            on_saved=lambda: run_folder.delete_replaced(self.run_dir))
-        if checkpoint:
-            self._resume(checkpoint)
-        else:
-            on_main_rank_first(self._begin_folder, others=lambda: None)
-        self.start_loader()
-        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=self.step)
-        if self.compile:
-            print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")
-        self.trackers = Trackers(tracker_names(config), config.run.run, self.run_dir, config.flat(), self.step,
-                                 self.same_run)
-
-    def _begin_folder(self) -> None:
-        """The folder of a new run, with its flags and its tokenizer."""
-        run_folder.begin(self.run_dir, self.config.run.overwrite)
-        write_atomic(self.run_dir / "config.json",
-                     json.dumps(self.config.flat() | {"command": shlex.join(sys.argv)}, indent=1) + "\n")
-        self.tokenizer.save(self.run_dir / "tokenizer")
-
-    def _resume(self, checkpoint: tuple | None = None) -> None:
-        """Take over a checkpoint, by default that of the present step. UserError where it would lead to other results than
-        the run it is of, unless --allow-change."""
-        self.checkpoints.wait()
-        weights, optimizer, state = checkpoint or load_checkpoint(self.run_dir, self.step)
-        check_tokenizer(self.tokenizer, state, self.run_dir)
-        changes = differences(state["computed"], self.computed())
-        refuse_changes(self.config, changes)
-        load_weights(self.model, weights, self.run_dir)
-        self.optimizer.load_named_state(optimizer)
-        self.clock.load_state_dict(state["clock"])
-        self.tally.load_state_dict(state["tally"])
-        self.checkpoints.own.update(state.get("own_steps", []))
-        self.scaler.load_state_dict(state["scaler"])
-        self.features.load_state_dict(state["features"])
-        set_rng_state(state["rng"], self.device)
-        if others := differences(state["rounded_by"], self.rounded_by()):
-            print0(f"note: the bits may differ from here on: {', '.join(others)}")
-        self.same_run = not (changes or others or self.config.changed_since(state["user_config"]))
-        if is_main_rank() and not self.same_run:
-            set_aside_later(self.run_dir, self.step)
-        print0(f"resumed {self.run_dir} at step {self.step}")
-
-    def computed(self) -> dict:
-        """What the result depends on beyond the flags: a resume with another of these is one with other flags."""
-        return {"the tokens": self.tokens.fingerprint(), "the compute dtype": dtype_name(self.dtype),
-                "the number of steps": self.horizon.num_iterations, "tokens per step": self.horizon.total_batch_size}
-
-    def rounded_by(self) -> dict:
-        """What the last bits of the result depend on."""
-        return {"device": device_name(self.device), "torch": torch.__version__,
-                "compiled": self.compile and ("in parts" if self.in_parts else "whole"),
-                "rows per micro-batch": self.config.horizon.device_batch_size, "ranks": self.ranks.world_size}
-
-    def start_loader(self) -> None:
-        """Begin reading at the present step's batch. What rollbacks have left out lies before it."""
-        self.loader.start(self.step + sum(step + 1 - back_to for step, back_to in self.tally.rollbacks))
-
-    def go_back(self, step: int) -> None:
-        """Return to the checkpoint of `step`, and go on from there with the batches that follow those used so far. What
-        was spent on the way, and the record of rollbacks, stay."""
-        rollbacks, clock = [*self.tally.rollbacks, [self.step, step]], self.clock.state_dict()
-        self.step = self.saved_step = step
-        self.checkpoints.wait()
-        barrier()  # rank 0 alone writes
-        self._resume()
-        self.features.after_update()
-        self.clock.load_state_dict(clock)
-        self.tally.rollbacks = rollbacks
-        self.start_loader()
-        self.metrics.close()
-        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl", resume_step=step)
-        self.trackers.go_back(step)
-
-    def rehearse(self, options: dict) -> None:
-        """Compile what forward(..., **options) needs, the first time it is asked for, on a batch of zeros."""
-        if not self.compile or self.forward.rehearsed(options):
-            return
-        shape = self.config.horizon.device_batch_size, self.model.config.sequence_len
-        # two tensors: one for both would make a graph of its own, good for nothing else
-        x, y = (torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in range(2))
-        failed = self.forward.eager_fallbacks
-        with self.signals.raised(self.step == self.saved_step and self.ranks.world_size == 1), self.clock.compiling():
-            self.forward.rehearse(x, y, **options)
-        if self.signals.received and self.forward.eager_fallbacks > failed:
-            # a terminal's Ctrl-C ends the C++ compiler too: what trains uncompiled because of that would be other bits
-            raise Interrupted(self.signals.received)
-
-    def save(self) -> None:
-        """Begin to write a checkpoint of the present step, on rank 0. The generators' states are that rank's: every rank
-        seeds them alike and draws alike."""
-        if not is_main_rank():
-            return
-        state = {
-            "model_config": vars(self.model.config), "user_config": self.config.flat(), "tokens": portable(self.tokens.folder),
-            "tokenizer": self.tokenizer.fingerprint(), "computed": self.computed(), "rounded_by": self.rounded_by(),
-            "val_bpb": self.tally.val_bpb, "clock": self.clock.state_dict(), "tally": self.tally.state_dict(),
-            "scaler": self.scaler.state_dict(), "features": self.features.state_dict(), "rng": rng_state(self.device),
-        }
-        with self.features.eval_context(self.model):
-            self.checkpoints.save(self.step, self.model.state_dict(), self.optimizer.named_state(), state,
-                                  val_bpb={step: bpb for step, _, bpb in self.tally.val_curve})
-
-    def set_schedule(self) -> None:
-        """Set the optimizer's rates for this step."""
-        total, flags = self.horizon.num_iterations, self.config.optim
-        self.lr_multiplier = schedules.lr_multiplier(
-            self.step, total, warmup_steps=flags.warmup_steps, warmdown_ratio=flags.warmdown_ratio,
-            final_lr_frac=flags.final_lr_frac, warmdown_shape=flags.warmdown_shape)
-        momentum = schedules.muon_momentum(self.step, total, warmdown_ratio=flags.warmdown_ratio)
-        decay = schedules.weight_decay_multiplier(self.step, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.lr_multiplier
-            if group["kind"] == "muon":
-                group["momentum"] = momentum
-                group["weight_decay"] = group["initial_weight_decay"] * decay
-
-    def last_checkpoint(self) -> Path | None:
-        """The folder of the run's newest checkpoint."""
-        self.checkpoints.wait()
-        steps = list_steps(self.run_dir)
-        return step_dir(self.run_dir, steps[-1]) if steps else None
-
-    def out_of_time(self) -> bool:
-        """Whether --max-train-seconds are over, by rank 0's clock."""
-        limit = self.config.run.max_train_seconds
-        if limit <= 0:
-            return False
-        return broadcast_bool(self.clock.train >= limit, self.device)
-
-    def finish(self, status: str, error: str | None, exit_code: int) -> None:
-        """Close what is open and write result.json and the plot, with what is known."""
-        self.loader.close()
-        self.metrics.close()
-        self.trackers.close()
-        self.checkpoints.wait()
-        if not is_main_rank():
-            return
-        try:
-            self._write_result(status, error, exit_code)
-            run_folder.restore_replaced(self.run_dir)
-        except OSError as e:  # a full disk, say: how the run ended is more than its record
-            self.console.line(f"result.json could not be written: {e}")
+            if is_main_rank():
+                run_folder.restore_replaced(run_dir)
+                if not isinstance(e, (UserError, KeyboardInterrupt)):  # what the user can mend is no result
+                    error = f"out of memory. {out_of_memory_advice(plan)}" if no_memory else f"{type(e).__name__}: {e}"
+                    write_failed_start(run_dir, describe_run(config, device, dtype, plan), config, error, no_memory, started)
         finally:
-            self.unlock()
-
-    def _record_failed_start(self, error: BaseException) -> None:
-        """result.json of a run that could not be built, with what is known; not in the place of a run that has weights. What
-        the user can mend is no result."""
-        if not is_main_rank():
-            return
-        run_folder.restore_replaced(self.run_dir)
-        if isinstance(error, (UserError, KeyboardInterrupt)):
-            return
-        oom = out_of_memory(error)
-        fields = {"status": "oom" if oom else "failed", "exit_code": 1, "steps_done": 0,
-                  "wall_time_sec": time.monotonic() - self.started,
-                  "error": f"out of memory. {advice(self)}" if oom else f"{type(error).__name__}: {error}"}
-        with suppress(OSError):
-            own = not run_folder.start_problem(self.run_dir, overwrite=False)
-            if own:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_result(self._result_files(own), self._about() | fields)
-
-    def _result_files(self, own: bool = True) -> list[Path]:
-        named = self.config.run.result_json
-        return [self.run_dir / "result.json"] * own + ([resolve(named)] if named else [])
-
-    def _about(self) -> dict:
-        """The fields of result.json that say what is run, as far as that is known."""
-        config, commit = self.config, git_state()
-        known = {
-            "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
-            "git_commit": commit[0], "git_dirty": commit[1], "seed": config.run.seed, "host": platform.node(),
-            "device": device_name(self.device), "dtype": dtype_name(self.dtype), "torch_version": torch.__version__,
-            "depth": config.model.depth}
-        if self.shape:
-            known |= {"model_dim": self.shape.n_embd, "num_params": param_counts(self.shape)["total"],
-                      "flops_per_token": self.horizon.flops_per_token, "num_iterations": self.horizon.num_iterations}
-        return known
-
-    def unlock(self) -> None:
-        if self.lock:
-            self.lock.release()
-
-    def _write_result(self, status: str, error: str | None, exit_code: int) -> None:
-        config, horizon = self.config, self.horizon
-        peak = peak_flops(self.device)
-        peak = peak and peak * self.ranks.world_size
-        last = self.last_checkpoint()
-        fields = self._about() | {
-            "status": status, "exit_code": exit_code, "error": error, "last_checkpoint": last and portable(last),
-            "steps_done": self.step,
-            "tokens_seen": self.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
-            "train_time_sec": self.clock.train, "compile_time_sec": self.clock.compile, "eval_time_sec": self.clock.eval,
-        } | self.tally.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
-            "schedule": "full_update", "compiled_graphs": graphs_compiled() if self.compile else 0,
-            "eager_fallbacks": self.forward.eager_fallbacks if self.compile else int(config.run.compile),
-        } | self.features.summary()
-        write_result(self._result_files(), fields)
-        for line in [*self.features.reports(), plot_run(self.run_dir)]:
-            self.console.line(line)
+            if lock:
+                lock.release()
+        if no_memory:
+            raise FailedStart(f"out of memory. {out_of_memory_advice(plan)}") from e
+        raise
 
 
-class Console:
-    """What the watcher sees: on a terminal a progress line rewritten in place, elsewhere plain lines now and then."""
-
-    def __init__(self):
-        self.tty = sys.stdout.isatty()
-        self.shown = 0.0        # time of the last progress line
-        self.unfinished = False  # the cursor stands behind a progress line
-
-    def show(self, text: str) -> None:
-        """A progress line."""
-        self.shown = time.monotonic()
-        if self.tty:  # a line that wraps could not be rewritten
-            text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
-        print0(text, end="" if self.tty else "\n")
-        self.unfinished = self.tty
-
-    def line(self, text: str) -> None:
-        """A line that stays."""
-        print0(("\n" if self.unfinished else "") + text)
-        self.unfinished = False
+def take_lock(run_dir) -> RunLock:
+    writable_base_dir()
+    return RunLock(run_dir)
 
 
-def refuse_start(run_dir: Path, overwrite: bool) -> None:
-    """UserError, before any work, where a new run may not begin in this folder."""
+def find_checkpoint(config: Config, run_dir) -> tuple[dict, dict, dict] | None:
+    """The checkpoint to resume from, None for a new run. Raises: UserError where a new run may not begin in the folder, or where
+    flags differ from the checkpoint's."""
+    if config.run.resume_from_step == "-1":
+        on_main_rank_first(lambda: refuse_start(run_dir, config.run.overwrite), others=lambda: None)
+        return None
+    checkpoint = on_main_rank_first(lambda: open_checkpoint(run_dir, config.run.resume_from_step))
+    refuse_changes(config, config.changed_since(checkpoint[2]["user_config"]))
+    return checkpoint
+
+
+def refuse_start(run_dir, overwrite: bool) -> None:
     run_folder.restore_replaced(run_dir)
     if problem := run_folder.start_problem(run_dir, overwrite):
         raise UserError(f"{problem}.")
 
 
-def prepare_text(config: Config, recorded: str | None = None):
+def make_plan(config: Config, device: torch.device, ranks: Ranks, dtype: torch.dtype, features: Features,
+              saved: dict | None = None) -> RunPlan:
+    """Prepare the text and work out what the run will do; nothing is on the device yet.
+
+    saved: the state.json of the checkpoint to resume from. Raises: UserError.
+    """
+    recorded = saved and config.same_text(saved["user_config"]) and saved["tokens"] or None
+    tokenizer, tokens = on_main_rank_first(lambda: prepare_text(config, recorded))
+    shape = config.model.shape(tokenizer.get_vocab_size())
+    horizon = config.plan(shape, ranks.world_size)
+    if saved and saved["step"] > horizon.num_iterations:
+        raise UserError(f"the checkpoint is of step {saved['step']}, and the run ends at {horizon.num_iterations} "
+                        f"({horizon.reason}): lengthen it, or resume from an earlier step.")
+    return RunPlan(
+        config=config, device=device, ranks=ranks, dtype=dtype, tokenizer=tokenizer, tokens=tokens, shape=shape, horizon=horizon,
+        micro_batch_size=config.horizon.device_batch_size, compile=config.run.compile,
+        compile_whole=not (config.run.compile_parts or features.dynamic_forward_args),
+        memory=MemoryConfig(dtype.itemsize, config.run.compile, cuda=device.type == "cuda", **config.memory_fields(),
+                            **features.memory()))
+
+
+def prepare_text(config: Config, recorded: str | None = None) -> tuple[Tokenizer, TokenDataset]:
     """The tokenizer and the token dataset, made first where they are missing.
 
-    recorded: where the tokens of the run to be resumed are, which do when the text itself is not at hand on this machine.
+    recorded: where the tokens of the run to be resumed are, which are used when this machine does not have the text itself.
     """
     data = config.data
     if not (get_base_dir() / "tokenizer" / FILE_NAME).exists():
@@ -405,30 +171,79 @@ def prepare_text(config: Config, recorded: str | None = None):
     return tokenizer, tokens
 
 
-def open_checkpoint(run_dir: Path, step: str) -> tuple[dict, dict, dict]:
-    """`load_checkpoint` for the run that alone writes in this folder."""
-    if is_main_rank():
-        run_folder.restore_replaced(run_dir)
-        finish_what_was_killed(run_dir)
-    return load_checkpoint(run_dir, step)
+def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) -> Trainer:
+    """Build model, optimizer, compiled forward and loader. No run folder is needed.
+
+    saved: as for `make_plan`; of it --auto-batch takes the micro-batch, so that the bits stay the same.
+    Raises: MemoryError, before anything is built, where the run cannot fit.
+    """
+    config = plan.config
+    check_memory(plan)
+    use_compile_cache(config.run.compile_cache_dir)
+    torch.manual_seed(config.run.seed)
+    model = build_model(plan.shape, plan.dtype, plan.device)
+    model.kernels.attention = make_attention(plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len,
+                                             model.window_sizes)
+    print0(str(model.kernels.attention))
+    features.on_model(model, plan.horizon)
+    if plan.compile and (reason := compile_unavailable_reason(plan.device)):
+        print0(f"going on without torch.compile, slower: {reason}")
+        plan = plan.without_compiler()
+    flags, factor = config.optim, plan.horizon.lr_factor
+    optimizer = model.setup_optimizer(
+        flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
+        flags.scalar_lr * factor, momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
+    state = TrainState(
+        model=model, optimizer=optimizer, features=features, clock=Clock(plan.device),
+        scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
+        stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
+    if config.horizon.auto_batch:
+        before = saved and saved["numerics_environment"]["rows per micro-batch"]
+        possible = micro_batches(config.horizon.device_batch_size)
+        plan = plan.with_micro_batch_size(before if before in possible else choose_micro_batch_size(plan, state))
+    forward = CompiledModel(model, plan.compile_whole, recompute_activations=config.run.recompute_activations) \
+        if plan.compile else model
+    return Trainer(plan, state, forward, build_loader(plan), Signals())
 
 
-def differences(was: dict, now: dict) -> list[str]:
-    """["name old -> new", ...]"""
-    return [f"{name} {was.get(name)} -> {now[name]}" for name in now if now[name] != was.get(name)]
+def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Trainer:
+    """A trainer at step 0 by itself, to measure its steps: no lock is taken, no run folder made."""
+    device, ranks = init_device(config.run.device_type)
+    features = Features(config, available)
+    trainer = build_trainer(make_plan(config, device, ranks, pick_compute_dtype(device, config.run.dtype)[0], features), features)
+    trainer.loader.start(0)
+    return trainer
 
 
-def refuse_changes(config: Config, changes: list[str]) -> None:
-    """UserError that lists what a resume would change of what is computed, unless --allow-change: then it is printed."""
-    if changes and not config.run.allow_change:
-        raise UserError("this resume would not go on with the same run:\n" + "".join(f"  {change}\n" for change in changes)
-                        + "Take back what changed, or add --allow-change to go on with it.")
-    for change in changes:
-        print0(f"changed: {change}")
+def build_loader(plan: RunPlan) -> TrainLoader:
+    rows = PackedRows(plan.tokens.split("train"), plan.shape.sequence_len, plan.config.run.seed)
+    packing = rows.report(groups=1)
+    print0(f"rows of {plan.shape.sequence_len} tokens: {packing['tokens_lost_share']:.2%} of the tokens lost, "
+           f"{packing['documents_cut_share']:.1%} of the documents cut ({packing['documents_longer_share']:.1%} are longer than "
+           "a row)")
+    return TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
+                       rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
 
 
-def tracker_names(config: Config) -> list[str]:
-    """--tracker's, or wandb where --run names a run, as nanochat's users expect."""
-    if config.run.tracker:
-        return [name for name in config.run.tracker if name != "none"]
-    return ["wandb"] if config.run.run != "dummy" else []
+def assemble(trainer: Trainer, checkpoint: tuple[dict, dict, dict] | None, lock: RunLock | None, started: float) -> Run:
+    """The run of a trainer, with its folder: begun, or taken over from the checkpoint."""
+    plan, state, console = trainer.plan, trainer.state, Console()
+    state.step = checkpoint[2]["step"] if checkpoint else 0
+    checkpoints, same_run = Checkpoints(plan, state, console), True
+    if checkpoint:
+        same_run = checkpoints.restore(checkpoint)
+    else:
+        on_main_rank_first(lambda: begin_folder(plan), others=lambda: None)
+    trainer.loader.start(state.batches_used)
+    recorder = Recorder(plan, state, console, started, same_run)
+    if plan.compile:
+        print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")
+    return Run(trainer, recorder, checkpoints, Evaluator(plan, state, recorder, trainer.signals),
+               DivergencePolicy(plan.config.run.on_divergence), trainer.signals, lock)
+
+
+def begin_folder(plan: RunPlan) -> None:
+    """Make the folder of a new run, with its flags and its tokenizer."""
+    run_folder.begin(plan.run_dir, plan.config.run.overwrite)
+    write_config(plan)
+    plan.tokenizer.save(plan.run_dir / "tokenizer")

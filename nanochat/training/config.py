@@ -1,6 +1,7 @@
-"""The core flags of `scripts.base_train`, grouped as `--help` shows them. Each feature brings its own (nanochat/features).
+"""The flags of `scripts.base_train` that belong to no feature, grouped as `--help` shows them. A feature has its own
+(nanochat/features).
 
-`parse_config` gives a `Config`, or raises one UserError that lists every problem. Nothing here imports torch, so a wrong
+`parse_config` returns a `Config`, or raises one UserError that lists every problem. Nothing here imports torch, so that a wrong
 command line is answered at once.
 """
 
@@ -8,9 +9,9 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nanochat.cli.flags import LARGEST_SEED, default_of, flag, flag_name, parse
+from nanochat.cli.flags import LARGEST_SEED, above, at_least, default_of, flag, flag_name, other_than, parse
 from nanochat.cli.launch_environment import world_size
-from nanochat.cli.paths import output_problem, portable_source
+from nanochat.cli.paths import folder_problem, output_problem, portable_source
 from nanochat.data.sources import TokenizerFlags
 from nanochat.recipe.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
@@ -19,32 +20,53 @@ from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 @dataclass
 class DeviceFlags:
     """The device"""
-    device_type: str = flag("", "cuda, mps or cpu; empty takes the best there is", choices=("", "cuda", "mps", "cpu"), free=True)
-    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware multiplies it natively",
-                      choices=("auto", "bfloat16", "float16", "float32"), free=True)
+    device_type: str = flag("", "cuda, mps or cpu; empty takes the best available", choices=("", "cuda", "mps", "cpu"),
+                            affects_results=False)
+    dtype: str = flag("auto", "compute dtype; auto is bf16 where the hardware has instructions for it",
+                      choices=("auto", "bfloat16", "float16", "float32"), affects_results=False)
 
 
 @dataclass
 class RunFlags(DeviceFlags):
-    """The run: its name, its records and its limits"""
-    run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it", free=True)
-    model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>", free=True)
+    """The run: name, compilation, records and limits"""
+    run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it", affects_results=False)
+    model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>", affects_results=False)
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0, high=LARGEST_SEED)
-    compile: bool = flag(True, "compile the model and the optimizer", free=True)
+    compile: bool = flag(True, "compile the model and the optimizer", affects_results=False)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
-                               "its steps take up to 3 % longer", free=True)
+                               "its steps take up to 3 % longer", affects_results=False, requires={"compile": True})
+    # torch's own cache is a temporary folder: a reboot empties it, and rented machines and containers start without it
+    compile_cache_dir: str | None = flag(None, "keep compiled graphs in this folder, so that the next start compiles in a "
+                                         "fraction of the time", metavar="DIR", affects_results=False,
+                                         requires={"compile": True})
+    # A selective form of activation checkpointing (arXiv 2205.05198). By itself torch.compile keeps whatever a matrix product
+    # of the backward pass reads: about 19 elements per layer, token and channel. 11 are enough (dev/LOG.md), for a few more
+    # passes over memory; no matrix product and no attention is computed twice. FP8 layers still keep their quantized inputs.
+    recompute_activations: bool = flag(
+        False, "save memory: recompute norms, rotary positions and squared ReLUs in the backward pass instead of keeping them",
+        affects_results=False, requires={"compile": True})
+    # Reading a number makes the host wait for the device, which then idles while the host queues the next kernels. Deferred,
+    # the loss and the norms of step k are read after step k + 1 is queued; before a checkpoint or an evaluation everything is
+    # read. Where a step's loss decides the next step, it has to be read at once.
+    deferred_loss_logging: bool = flag(
+        False, "read the loss of a step while the next one runs, so that a GPU never waits for the host between steps",
+        affects_results=False, requires={"on_divergence": "stop", "block_update_schedule": "full_update"})
     resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
-                                 metavar="STEP|latest", free=True)
+                                 metavar="STEP|latest", affects_results=False)
     overwrite: bool = flag(False, "start anew under the name of a run that has weights; those are deleted when the new run has "
-                           "its first checkpoint, not before", free=True)
-    allow_change: bool = flag(False, "resume with flags or text that change what is computed", free=True)
+                           "its first checkpoint, not before", affects_results=False, requires={"resume_from_step": "-1"})
+    allow_change: bool = flag(False, "resume with flags or text that change the results", affects_results=False,
+                              requires={"resume_from_step": other_than("-1", "a step or latest")})
     on_divergence: str = flag("stop", "after a step whose loss or gradients are not finite, which is never taken: stop; skip "
-                              "it; or roll back to the last checkpoint and go on with other data",
-                              choices=("stop", "skip", "rollback"), free=True)
-    max_train_seconds: float = flag(-1.0, "stop, evaluate and save after this much training time; -1 is no limit", free=True)
-    tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"), free=True)
-    result_json: str | None = flag(None, "write result.json here too", metavar="PATH", free=True)
-    explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop", free=True)
+                              "it; or roll back to the last checkpoint and continue with other data",
+                              choices=("stop", "skip", "rollback"), affects_results=False)
+    max_train_seconds: float = flag(-1.0, "stop, evaluate and save after this much training time; -1 is no limit",
+                                    affects_results=False)
+    tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"),
+                              affects_results=False)
+    result_json: str | None = flag(None, "write result.json here too", metavar="PATH", affects_results=False)
+    explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop",
+                         affects_results=False)
 
     def validate(self):
         problems = []
@@ -52,12 +74,10 @@ class RunFlags(DeviceFlags):
             problems.append(f"--resume-from-step must be a step, 'latest' or -1, got {self.resume_from_step!r}")
         if self.model_tag is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.model_tag):
             problems.append(f"--model-tag names a folder: letters, digits, '.', '_', '+' and '-' only, got {self.model_tag!r}")
-        if self.result_json and (trouble := output_problem(self.result_json)):
-            problems.append(f"--result-json {trouble}")
-        if self.overwrite and self.resume_from_step != "-1":
-            problems.append("--overwrite starts anew, and --resume-from-step goes on: leave one of them out")
-        if self.compile_parts and not self.compile:
-            problems.append("--compile-parts says how to compile, and --no-compile not to: leave one of them out")
+        if self.result_json and (reason := output_problem(self.result_json)):
+            problems.append(f"--result-json {reason}")
+        if self.compile_cache_dir is not None and (reason := folder_problem(self.compile_cache_dir)):
+            problems.append(f"--compile-cache-dir: {reason}")
         if "none" in self.tracker and len(self.tracker) > 1:
             problems.append("--tracker none excludes the others: name trackers or none")
         return problems
@@ -72,7 +92,7 @@ class DataFlags(TokenizerFlags):
 
 @dataclass
 class ModelFlags:
-    """The model: one dial, --depth, and what follows from it unless overridden"""
+    """The model: --depth decides its size; the other flags override what follows from it"""
     depth: int = flag(20, "number of layers", low=1, high=512)
     aspect_ratio: int = flag(64, "width = depth x aspect ratio, rounded up to whole heads", low=1, high=2**16)
     head_dim: int = flag(128, "width of an attention head", low=2, high=512)
@@ -97,58 +117,65 @@ class ModelFlags:
 
 @dataclass
 class HorizonFlags:
-    """The horizon: the first of the three that is positive counts"""
-    num_iterations: int = flag(-1, "number of optimizer steps; -1 leaves it to the next two")
-    target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio", high=1e30)
+    """The horizon: --num-iterations, else --target-flops, else --target-param-data-ratio sets the number of steps"""
+    num_iterations: int = flag(-1, "number of optimizer steps; -1 derives it")
+    target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio", high=1e30,
+                               requires={"num_iterations": -1})
     target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)", high=1e6)
     device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, high=2**20,
-                                  free=True)
-    auto_batch: bool = flag(False, "take fewer rows where they do not fit into memory; tokens per step stay as they are",
-                            free=True)
+                                  affects_results=False)
+    auto_batch: bool = flag(False, "use smaller micro-batches if memory runs out; tokens per optimizer step stay the same",
+                            affects_results=False)
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum", high=2**40)
-    batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; LR and weight decay follow by the law", high=1e6)
+    batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; learning rates and weight decay follow by the "
+                                   "scaling law", high=1e6, requires={"total_batch_size": -1})
 
     def validate(self):
-        problems = [f"--{name.replace('_', '-')} must be positive, or -1 to leave it out, got {value}"
+        problems = [f"{flag_name(name)} must be positive, or -1 to derive it, got {value}"
                     for name in ("num_iterations", "target_flops", "total_batch_size")
                     if (value := getattr(self, name)) != -1 and value <= 0]
         if max(self.num_iterations, self.target_flops, self.target_param_data_ratio) <= 0:
             problems.append("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio")
         if self.batch_multiplier <= 0:
             problems.append("--batch-multiplier must be positive")
-        if self.total_batch_size > 0 and self.batch_multiplier != 1:
-            problems.append("--batch-multiplier scales the predicted batch, so it clashes with --total-batch-size: "
-                            "give one of them")
         return problems
 
 
 @dataclass
 class OptimFlags:
-    """Optimization: rates for d12 and 2^19 tokens a step, transferred to the run's size"""
-    embedding_lr: float = flag(0.3, "AdamW rate of the embedding tables", low=0)
-    unembedding_lr: float = flag(0.008, "AdamW rate of the head", low=0)
-    matrix_lr: float = flag(0.02, "Muon rate of block matrices: spectral norm per update", low=0)
-    scalar_lr: float = flag(0.5, "AdamW rate of the per-layer scalars", low=0)
+    """Optimization: learning rates for d12 and 2^19 tokens per step, scaled to the run's size"""
+    embedding_lr: float = flag(0.3, "AdamW learning rate of the embedding tables", low=0)
+    unembedding_lr: float = flag(0.008, "AdamW learning rate of the head", low=0)
+    matrix_lr: float = flag(0.02, "Muon learning rate of block matrices: spectral norm per update", low=0)
+    scalar_lr: float = flag(0.5, "AdamW learning rate of the per-layer scalars", low=0)
     weight_decay: float = flag(0.28, "cautious weight decay of the block matrices", low=0)
     lr_multiplier: float = flag(1.0, "multiplies every learning rate above (smear and backout keep theirs, as under any batch)",
                                 low=0)
-    wd_multiplier: float = flag(1.0, "multiplies the weight decay", low=0)
-    warmup_steps: int = flag(40, "steps of linear warm-up", low=0)
-    warmdown_ratio: float = flag(0.65, "share of the steps over which the rate goes down", low=0, high=1)
-    warmdown_shape: str = flag("linear", "how it goes down", choices=("linear", "cosine"))
-    final_lr_frac: float = flag(0.05, "final rate as a share of the peak", low=0, high=1)
+    wd_multiplier: float = flag(1.0, "multiplies the weight decay", low=0, requires={"weight_decay": above(0)})
+    warmup_steps: int = flag(40, "steps of linear learning-rate warm-up", low=0)
+    warmdown_ratio: float = flag(0.65, "share of the steps, at the end, over which the learning rate goes down", low=0, high=1)
+    warmdown_shape: str = flag("linear", "how it goes down", choices=("linear", "cosine"),
+                               requires={"warmdown_ratio": above(0)})
+    final_lr_frac: float = flag(0.05, "final learning rate as a share of the peak", low=0, high=1,
+                                requires={"warmdown_ratio": above(0)})
+    # Each step computes the moments in fp32 and rounds what it keeps. A first moment moves by 3 to 20 % towards the gradient
+    # per step, which the 8 bits of bf16 resolve. AdamW's second moment moves by as little as 0.5 %: it would stand still.
+    bf16_momentum: bool = flag(False, "save memory: keep the optimizer's first moments in bf16, 2 bytes less per parameter, of "
+                               "12 to 16 with weights, gradients and moments")
 
 
 @dataclass
 class EvalFlags:
     """Evaluation, samples and checkpoints: every N steps and at the end; -1 is never (checkpoints: only at the end)"""
-    eval_every: int = flag(250, "steps between evaluations in bits per byte", free=True)
-    eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1, free=True)
-    core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric", free=True)
-    core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all", free=True)
-    sample_every: int = flag(2000, "steps between samples of text", free=True)
-    save_every: int = flag(-1, "steps between checkpoints", free=True)
-    keep_last: int = flag(-1, "checkpoints to keep, besides the best by validation; -1 keeps all", free=True)
+    eval_every: int = flag(250, "steps between evaluations in bits per byte", affects_results=False)
+    eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1, affects_results=False)
+    core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric", affects_results=False)
+    core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all", affects_results=False,
+                                         requires={"core_metric_every": at_least(1)})
+    sample_every: int = flag(2000, "steps between samples of text", affects_results=False)
+    save_every: int = flag(-1, "steps between checkpoints", affects_results=False)
+    keep_last: int = flag(-1, "checkpoints to keep, besides the best by validation; -1 keeps all", affects_results=False,
+                          requires={"save_every": at_least(1)})
     target_metric_name: str | None = flag(None, "metric whose first crossing of the threshold is timed",
                                           choices=("val_bpb", "smooth_loss"))
     target_metric_threshold: float | None = flag(None, "the threshold, crossed from above")
@@ -169,7 +196,7 @@ SOURCES = ("data", "val_data")  # flags that name text
 
 @dataclass
 class Config:
-    """Every flag of a run: `config.model.depth`, `config.optim.matrix_lr`; a feature's under `config.features[name]`."""
+    """All flags of a run: `config.model.depth`, `config.optim.matrix_lr`; a feature's under `config.features[name]`."""
     run: RunFlags = field(default_factory=RunFlags)
     data: DataFlags = field(default_factory=DataFlags)
     model: ModelFlags = field(default_factory=ModelFlags)
@@ -178,27 +205,34 @@ class Config:
     eval: EvalFlags = field(default_factory=EvalFlags)
     features: dict = field(default_factory=dict)
 
+    def groups(self) -> list:
+        """The dataclasses that hold the flags, those of the features last."""
+        return [*(getattr(self, f.name) for f in fields(self) if f.name != "features"), *self.features.values()]
+
     def flat(self) -> dict:
-        """Flag name (with underscores) -> value, for records: sources inside the base directory are relative to it."""
-        groups = [getattr(self, f.name) for f in fields(self) if f.name != "features"]
-        flat = {name: value for group in [*groups, *self.features.values()] for name, value in asdict(group).items()}
+        """Field name of every flag -> its value, for records. Sources inside the base directory are relative to it."""
+        flat = {name: value for group in self.groups() for name, value in asdict(group).items()}
         return flat | {name: portable_source(flat[name]) for name in SOURCES if flat[name]}
 
     def changed_since(self, before: dict) -> list[str]:
-        """["--depth 4 -> 6", ...]: the flags that differ from `before`, which `flat` gave, and decide what is computed. One
-        that was not there yet had its default."""
-        groups, now = [getattr(self, f.name) for f in fields(self) if f.name != "features"], self.flat()
+        """["--depth 4 -> 6", ...]: flags that affect results and differ from `before`, an earlier `flat()`. A flag that did not
+        exist then counts as having had its default."""
+        now = self.flat()
         pairs = [(f, before.get(f.name, default_of(f)), now[f.name])
-                 for group in [*groups, *self.features.values()] for f in fields(group) if not f.metadata["free"]]
+                 for group in self.groups() for f in fields(group) if f.metadata["affects_results"]]
         return [f"{flag_name(f.name)} {old} -> {new}" for f, old, new in pairs if old != new]
 
     def same_text(self, before: dict) -> bool:
-        """Whether the text is the one of `before`, which `flat` gave, as far as flags tell."""
+        """Whether the flags name the same text as those of `before`, an earlier `flat()`."""
         now = self.flat()
-        return all(now[f.name] == before.get(f.name, default_of(f)) for f in fields(self.data) if not f.metadata["free"])
+        return all(now[f.name] == before.get(f.name, default_of(f)) for f in fields(self.data) if f.metadata["affects_results"])
+
+    def memory_fields(self) -> dict:
+        """Fields of a MemoryConfig (nanochat/recipe/memory_estimate.py) that flags of the core decide."""
+        return {"recompute": self.run.recompute_activations, "momentum_bytes": 2 if self.optim.bf16_momentum else 4}
 
     def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
-        """The horizon that the flags ask for with a model of this shape. ValueError where the batch does not divide."""
+        """The horizon for a model of this shape. Raises: ValueError if the batch is not a whole number of micro-batches."""
         flags, optim = self.horizon, self.optim
         return plan_horizon(
             shape, device_batch_size=flags.device_batch_size, world_size=world_size,
@@ -212,7 +246,7 @@ class Config:
 
 
 def validate(config: Config) -> list[str]:
-    """Clashes between flags of different groups, in words."""
+    """Problems between flags of different groups."""
     problems = []
     horizon, ranks = config.horizon, world_size()
     micro = horizon.device_batch_size * config.model.max_seq_len * ranks
@@ -227,7 +261,10 @@ def validate(config: Config) -> list[str]:
 
 
 def parse_config(features=(), argv: list[str] | None = None, prog: str | None = None) -> Config:
-    """The command line of a run. `features` are Feature classes (nanochat/features); each adds its flags and checks."""
+    """Parse the command line of a run. features: Feature classes (nanochat/features), which add flags and checks.
+
+    Raises: UserError, which lists every problem.
+    """
     core = [f for f in fields(Config) if f.name != "features"]
 
     def assemble(instances) -> Config:

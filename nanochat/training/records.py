@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl and result.json. No torch."""
+"""The two files in which a run is recorded, metrics.jsonl and result.json: their columns, writing and reading. No torch."""
 
 import json
 import math
@@ -30,6 +30,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int = 0):
         """Rows from `resume_step` on are dropped: they will be written again."""
+        self.path = path
         kept = [line for line in _lines(path) if (row := _row(line)) and row["step"] < resume_step] if resume_step else []
         if is_main_rank():
             write_atomic(path, "".join(line + "\n" for line in kept))

@@ -3,7 +3,7 @@
 Nothing trained is removed by a start. Where a folder holds weights, a new run of its name is refused: whoever typed the same
 line twice rarely means to train again what is there, and an interrupted run is gone on with by --resume-from-step. Under
 --overwrite the run that was there is renamed, and deleted only when the new one has written a checkpoint of its own; if it
-never does, the old one gets its name back. Records of an attempt that has no weights make room. A folder with files that this
+never does, the old one gets its name back. Records of a run that has no weights are deleted. A folder with files that this
 program does not write, such as those of the public nanochat, which uses the same names in the same place, is left alone.
 """
 

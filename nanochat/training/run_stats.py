@@ -5,7 +5,7 @@ import statistics
 SMOOTHING = 0.9  # EMA factor of smooth_loss
 
 
-class Tally:
+class RunStats:
     """What result.json needs from the steps and evaluations so far; survives a resume."""
 
     def __init__(self, target_name: str | None = None, target_threshold: float | None = None):

@@ -38,7 +38,7 @@ def perturbed(factors, seed: int, size: float = 0.1):
 
 @few
 @given(problems)
-def test_svd_reaches_what_eckart_and_young_promise_and_nothing_near_is_better(given):
+def test_svd_has_the_error_of_eckart_and_young_and_no_neighbour_is_better(given):
     seed, shape, rank = given
     w, _, _ = problem(seed, shape)
     left, right = a.svd_factors(w, rank)
@@ -51,7 +51,7 @@ def test_svd_reaches_what_eckart_and_young_promise_and_nothing_near_is_better(gi
 
 @few
 @given(problems)
-def test_the_data_aware_optimum_is_what_its_closed_form_says_and_never_worse_than_svd(given):
+def test_the_data_aware_optimum_has_its_closed_form_error_and_is_never_worse_than_svd(given):
     seed, shape, rank = given
     w, x, moments = problem(seed, shape)
     left, right = a.data_aware_factors(w, moments, rank)
@@ -73,7 +73,7 @@ def test_an_optimizer_finds_the_closed_form_and_nothing_better(seed):
     assert best * (1 - 1e-9) <= found <= best * 1.02
 
 
-def test_inputs_that_fill_no_space_are_reproduced_whole():
+def test_few_inputs_are_reproduced_exactly():
     """With 5 inputs the outputs have rank 5, whatever W is: the covariance is singular, and the closed form stays exact."""
     w, x, moments = problem(3, (16, 12), seen=5)
     left, right = a.data_aware_factors(w, moments, 5)
@@ -91,7 +91,7 @@ def test_white_inputs_make_both_the_same():
 
 @few
 @given(problems)
-def test_a_diagonal_never_makes_it_worse(given):
+def test_a_diagonal_never_increases_the_error(given):
     seed, shape, rank = given
     w, _, moments = problem(seed, shape)
     alone = a.data_aware_errors(w, moments)[rank].item()
@@ -104,7 +104,7 @@ def test_a_diagonal_never_makes_it_worse(given):
 
 @few
 @given(problems)
-def test_the_best_diagonal_leaves_no_slope(given):
+def test_the_gradient_at_the_best_diagonal_is_zero(given):
     """The gradient of the error in every entry of d is zero."""
     seed, shape, _ = given
     w, _, moments = problem(seed, shape)
@@ -122,7 +122,7 @@ def test_a_matrix_that_is_low_rank_plus_diagonal_is_found():
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
-def test_the_layer_multiplies_with_what_was_fitted(shape):
+def test_the_layer_multiplies_with_the_fitted_factors(shape):
     w, x, moments = problem(6, shape)
     left, right, d = a.low_rank_plus_diagonal(w, moments, 3, rounds=2)
     for parts, whole in (((left, right), left @ right), ((left, right, d), left @ right + a.diagonal_matrix(d, *shape))):
@@ -153,10 +153,10 @@ def test_blocks_of_weights():
     assert torch.equal(mask, w > 1)
 
 
-def test_the_strongest_neurons_and_groups():
+def test_the_top_neurons_and_groups():
     scores = torch.tensor([5.0, 0, 4, 4, 0, 6])
-    assert sparsity.strongest(scores, 0.5).tolist() == [0, 2, 5] or sparsity.strongest(scores, 0.5).tolist() == [0, 3, 5]
-    assert sparsity.strongest(scores, 0.34, group=2).tolist() == [2, 3]
+    assert sparsity.top_indices(scores, 0.5).tolist() == [0, 2, 5] or sparsity.top_indices(scores, 0.5).tolist() == [0, 3, 5]
+    assert sparsity.top_indices(scores, 0.34, group=2).tolist() == [2, 3]
 
 
 @few

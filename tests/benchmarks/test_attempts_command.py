@@ -1,4 +1,4 @@
-"""scripts/attempts.py: what it lists, how it runs scripts, and tables that compare stored results."""
+"""The command line of the attempts: the list, how scripts are run, tables that compare results."""
 
 import json
 import subprocess
@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from nanochat.benchmarks import attempts_cli as attempts
 from nanochat.common import UserError
-from scripts import attempts
 
 NAMES = {"matrix_approx_bench", "loss_aware_low_rank_recovery", "data_aware_low_rank_plus_diag",
          "structured_sparsity_mlp_bench", "attention_backend_bench", "dynamic_block_update_schedule_bench"}
@@ -43,21 +43,21 @@ def test_the_commands_that_run_them():
 def test_the_exit_status_is_that_of_the_attempt(tmp_path):
     command = [sys.executable, "-m", "scripts.attempts", "run", "matrix_approx_bench", "--shares=0"]
     done = subprocess.run(command, cwd=attempts.ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--shares must be above 0" in done.stderr
+    assert done.returncode == 2 and "--shares" in done.stderr
 
 
-@pytest.mark.parametrize("argv, advice", [
-    (["run", "matrix"], "no attempt is called matrix"),
-    (["run"], "run which?"),
-    (["run", "all", "--json-out=x"], "several attempts would write it"),
-    (["run", "all", "--record", "--preset=smoke"], "unknown flag --preset"),
-    (["sho"], "say list, run or show"),
-    (["list", "--all"], "unknown flag --all"),
-    (["show", "/no/such.json"], "No such file"),
-    (["show", "--metrics=x"], "did you mean --metric"),
+@pytest.mark.parametrize("argv, names", [
+    (["run", "matrix"], "matrix"),
+    (["run"], "matrix_approx_bench"),
+    (["run", "all", "--json-out=x"], "--json-out"),
+    (["run", "all", "--record", "--preset=smoke"], "--preset"),
+    (["sho"], "sho"),
+    (["list", "--all"], "--all"),
+    (["show", "/no/such.json"], "/no/such.json"),
+    (["show", "--metrics=x"], "--metrics"),
 ])
-def test_wrong_commands(argv, advice):
-    with pytest.raises(UserError, match=advice):
+def test_wrong_commands(argv, names):
+    with pytest.raises(UserError, match=names):
         attempts.main(argv)
 
 
@@ -71,13 +71,13 @@ def test_one_result_is_a_table(tmp_path, capsys):
     assert header.split() == ["variant", "bpb", "ms", "why"] and row.split() == ["dense", "1.5", "2", "because"]
 
 
-def test_a_wide_result_is_several_tables_and_names_once_what_never_changes(tmp_path, capsys, monkeypatch):
+def test_a_wide_result_is_several_tables_and_equal_fields_are_shown_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     rows = {name: {"heads": 4} | {f"a_long_field_{i}": i + len(name) for i in range(5)} | {"why": 80 * "x"}
             for name in ("one", "three")}
     attempts.main(["show", result(tmp_path, "a.json", **rows)])
     shown = capsys.readouterr().out.splitlines()
-    first = shown.index("everywhere: heads 4, why " + 57 * "x" + "...") + 1
+    first = shown.index("in all variants: heads 4, why " + 57 * "x" + "...") + 1
     assert [line.split() for line in shown[first:first + 4]] == [
         ["variant", "a_long_field_0", "a_long_field_1"], ["one", "3", "4"], ["three", "5", "6"], []]
     assert [line.split()[1:] for line in shown if line.startswith("three")] == [["5", "6"], ["7", "8"], ["9"]]
@@ -90,9 +90,9 @@ def test_two_results_are_compared(tmp_path, capsys):
     shown = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
     assert shown == [["variant", "a", "b", "last", "/", "first"], ["dense", "2", "1", "0.5"], ["low", "3", "3", "1"],
                      ["gone", "1", "NA", "NA"]]
-    with pytest.raises(UserError, match="--metric loss: these results have kind, bpb"):
+    with pytest.raises(UserError, match="--metric loss.*kind, bpb"):
         attempts.main(["show", first, last, "--metric", "loss"])
-    with pytest.raises(UserError, match="do not differ"):
+    with pytest.raises(UserError, match="--metric"):
         attempts.main(["show", first, first])
 
 
@@ -101,12 +101,12 @@ def test_a_plot_of_one_field(tmp_path):
     paths = [result(tmp_path, f"{i}.json", dense={"bpb": 2.0 + i}, none={"bpb": None}) for i in range(2)]
     attempts.main(["show", *paths, "--plot", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").stat().st_size > 5_000
-    with pytest.raises(UserError, match="--plot draws one field"):
+    with pytest.raises(UserError, match="--plot"):
         attempts.main(["show", paths[0], "--plot", str(tmp_path / "y.png")])
 
 
-def test_what_is_no_result_is_named(tmp_path):
+def test_a_file_that_is_no_result_is_named(tmp_path):
     for text in ("[]", "{", '{"results": {}, "script": "x"}', '{"script": "x"}'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match="bad.json is not a result"):
+        with pytest.raises(UserError, match="bad.json"):
             attempts.main(["show", str(tmp_path / "bad.json")])

@@ -1,4 +1,4 @@
-"""Container D's bench: schedules train what they say, equal time is equal, the JSON is whole, flags are checked first."""
+"""Container D's bench: the blocks that each schedule trains, equal time, the JSON, flags checked first."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def test_equal_time_is_used_up_and_not_exceeded(equal_time):
     assert steps["full_update"] == STEPS < steps["dynamic_suffix"] < steps["static_suffix"]
 
 
-def test_the_phases_lie_at_shares_of_the_planned_steps(equal_time):
+def test_the_phases_start_at_shares_of_the_planned_steps(equal_time):
     kinds, n = equal_time["traces"]["dynamic_suffix"]["step_kind"], equal_time["results"]["dynamic_suffix"]["steps_done"]
     assert kinds.count("recovery") == round(0.2 * n) and kinds[-1] == "recovery"
     plans = equal_time["traces"]["dynamic_suffix"]["steps_planned"]
@@ -172,7 +172,7 @@ def test_plan_of_a_constant_schedule():
     assert d.plan(static, 0, 1, STEPS, 60, SHARE) == STEPS
 
 
-def test_plan_follows_what_the_policy_knows():
+def test_plan_uses_the_policys_relevance():
     policy = SuffixPolicy(flags_of("dynamic_suffix"), LAYERS, STEPS)
     even = d.plan(policy, 0, STEPS, STEPS, 3 * STEPS, SHARE)          # 2 of 4 evenly relevant blocks hold 30 %
     policy.relevance = [0.0, 0.0, 0.0, 1.0]
@@ -186,7 +186,7 @@ def test_plan_follows_what_the_policy_knows():
     assert d.plan(waiting, 20, STEPS - 20, STEPS, 3 * STEPS, SHARE) > STEPS
 
 
-def test_a_new_plan_keeps_what_was_learned_and_moves_a_freeze_to_come():
+def test_a_new_plan_keeps_the_state_and_moves_a_future_freeze():
     flags = flags_of("dynamic_suffix")
     old = SuffixPolicy(flags, LAYERS, STEPS)
     old.relevance, old.budget = [1.0, 2.0, 3.0, 4.0], 3
@@ -198,7 +198,7 @@ def test_a_new_plan_keeps_what_was_learned_and_moves_a_freeze_to_come():
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
-def test_the_json_is_whole(result):
+def test_the_json_is_complete(result):
     assert {"schema_version", "script", "argv", "git_commit", "device", "torch_version", "config", "results", "traces",
             "elapsed_sec"} == set(result)
     assert (ROOT / result["script"]).is_file() and result["argv"][:len(TINY)] == TINY
@@ -224,7 +224,7 @@ def test_the_json_is_whole(result):
     assert 1 <= dynamic["active_layers_mean"] < LAYERS and dynamic["probe_count"] > 1
 
 
-def test_a_picture_lies_beside_it(tmp_path):
+def test_a_picture_is_saved_beside_it(tmp_path):
     pytest.importorskip("matplotlib")
     bench(tmp_path, "--plot", "--schedules", "static_suffix", "dynamic_suffix")
     assert (tmp_path / "out" / "result.png").stat().st_size > 10_000
@@ -260,7 +260,7 @@ def test_every_flag_in_the_readme_exists():
 def test_the_readmes_examples_run(argv, tmp_path, monkeypatch):
     """As they are written they are accepted; with tiny sizes they run."""
     monkeypatch.chdir(tmp_path)
-    parse([d.BenchFlags, SuffixFlags], argv, validate=d.impossible)
+    parse([d.BenchFlags, SuffixFlags], argv, validate=d.schedule_problems)
     layers = argv[argv.index("--n-layers") + 1] if "--n-layers" in argv else 6
     assert d.main([*argv, *"--device=cpu --dmodel=8 --batch-size=1 --seq-len=4 --steps=50 --no-plot".split()]) == 0
     written = list(tmp_path.glob("attempts/results/container_d/dynamic_block_schedule_*.json"))
@@ -272,7 +272,7 @@ def test_the_readmes_examples_run(argv, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", ["smoke", "default", "gpu"])
 def test_presets_make_schedules(preset):
-    flags, _ = parse([d.BenchFlags, SuffixFlags], ["--preset", preset, "--equal-time-budget"], validate=d.impossible)
+    flags, _ = parse([d.BenchFlags, SuffixFlags], ["--preset", preset, "--equal-time-budget"], validate=d.schedule_problems)
     filled = flags.filled()
     assert None not in [getattr(filled, name) for name in d.PRESETS[preset]] and filled.lr > 0 and filled.eval_every > 0
 
@@ -282,35 +282,35 @@ def test_a_flag_overrides_the_preset():
     assert (flags.n_layers, flags.dmodel, flags.lr) == (3, 1024, pytest.approx(3e-4))
 
 
-@pytest.mark.parametrize("wrong, advice", [
-    ("--schedules static_suffix --equal-time-budget", "needs full_update"),
-    ("--schedules nothing", "must be one of"),
-    ("--static-active-layers 9", "from 1 to 4"),
-    ("--dyn-min-active-layers 3 --dyn-max-active-layers 2", "lower the first"),
-    ("--dyn-freeze-start-frac 0.9", "no step is left"),
+@pytest.mark.parametrize("wrong, names", [
+    ("--schedules static_suffix --equal-time-budget", "--equal-time-budget"),
+    ("--schedules nothing", "--schedules"),
+    ("--static-active-layers 9", "--static-active-layers"),
+    ("--dyn-min-active-layers 3 --dyn-max-active-layers 2", "--dyn-min-active-layers"),
+    ("--dyn-freeze-start-frac 0.9", "--dyn-freeze-start-frac"),
     ("--block-update-schedule dynamic_suffix", "--schedules"),
-    ("--lr 0", "--lr must be above 0"),
-    ("--eval-every 0", "--eval-every must be at least 1"),
-    ("--max-steps-multiplier 0.5", "at least 1"),
-    ("--json-out .", "is a folder"),
-    ("--json-out {file}/x.json", "cannot write in"),
+    ("--lr 0", "--lr"),
+    ("--eval-every 0", "--eval-every"),
+    ("--max-steps-multiplier 0.5", "--max-steps-multiplier"),
+    ("--json-out .", "--json-out"),
+    ("--json-out {file}/x.json", "--json-out"),
 ])
-def test_wrong_flags_are_refused_before_anything_is_done(wrong, advice, tmp_path, monkeypatch):
+def test_wrong_flags_are_refused_before_anything_is_done(wrong, names, tmp_path, monkeypatch):
     monkeypatch.setattr(d.BenchFlags, "open_device", lambda self: pytest.fail("it went on"))
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UserError, match=re.escape(advice)):
+    with pytest.raises(UserError, match=names):
         d.main([*TINY, *DYNAMIC, "--json-out", str(tmp_path / "new" / "x.json"), *wrong.format(file=tmp_path / "file").split()])
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_script_answers_from_anywhere_with_all_problems_at_once(tmp_path):
+def test_the_script_reports_all_problems_at_once_from_any_folder(tmp_path):
     code = f"""import sys, runpy
 sys.argv = ["x", "--n-layers=1", "--dyn-probes-every=3", "--dtype=bf16"]
 try: runpy.run_path({str(FOLDER / 'dynamic_block_update_schedule_bench.py')!r}, run_name="__main__")
 except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    for problem in ("--n-layers must be at least 2", "did you mean --dyn-probe-every", "--dtype must be one of"):
+    for problem in ("--n-layers", "--dyn-probes-every", "--dtype"):
         assert problem in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.data.files import READERS, UNPACK, find_files
+from nanochat.data.compression import DECOMPRESS
+from nanochat.data.files import READERS, find_files
 from nanochat.data.sources import Counts, iter_documents, source_identity
 from nanochat.dataset import TokenDataset, prepare_tokens
 from nanochat.tokenizer import Tokenizer
@@ -110,7 +111,7 @@ def folder(tmp_path) -> Path:
 # ---- every kind
 
 def test_every_kind_is_here():
-    assert set(READERS) == {*TEXT_KINDS, *ROW_KINDS, ".zip", ".tar"} and set(UNPACK) == set(PACKERS) - {""}
+    assert set(READERS) == {*TEXT_KINDS, *ROW_KINDS, ".zip", ".tar"} and set(DECOMPRESS) == set(PACKERS) - {""}
 
 
 @pytest.mark.parametrize("packing", PACKERS)
@@ -166,7 +167,7 @@ def test_byte_order_marks_never_reach_a_document(tmp_path, mark, encoding, packi
 def test_zstd_of_several_frames_and_long_windows(tmp_path):
     frames = [zstandard.ZstdCompressor().compress(text.encode()) for text in TEXTS]
     (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
-    params = zstandard.ZstdCompressionParameters(window_log=28)  # zstd --long=28; more than decoders allow unless told
+    params = zstandard.ZstdCompressionParameters(window_log=28)  # zstd --long=28; more than decoders allow by default
     long = zstandard.ZstdCompressor(compression_params=params).compressobj()
     (tmp_path / "b.txt.zst").write_bytes(long.compress(b"long") + long.flush())
     assert read(tmp_path)[0] == ["".join(TEXTS), "long"]

@@ -1,5 +1,5 @@
-"""Rooms: every one, switched off, changes no bit of a run; switched on, it survives a kill and a resume. And the hooks of
-the protocol are called where they say, shown by a room of the test's own that trains suffixes."""
+"""Features: switched off, none changes a bit of a run; switched on, each survives a kill and a resume, and so do the switches
+that need no hook. The hooks are called when they say, which a feature of this test shows: it trains suffixes."""
 
 import json
 import shutil
@@ -15,31 +15,34 @@ import torch
 from nanochat.cli.flags import flag
 from nanochat.common import UserError
 from nanochat.features import FEATURES, Feature
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
 from processes import anew
 
 ROOT = Path(__file__).parents[2]
-SWITCHED_ON = {
+SWITCHED_ON = {  # flags that switch each feature on
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
-    "bf16_momentum": ["--no-compile", "--bf16-momentum"],
     "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
-    "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
     "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
-    "compile_cache": ["--compile", "--compile-cache-dir={tmp}", "--depth=1", "--aspect-ratio=32"],
-    "recompute": ["--compile", "--recompute-activations", "--depth=1", "--aspect-ratio=32"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
                "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0",
                "--dyn-final-full-frac=0.13", "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
-}  # flags that switch each room on
+    "alternate": ["--no-compile", "--alternate-from=3"],
+}
+SWITCHES = {  # the same of optimizations without hooks
+    "bf16_momentum": ["--no-compile", "--bf16-momentum"],
+    "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
+    "compile_cache": ["--compile", "--compile-cache-dir={tmp}", "--depth=1", "--aspect-ratio=32"],
+    "recompute": ["--compile", "--recompute-activations", "--depth=1", "--aspect-ratio=32"],
+}
 STEPS = 8
 
 
 class Alternate(Feature):
-    """Trains the upper half on odd steps, counts what it sees, and keeps a state that decides the next step."""
+    """Trains the upper half on odd steps, notes which hooks are called, and keeps a state that decides the next step."""
     name = "alternate"
 
     @dataclass
@@ -53,24 +56,34 @@ class Alternate(Feature):
 
     def __init__(self, config):
         super().__init__(config)
-        self.frozen, self.evaluations, self.gradients = False, 0, []
+        self.frozen, self.evaluations, self.gradients, self.called = False, 0, [], []
 
     def on_model(self, model, horizon):
         self.half = model.config.n_layer // 2
 
     def before_step(self, step):
+        self.called.append(("before_step", step))
         self.frozen = not self.frozen and step >= self.config.alternate_from
         return {"active_start": self.half if self.frozen else 0}
 
     def after_backward(self, model, step):
+        self.called.append(("after_backward", step))
         self.gradients.append([block.mlp.c_fc.weight.grad is not None for block in model.transformer.h])
+
+    def on_weights_changed(self):
+        self.called.append(("on_weights_changed",))
+
+    def after_step(self, step, loss, time):
+        assert loss > 0 and time.total > 0
+        self.called.append(("after_step", step))
 
     @contextmanager
     def eval_context(self, model):
         self.evaluations += 1
         yield
 
-    def metrics(self):
+    def step_columns(self):
+        self.called.append(("step_columns",))
         return {"step_kind": "suffix" if self.frozen else "full", "active_start": self.half if self.frozen else 0,
                 "active_layers": self.half if self.frozen else 2 * self.half}
 
@@ -84,73 +97,84 @@ class Alternate(Feature):
         self.frozen = state["frozen"]
 
 
-ROOMS = (*FEATURES, Alternate)
-SWITCHED_ON["alternate"] = ["--no-compile", "--alternate-from=3"]
+ALL = (*FEATURES, Alternate)
 
 
-def train(base, tag, *extra, rooms=ROOMS):
+def train(base, tag, *extra, features=ALL):
     argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
             f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 "
             f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
             f"--data={base / 'text'} --model-tag={tag}").split()
-    run = Run(parse_config(rooms, anew([*argv, *extra])), rooms)
-    assert run_to_the_end(run) == 0
+    run = build_run(parse_config(features, anew([*argv, *extra])), features)
+    assert fit(run) == 0
     return run
 
 
 def final_bytes(run):
-    return [(run.run_dir / f"step_{STEPS:06d}" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+    folder = run.plan.run_dir / f"step_{STEPS:06d}"
+    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 def steps_of(run):
-    rows = read_metrics(run.run_dir / "metrics.jsonl")
+    rows = read_metrics(run.plan.run_dir / "metrics.jsonl")
     return [(r["step"], r["loss"], r["step_kind"], r["active_start"]) for r in rows if r["loss"] is not None]
 
 
-def test_every_room_is_tested_here():
-    assert set(SWITCHED_ON) == {room.name for room in ROOMS}
+def test_every_feature_is_tested_here():
+    assert set(SWITCHED_ON) == {feature.name for feature in ALL}
 
 
 @pytest.fixture(scope="module")
 def all_off(base):
-    """A run that has every room and switches none on."""
+    """A run that could have every feature and has none."""
     return train(base, "all-off", "--no-compile")
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
-def test_switched_off_it_changes_no_bit(base, room, all_off):
-    without = train(base, "without", "--no-compile", rooms=tuple(r for r in ROOMS if r is not room))
+@pytest.mark.parametrize("feature", ALL, ids=lambda f: f.name)
+def test_switched_off_it_changes_no_bit(base, feature, all_off):
+    without = train(base, "without", "--no-compile", features=tuple(f for f in ALL if f is not feature))
     assert steps_of(without) == steps_of(all_off) and final_bytes(without) == final_bytes(all_off)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ROOMS, ids=lambda r: r.name)
-def test_switched_on_it_survives_a_resume(base, room, tmp_path):
-    on = [f.format(tmp=tmp_path) for f in SWITCHED_ON[room.name]]
-    whole = train(base, f"whole-{room.name}", *on)
-    halved = whole.run_dir.with_name(f"halved-{room.name}")
-    shutil.copytree(whole.run_dir, halved)
+@pytest.mark.parametrize("name", [*SWITCHED_ON, *SWITCHES])
+def test_switched_on_it_survives_a_resume(base, name, tmp_path):
+    on = [f.format(tmp=tmp_path) for f in (SWITCHED_ON | SWITCHES)[name]]
+    whole = train(base, f"whole-{name}", *on)
+    halved = whole.plan.run_dir.with_name(f"halved-{name}")
+    shutil.copytree(whole.plan.run_dir, halved)
     for step in (6, STEPS):
         shutil.rmtree(halved / f"step_{step:06d}")
     resumed = train(base, halved.name, *on, "--resume-from-step=latest")
-    assert resumed.first_step == 3
+    assert resumed.recorder.first_step == 3
     assert steps_of(resumed) == steps_of(whole) and final_bytes(resumed) == final_bytes(whole)
 
 
-def test_hooks_are_called_where_they_say(base):
+def test_hooks_are_called_when_they_say(base):
     run = train(base, "hooks", *SWITCHED_ON["alternate"])
-    room = run.features.rooms[-1]
+    feature = run.state.features.enabled[-1]
     assert [row[2:] for row in steps_of(run)] == [("full", 0)] * 3 + [("suffix", 2), ("full", 0)] * 2 + [("suffix", 2)]
-    assert room.gradients == [[True] * 4] * 3 + [[False, False, True, True], [True] * 4] * 2 + [[False, False, True, True]]
-    assert room.evaluations == 3 + 3  # evaluations at 0, 4 and 8; checkpoints at 3, 6 and 8
-    assert json.loads((run.run_dir / "result.json").read_text())["schedule"] == "alternate"
+    assert feature.gradients == [[True] * 4] * 3 + [[False, False, True, True], [True] * 4] * 2 + [[False, False, True, True]]
+    assert feature.evaluations == 3 + 3  # evaluations at 0, 4 and 8; checkpoints at 3, 6 and 8
+    assert json.loads((run.plan.run_dir / "result.json").read_text())["schedule"] == "alternate"
+    assert feature.called == [("on_weights_changed",)] + [call for step in range(STEPS) for call in (
+        ("before_step", step), ("after_backward", step), ("on_weights_changed",), ("step_columns",), ("after_step", step))]
+
+
+def test_a_columns_row_is_that_of_its_step_when_results_are_read_late(base):
+    """With --deferred-loss-logging, after_step comes after the next step's launch."""
+    at_once, later = (train(base, f"columns{len(more)}", *SWITCHED_ON["alternate"], *more)
+                      for more in ([], ["--deferred-loss-logging"]))
+    assert steps_of(at_once) == steps_of(later)
+    called = later.state.features.enabled[-1].called
+    assert called.index(("after_step", 0)) > called.index(("before_step", 1))
 
 
 def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
     """Between the checkpoints of steps 3 and 4 only the upper half was trained."""
     from nanochat.checkpoint_manager import load_checkpoint
     run = train(base, "frozen", *SWITCHED_ON["alternate"], "--save-every=1")
-    (before, state_before, _), (after, state_after, _) = (load_checkpoint(run.run_dir, step) for step in (3, 4))
+    (before, state_before, _), (after, state_after, _) = (load_checkpoint(run.plan.run_dir, step) for step in (3, 4))
     for name in before:
         frozen = name.startswith(("transformer.h.0.", "transformer.h.1.", "transformer.wte", "value_embeds.1", "smear",
                                   "x0_lambdas", "resid_lambdas"))
@@ -161,31 +185,40 @@ def test_frozen_blocks_and_their_state_do_not_change_by_a_bit(base):
 
 
 @pytest.mark.slow
-def test_deferring_changes_no_number_and_no_row(base, all_off):
-    """Nor beside a schedule that decides by the last loss, which is then read at once."""
+def test_deferring_changes_no_number_and_no_row(base, all_off, tmp_path):
+    """Nor beside a schedule that decides by the last loss: there a file's flag does not defer, and a typed one is refused."""
     def rows(run):
         timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
-        return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(run.run_dir / "metrics.jsonl")]
+        return [{k: v for k, v in r.items() if k not in timed} for r in read_metrics(run.plan.run_dir / "metrics.jsonl")]
+    profile = tmp_path / "deferred.flags"
+    profile.write_text("--deferred-loss-logging")
     for other in (["--no-compile"], SWITCHED_ON["suffix"]):
         at_once = all_off if other == ["--no-compile"] else train(base, "at-once", *other)
-        later = train(base, "later", *other, "--deferred-loss-logging")
+        later = train(base, "later", *other, f"@{profile}")
         assert rows(at_once) == rows(later) and final_bytes(at_once) == final_bytes(later)
-        assert later.features.defers == (other == ["--no-compile"])
+        assert later.defers_metrics == (other == ["--no-compile"])
+    with pytest.raises(UserError, match="--deferred-loss-logging"):
+        train(base, "refused", *SWITCHED_ON["suffix"], "--deferred-loss-logging")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("others", ([], ["--chunked-ce"], SWITCHED_ON["suffix"],
                                     ["--fp8", "--fp8-emulate", "--fp8-min-dim=16", "--fp8-include-regex=mlp"]), ids=str)
-def test_casting_once_changes_no_bit(base, others):
-    """Beside other rooms too; and each layer that multiplies in bf16 is one of these, none where nothing needs a cast."""
+def test_casting_once_changes_no_bit(base, others, tmp_path):
+    """Also beside other features. Each layer that multiplies in bf16 is a CastOnceLinear. With fp32, where there is nothing to
+    cast, --cast-once is refused; in a file of flags it does nothing."""
     flags = ["--no-compile", "--dtype=bfloat16", *others]
     each, once = train(base, "cast-each", *flags), train(base, "cast-once", *flags, "--cast-once")
     assert steps_of(each) == steps_of(once) and final_bytes(each) == final_bytes(once)
-    kinds = [type(layer).__name__ for layer in once.model.linears().values()]
+    kinds = [type(layer).__name__ for layer in once.state.model.linears().values()]
     assert "Linear" not in kinds and kinds.count("CastOnceLinear") == len(kinds) - kinds.count("Float8Linear") > 0
     if not others:
-        in_fp32 = train(base, "cast-none", "--no-compile", "--dtype=float32", "--cast-once")
-        assert {type(layer).__name__ for layer in in_fp32.model.linears().values()} == {"Linear"}
+        with pytest.raises(UserError, match="--cast-once"):
+            train(base, "cast-none", "--no-compile", "--dtype=float32", "--cast-once")
+        profile = tmp_path / "cast.flags"
+        profile.write_text("--cast-once")
+        in_fp32 = train(base, "cast-none", "--no-compile", "--dtype=float32", f"@{profile}")
+        assert {type(layer).__name__ for layer in in_fp32.state.model.linears().values()} == {"Linear"}
 
 
 @pytest.mark.slow
@@ -204,5 +237,5 @@ def test_the_compile_cache_serves_another_process(base, tmp_path):
 
 def test_a_compile_cache_that_cannot_be_written_is_refused(base, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Choose another place"):
+    with pytest.raises(UserError, match="--compile-cache-dir"):
         train(base, "uncached", "--compile", f"--compile-cache-dir={tmp_path / 'file' / 'cache'}")

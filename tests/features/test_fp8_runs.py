@@ -1,4 +1,4 @@
-"""The FP8 runners: what they have the lab run, by the stand-in of test_runs.py, and one of them whole, emulated on a CPU."""
+"""The FP8 runners: the runs they ask the lab for, with the stub of test_runs.py, and one runner in full, emulated on a CPU."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nanochat.lab.rows import known_of, make_row, table_of
+from nanochat.lab.rows import make_row, run_fields, table_of
 from test_runs import ROOT, Comparison, sandbox, with_gpus  # noqa: F401  (sandbox is a fixture)
 
 COLUMNS = ("variant use_fp8 fp8_backend fp8_recipe exit_code status elapsed_sec max_tok_per_sec avg_tok_per_sec final_loss "
@@ -54,7 +54,7 @@ def test_the_runs_are_valid_on_a_gpu(sandbox, runner):
 
 @pytest.mark.slow
 def test_the_comparison_on_a_cpu(sandbox, tmp_path):
-    """Text, FP8 emulated, table: d1 for two steps. Bf16 is left out: its row of the same table shows in what a run leaves."""
+    """Text, FP8 emulated, table: d1 for two steps. Without bf16: its row of the same table is made from a result.json."""
     (tmp_path / "text").mkdir()
     for name in ("gpt", "optim", "dataset", "tokenizer"):
         shutil.copy(ROOT / "nanochat" / f"{name}.py", tmp_path / "text")
@@ -79,5 +79,5 @@ def test_the_comparison_on_a_cpu(sandbox, tmp_path):
     ended = make_row("fp8", "baseline", 42, "cell", flags, result, 1) | {"flags": flags}
     (folder / "cells" / "cell").mkdir()
     (folder / "cells" / "cell" / "result.json").write_text(json.dumps(result))
-    table = table_of(compared.lab[2].columns, [known_of(folder, ended)])
+    table = table_of(compared.lab[2].columns, [run_fields(folder, ended)])
     assert table.splitlines()[1].split() == "baseline 0 NA NA 1 oom 198 1401 NA NA NA NA NA".split()

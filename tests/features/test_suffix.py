@@ -1,4 +1,4 @@
-"""The suffix room in real runs: what it decides reaches the model and the records, and `all blocks` is full training."""
+"""Dynamic suffix training in real runs: its decisions reach the model and the records, and "all blocks" is full training."""
 
 import json
 import statistics
@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.features.suffix import cost_in_flops, cost_in_seconds, relevance_of_blocks
 from nanochat.recipe.shape import GPTConfig, flops_per_token
 from nanochat.recipe.suffix_policy import predicted_speedup
 from nanochat.runtime.compilation import compile_parts
 from nanochat.runtime.device import evaluation
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
 from test_gpt import TINY, batch, tiny_model
 
@@ -37,10 +38,10 @@ def argv(base, tag, *extra):
 
 
 def train(base, tag, *extra):
-    run = Run(parse_config(FEATURES, argv(base, tag, *extra)))
-    assert run_to_the_end(run) == 0
-    steps = [r for r in read_metrics(run.run_dir / "metrics.jsonl") if r["loss"] is not None]
-    return run.run_dir, steps, json.loads((run.run_dir / "result.json").read_text())
+    run = build_run(parse_config(FEATURES, argv(base, tag, *extra)))
+    assert fit(run) == 0
+    steps = [r for r in read_metrics(run.plan.run_dir / "metrics.jsonl") if r["loss"] is not None]
+    return run.plan.run_dir, steps, json.loads((run.plan.run_dir / "result.json").read_text())
 
 
 def weights(run_dir):
@@ -140,15 +141,15 @@ try: runpy.run_module("scripts.base_train", run_name="__main__")
 except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "--dyn-min-active-layers (9) is above --dyn-max-active-layers (3)" in done.stderr
+    assert "--dyn-min-active-layers" in done.stderr and "--dyn-max-active-layers" in done.stderr
 
 
-@pytest.mark.parametrize("extra, advice", [
-    (["--dyn-min-active-layers=3", "--dyn-max-active-layers=2"], "lower the first"),
-    (["--block-update-schedule=static_suffix"], "--static-active-layers"),
-    (["--dyn-probe-every=0"], "--dyn-probe-every"),
+@pytest.mark.parametrize("extra, names", [
+    (["--dyn-min-active-layers=3", "--dyn-max-active-layers=2"], ["--dyn-min-active-layers", "--dyn-max-active-layers"]),
+    (["--block-update-schedule=static_suffix"], ["--block-update-schedule", "--dyn-warmup-steps"]),
+    (["--dyn-probe-every=0"], ["--dyn-probe-every"]),
 ])
-def test_impossible_schedules_are_refused(base, extra, advice):
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *argv(base, "bad", *DYNAMIC, *extra)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and advice in done.stderr and "Traceback" not in done.stderr
+def test_impossible_schedules_are_refused(base, extra, names):
+    with pytest.raises(UserError) as e:
+        parse_config(FEATURES, argv(base, "bad", *DYNAMIC, *extra))
+    assert all(name in str(e.value) for name in names)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from nanochat.kernels.cpp_kernels import why_not_native
-from nanochat.kernels.embedding import Embedding, embedding_gradient, embedding_gradient_plainly
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
+from nanochat.kernels.embedding import Embedding, embedding_gradient, embedding_gradient_reference
 
 
 def gradient(table, idx, weights, compile=False):
@@ -52,7 +52,7 @@ def test_compiled_and_repeated_it_gives_the_same_bits():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(why_not_native("embedding") is not None, reason=str(why_not_native("embedding")))
+@pytest.mark.skipif(cpp_unavailable_reason("embedding") is not None, reason=str(cpp_unavailable_reason("embedding")))
 @given(rows=st.integers(1, 40), columns=st.integers(1, 150), tokens=st.integers(0, 200), seed=st.integers(0, 99))
 def test_the_kernel_gives_the_bits_of_pytorch(rows, columns, tokens, seed):
     """Any width, rows without a token, tokens at every place; gradients that are not next to each other, NaN and infinity."""
@@ -61,5 +61,5 @@ def test_the_kernel_gives_the_bits_of_pytorch(rows, columns, tokens, seed):
     grad = torch.randn(tokens, columns, 2, generator=generator).bfloat16().mT
     if tokens > 100:
         grad[3, 0, 0], grad[5, 1, -1] = float("nan"), float("inf")
-    ours, plain = embedding_gradient(grad, idx, rows), embedding_gradient_plainly(grad, idx, rows)
+    ours, plain = embedding_gradient(grad, idx, rows), embedding_gradient_reference(grad, idx, rows)
     assert torch.equal(ours.isnan(), plain.isnan()) and torch.equal(ours.nan_to_num(7.0), plain.nan_to_num(7.0))

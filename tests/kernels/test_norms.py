@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from triton_kernels import compiled_for_hopper, interpreted
 
 from nanochat.engine import KVCache
 from nanochat.features import FEATURES
@@ -25,6 +24,7 @@ from nanochat.kernels.norms import (
 from nanochat.runtime.compilation import CompiledModel, graphs_compiled
 from nanochat.training.config import parse_config
 from test_gpt import TINY, batch, tiny_model
+from triton_kernels import compiled_for_hopper, interpreted
 
 LOW = [pytest.param(torch.bfloat16, 2**-8, id="bf16"), pytest.param(torch.float16, 2**-11, id="fp16")]
 MIX, ADD = pytest.param(True, id="mix"), pytest.param(False, id="add")
@@ -179,14 +179,14 @@ def test_sampling_with_a_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_in_a_compiled_model(whole):
-    """Full steps and suffix steps, again and again, on the graphs of the rehearsal, with the plain model's gradients."""
+    """Full steps and suffix steps, again and again, on the graphs of the warm-up, with the plain model's gradients."""
     torch._dynamo.reset()
     config = replace(TINY, n_layer=2)
     plain, model = tiny_model(config), fused_model(config=config)
     compiled = CompiledModel(model, whole=whole, backend="aot_eager")
     graphs = None
     for start in (0, 1, 0, 1):
-        compiled.rehearse(*batch(seed=9), active_start=start)
+        compiled.warm_up(*batch(seed=9), active_start=start)
         graphs = graphs or (graphs_compiled() if start else None)
         loss, grads = gradients_of(compiled, model, active_start=start)
         expected_loss, expected = gradients_of(plain, plain, active_start=start)
@@ -207,19 +207,19 @@ def test_compiled_it_is_one_graph_and_the_same(backend, mixes):
 
 
 @pytest.mark.skipif(kernels_for("cuda") is not None and torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_the_room_leaves_the_model_alone_and_says_so(capsys):
+def test_without_a_gpu_the_feature_leaves_the_model_alone_and_says_so(capsys):
     config = parse_config(FEATURES, ["--fused-rmsnorm", "--device-type=cpu"])
     model = tiny_model()
     FusedRmsnorm(config).on_model(model, None)
     assert (model.kernels.mix_norm, model.kernels.add_norm) == (mix_norm, add_norm)
-    assert "changes nothing here: on a cpu" in capsys.readouterr().out
+    assert "--fused-rmsnorm" in capsys.readouterr().out
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------
 
 TRITON = """
 import torch
-from nanochat.kernels.norms import backward_plainly, backward_with_triton, forward_plainly, forward_with_triton
+from nanochat.kernels.norms import backward_reference, backward_triton, forward_reference, forward_triton
 torch.manual_seed(0)
 scalars = torch.tensor(1.5), torch.tensor(-0.5)
 for rows, width in ((1, 1), (5, 64), (3, 96), (2, 1000)):
@@ -228,10 +228,10 @@ for rows, width in ((1, 1), (5, 64), (3, 96), (2, 1000)):
         gradients = [torch.randn(2, rows, width).to(dtype) for _ in range(2)]
         rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps  # the interpreter truncates bf16
         for a, b in (scalars, (None, None)):
-            forward = forward_plainly(x, y, a, b)
+            forward = forward_reference(x, y, a, b)
             kept = (*((forward[0], None, None, None) if a is None else (x, y, a, b)), forward[2])
-            pairs = [*zip(forward_with_triton(x, y, a, b), forward),
-                     *zip(backward_with_triton(*kept, *gradients), backward_plainly(*kept, *gradients))]
+            pairs = [*zip(forward_triton(x, y, a, b), forward),
+                     *zip(backward_triton(*kept, *gradients), backward_reference(*kept, *gradients))]
             for mine, plain in pairs:
                 assert (mine is None) == (plain is None)
                 if mine is not None and mine.dtype == torch.float32:  # r and the sums are fp32, whatever x is

@@ -1,4 +1,4 @@
-"""The course of experiments over simulated runs: which seeds and conditions are run, what is confirmed afresh, what is left."""
+"""Experiments on simulated runs: which cells are run, how the best is confirmed on fresh seeds, which outputs are written."""
 
 import json
 import random
@@ -8,7 +8,8 @@ import pytest
 from test_lab_decide import WORTH, simulate
 
 from nanochat.lab import experiments
-from nanochat.lab.experiments import Contest
+from nanochat.lab.experiments import Comparison
+from nanochat.lab.outputs import write_outputs
 from nanochat.lab.plan import Variant, make_variants, read_profile, read_template
 from nanochat.lab.report import write_report
 from nanochat.lab.rows import COLUMNS, config_of, read_rows
@@ -18,7 +19,7 @@ COSINE = {"candidate": "--warmdown-shape=cosine"}
 
 
 class SimulatedFolder:
-    """A folder whose cells are not trained but simulated. `truths`: what is true of a variant, by name."""
+    """A folder whose cells are simulated instead of trained. `truths`: parameters of `simulate` by variant."""
 
     def __init__(self, path, noise=0.01, target=1.006, **truths):
         self.path, self.name, self.truths, self.noise, self.target = path, "simulated", truths, noise, target
@@ -55,21 +56,21 @@ class SimulatedFolder:
         return row
 
 
-def contest(folder, candidates=COSINE, match="steps", **options):
+def comparison(folder, candidates=COSINE, match="steps", **options):
     base, found = make_variants(SMOKE, "", candidates, match)
-    return Contest(folder, base, tuple(found), match, **options)
+    return Comparison(folder, base, tuple(found), match, **options)
 
 
 def test_variants_take_turns_over_paired_seeds(tmp_path):
     folder = SimulatedFolder(tmp_path)
-    contest(folder).run([1, 2])
+    comparison(folder).run([1, 2])
     assert folder.order == [("baseline", 1), ("candidate", 1), ("baseline-97", 1), ("baseline-94", 1),
                             ("baseline-94", 2), ("baseline-97", 2), ("candidate", 2), ("baseline", 2)]
 
 
-def test_seeds_are_added_until_it_is_decided_and_resume_is_tried_before_promoting(tmp_path):
+def test_seeds_are_added_until_it_is_decided_and_resume_is_checked_before_promoting(tmp_path):
     folder = SimulatedFolder(tmp_path, candidate={"pace": 0.93})
-    verdict, rows = experiments.compare(contest(folder), [1, 2], 6)
+    verdict, rows = experiments.compare(comparison(folder), [1, 2], 6)
     assert verdict.decision == "promote" and 2 < len(rows["candidate"]) <= 6
     assert ("candidate-resumed", 1) in folder.order
     assert {g.name: g.outcome for g in verdict.gates}["resume"] == "pass"
@@ -79,50 +80,50 @@ def test_a_candidate_that_does_not_resume_is_rejected(tmp_path):
     folder = SimulatedFolder(tmp_path, candidate={"pace": 0.93})
     original = folder.train
     folder.train = lambda cell: original(cell) | ({"val_bpb": 1.2345} if cell.kill else {})
-    verdict, _ = experiments.compare(contest(folder), [1, 2], 6)
-    assert verdict.decision == "reject" and "resume" in verdict.why
+    verdict, _ = experiments.compare(comparison(folder), [1, 2], 6)
+    assert verdict.decision == "reject" and {g.name: g.outcome for g in verdict.gates}["resume"] == "fail"
 
 
-def test_no_resume_without_need(tmp_path):
+def test_resume_is_not_checked_for_a_reject(tmp_path):
     folder = SimulatedFolder(tmp_path, candidate={"better": -0.2})
-    verdict, rows = experiments.compare(contest(folder), [1, 2], 6)
+    verdict, rows = experiments.compare(comparison(folder), [1, 2], 6)
     assert verdict.decision == "reject" and len(rows["candidate"]) == 2
     assert not any(name.endswith("resumed") for name, _ in folder.order)
 
 
-def test_a_promoted_control_takes_the_verdict_back(tmp_path):
-    """Here the simulated machine lies: it calls shorter runs better. Then no verdict of it can be trusted."""
+def test_nothing_is_promoted_where_the_control_is(tmp_path):
+    """The simulated machine is wrong: shorter runs are better. Then none of its verdicts can be trusted."""
     folder = SimulatedFolder(tmp_path, candidate={"pace": 0.93}, control={"better": 0.2})
-    verdict, _ = experiments.compare(contest(folder, control=True), [1, 2], 6)
-    assert verdict.decision == "inconclusive" and "control" in verdict.why
-    honest = SimulatedFolder(tmp_path / "b", candidate={"pace": 0.93})
-    assert experiments.compare(contest(honest, control=True), [1, 2], 6)[0].decision == "promote"
+    verdict, _ = experiments.compare(comparison(folder, control=True), [1, 2], 6)
+    assert verdict.decision == "inconclusive"
+    correct = SimulatedFolder(tmp_path / "b", candidate={"pace": 0.93})
+    assert experiments.compare(comparison(correct, control=True), [1, 2], 6)[0].decision == "promote"
 
 
 def test_the_best_of_a_sweep_is_judged_on_fresh_seeds_only(tmp_path):
-    """Eight equal cells on noisy runs: one always looks good. On fresh seeds it is nothing."""
+    """Of eight equal variants on noisy runs one is always the best. On fresh seeds it is not."""
     read = read_template("B")
     folder = SimulatedFolder(tmp_path, noise=0.02)
     base, found = make_variants(SMOKE, "", read.variants, read.match)
-    verdict, rows, ranking = experiments.sweep(Contest(folder, base, tuple(found)), [1, 2], 2)
-    assert verdict.decision != "promote" and "fresh seeds" in verdict.why
+    verdict, rows, ranking = experiments.sweep(Comparison(folder, base, tuple(found)), [1, 2], 2)
+    assert verdict.decision != "promote"
     best = ranking[0]["variant"]
     assert ranking[0]["net_gain"] == max(r["net_gain"] for r in ranking) > 0
     assert [row["seed"] for row in rows[best]] == [1, 2, 3, 4]
     assert {seed for name, seed in folder.order if name not in (best, "baseline", "baseline-97", "baseline-94")} == {1, 2}
 
 
-def test_a_sweep_finds_what_is_there(tmp_path):
+def test_a_sweep_finds_a_real_gain(tmp_path):
     folder = SimulatedFolder(tmp_path, lr_x1_1={"pace": 0.9})
     folder.truths["lr-x1.1_wd-x1.0".replace("-", "_")] = {"pace": 0.9}
     base, found = make_variants(SMOKE, "", read_template("D").variants, "steps")
-    verdict, _, ranking = experiments.sweep(Contest(folder, base, tuple(found)), [1, 2, 3], 6)
+    verdict, _, ranking = experiments.sweep(Comparison(folder, base, tuple(found)), [1, 2, 3], 6)
     assert ranking[0]["variant"] == "lr-x1.1_wd-x1.0" and verdict.decision == "promote"
 
 
 def test_equal_time_gives_a_faster_candidate_more_steps(tmp_path):
     folder = SimulatedFolder(tmp_path, noise=0.0, candidate={"pace": 0.5})
-    rows = contest(folder, match="time").run([1, 2])
+    rows = comparison(folder, match="time").run([1, 2])
     assert ("pilot-candidate", 1) in folder.order and ("pilot-candidate", 2) not in folder.order
     assert [row["steps_done"] for row in rows["candidate"]] == [200, 200]
     assert rows["candidate"][0]["train_time_sec"] == pytest.approx(rows["baseline"][0]["train_time_sec"])
@@ -130,21 +131,21 @@ def test_equal_time_gives_a_faster_candidate_more_steps(tmp_path):
 
 def test_equal_flops_gives_a_larger_batch_fewer_steps(tmp_path):
     folder = SimulatedFolder(tmp_path, noise=0.0)
-    rows = contest(folder, {"candidate": "--total-batch-size=x2"}, match="flops").run([1])
+    rows = comparison(folder, {"candidate": "--total-batch-size=x2"}, match="flops").run([1])
     assert rows["candidate"][0]["steps_done"] == 50
     assert rows["candidate"][0]["tokens_seen"] == rows["baseline"][0]["tokens_seen"]
 
 
-def test_a_target_that_nobody_reached_is_extrapolated_across_horizons(tmp_path):
+def test_a_target_that_no_run_reached_is_extrapolated_across_horizons(tmp_path):
     folder = SimulatedFolder(tmp_path, noise=0.001, target=0.5, candidate={"pace": 0.8})
     profile = [*SMOKE, "--target-metric-threshold=0.99"]
     base, found = make_variants(profile, "", {"candidate": "--warmdown-shape=cosine"}, "steps")
-    made = Contest(folder, base, tuple(found), horizons=(0.25, 0.5, 0.71))
+    made = Comparison(folder, base, tuple(found), horizons=(0.25, 0.5, 0.71))
     rows = made.run([1, 2])
     (b_low, b_high), (c_low, c_high) = made.extrapolated("candidate", rows)
     truth = 100 * 2.718281828 ** (0.01 / 0.12)  # where 1 - 0.12 ln(steps) meets 0.99
     assert c_low < b_low
-    assert 0.95 * b_low < truth < 1.05 * b_high  # a logarithm is not quite of the fit's family
+    assert 0.95 * b_low < truth < 1.05 * b_high  # a logarithm is not exactly a power law
     assert 0.95 * c_low < 0.8 * truth < 1.05 * c_high
     assert rows["baseline"][0]["extrapolation_method"] and rows["baseline"][0]["time_to_target_sec_measured"] is None
     verdict = made.judge("candidate", rows, resumed=True)
@@ -154,7 +155,7 @@ def test_a_target_that_nobody_reached_is_extrapolated_across_horizons(tmp_path):
 def test_the_noise_card_finds_the_noise(tmp_path):
     folder = SimulatedFolder(tmp_path, noise=0.02)
     base, _ = make_variants(SMOKE, "", {}, "steps")
-    card, _ = experiments.noise(Contest(folder, base, (Variant("again", base.flags),), control=True), list(range(60)))
+    card, _ = experiments.noise(Comparison(folder, base, (Variant("again", base.flags),), control=True), list(range(60)))
     assert card["time_sd"] == pytest.approx(0.012, rel=0.3) and card["quality_sd"] == pytest.approx(0.016 * WORTH, rel=0.3)
     gains = list(card["detectable_gain"].values())
     assert gains == sorted(gains, reverse=True) and card["a_against_a"]["decision"] != "promote"
@@ -165,7 +166,8 @@ def test_a_series_over_depths(tmp_path):
     made = {}
     for depth in (2, 4):
         base, found = make_variants(SMOKE, f"--depth={depth}", {"candidate": "--warmdown-shape=cosine"}, "steps")
-        made[depth] = Contest(SimulatedFolder(tmp_path / str(depth), noise=0.005, candidate={"pace": 0.93}), base, tuple(found))
+        folder = SimulatedFolder(tmp_path / str(depth), noise=0.005, candidate={"pace": 0.93})
+        made[depth] = Comparison(folder, base, tuple(found))
     verdict, by_depth, table = experiments.series(made, [1, 2], 6)
     assert verdict.decision == "promote" and set(by_depth) == {2, 4}
     assert {(row["depth"], row["variant"]) for row in table} == {(d, v) for d in (2, 4) for v in ("baseline", "candidate")}
@@ -174,12 +176,12 @@ def test_a_series_over_depths(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_left_and_the_exit_status(tmp_path, capsys):
+def test_outputs_and_exit_status(tmp_path, capsys):
     diverged = {"status": "diverged", "val_bpb": "nan", "error": "step 3 was not taken"}
     folder = SimulatedFolder(tmp_path, candidate={"row": diverged})
-    made = contest(folder)
+    made = comparison(folder)
     verdict, rows = experiments.compare(made, [1, 2], 2)
-    assert experiments.leave(folder, verdict, rows, "a test") == 1 and verdict.decision == "reject"
+    assert write_outputs(folder.path, verdict, rows, "a test") == 1 and verdict.decision == "reject"
     assert capsys.readouterr().out.splitlines()[-1] == str(verdict)
     assert json.loads((tmp_path / "verdict.json").read_text())["decision"] == "reject"
     assert len(read_rows(tmp_path)) == 8 and (tmp_path / "runs.csv").read_text().count("\n") == 9

@@ -6,15 +6,16 @@ import math
 import pytest
 from hypothesis import given, strategies as st
 
+from nanochat.cli.flag_files import CONFIGS, profiles
 from nanochat.common import UserError
 from nanochat.lab.plan import (
+    ALIASES,
     about_batch,
     interleaved,
     make_variants,
     matched,
     named_variants,
     pilot,
-    profiles,
     read_profile,
     read_template,
     shorter,
@@ -35,7 +36,7 @@ def test_every_template_fits_every_profile(profile, template):
 
 
 def test_the_baseline_profile_is_the_plans():
-    config = config_of(read_profile("d12")).flat()
+    config = config_of(read_profile("plan-d12")).flat()
     assert [config[n] for n in ("depth", "head_dim", "window_pattern", "max_seq_len", "device_batch_size", "total_batch_size",
                                 "eval_every", "eval_tokens", "num_iterations")] == [
         12, 128, "L", 512, 16, 16384, 100, 524288, 1500]
@@ -63,7 +64,7 @@ def test_a_relative_batch_divides_and_carries_the_law_along(factor):
     plans = [c.plan(c.model.shape(512)) for c in (config_of(base.flags), config_of(other.flags))]
     ratio = plans[1].total_batch_size / plans[0].total_batch_size
     assert ratio == pytest.approx(float(factor), rel=0.13)
-    assert plans[1].lr_scale / plans[0].lr_scale == pytest.approx(math.sqrt(ratio))
+    assert plans[1].lr_factor / plans[0].lr_factor == pytest.approx(math.sqrt(ratio))
     assert plans[1].weight_decay / plans[0].weight_decay == pytest.approx(math.sqrt(ratio))
 
 
@@ -110,10 +111,9 @@ def test_seeds_are_paired_and_drift_falls_on_both_alike():
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--no-such-flag", "unknown flag"), ("--seed=3", "lab's to set"), ("--model-tag=x", "lab's to set"),
-    ("--num-iterations=5", "--match free"), ("--depth=0", "at least 1"), ("'open", "quotation"),
-    ("--total-batch-size=100", "whole number of micro-batches"),
-    ("--warmdown-shape=x2", "multiplied")])
+    ("--no-such-flag", "--no-such-flag"), ("--seed=3", "--seed"), ("--model-tag=x", "--model-tag"),
+    ("--num-iterations=5", "--match free"), ("--depth=0", "--depth"), ("'open", "'open"),
+    ("--total-batch-size=100", "--total-batch-size"), ("--warmdown-shape=x2", "--warmdown-shape")])
 def test_wrong_candidates_are_refused_by_name(flags, says):
     with pytest.raises(UserError) as refusal:
         make_variants(SMOKE, "", {"mine": flags}, "steps")
@@ -143,3 +143,26 @@ def test_variants_that_are_not_implemented_are_left_out_where_the_template_says_
 def test_an_unknown_profile_names_those_there_are():
     with pytest.raises(UserError, match="cpu-smoke"):
         read_profile("tpu")
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_earlier_names_of_profiles(alias, name):
+    assert name in profiles() and read_profile(alias) == read_profile(name)
+
+
+def test_a_profile_is_a_file_of_flags_too(tmp_path):
+    (tmp_path / "mine.flags").write_text(f"@{CONFIGS}/cpu-smoke.flags --depth=3")
+    assert read_profile(str(tmp_path / "mine.flags")) == [*SMOKE, "--depth=3"] and read_profile("") == []
+    (tmp_path / "mine.flags").write_text("--run='open")
+    with pytest.raises(UserError, match="mine.flags"):
+        read_profile(str(tmp_path / "mine.flags"))
+
+
+def test_a_variant_may_name_a_file_of_flags(tmp_path):
+    (tmp_path / "wide.flags").write_text("--aspect-ratio=x2")
+    (tmp_path / "seed.flags").write_text("--seed=3")
+    base, (wide,) = make_variants(SMOKE, "", {"wide": f"--chunked-ce @{tmp_path}/wide.flags"}, "steps")
+    shapes = [config_of(v.flags).model for v in (base, wide)]
+    assert shapes[1].aspect_ratio == 2 * shapes[0].aspect_ratio
+    with pytest.raises(UserError, match="--seed"):
+        make_variants(SMOKE, f"@{tmp_path}/seed.flags", {"wide": "--aspect-ratio=32"}, "steps")

@@ -1,4 +1,4 @@
-"""The report: the verdict is on top, it fetches nothing, its figures are the rows', and a browser can read it."""
+"""The report: the verdict is first, it loads nothing, its numbers are those of the rows, and a browser can read it."""
 
 import base64
 import json
@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure
-from test_lab_experiments import SimulatedFolder, contest
+from test_lab_experiments import SimulatedFolder, comparison
 
 from nanochat.common import UserError
 from nanochat.lab import experiments
 from nanochat.lab.charts import Dots, Lines, save
+from nanochat.lab.outputs import write_outputs
 from nanochat.lab.report import curve, times_to_target, write_report
 
 
@@ -21,8 +22,8 @@ from nanochat.lab.report import curve, times_to_target, write_report
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("exp")
     simulated = SimulatedFolder(path, candidate={"pace": 0.93})
-    verdict, rows = experiments.compare(contest(simulated), [1, 2], 6)
-    experiments.leave(simulated, verdict, rows, "cosine <warm-down>")
+    verdict, rows = experiments.compare(comparison(simulated), [1, 2], 6)
+    write_outputs(path, verdict, rows, "cosine <warm-down>")
     return path
 
 
@@ -48,7 +49,7 @@ class Page(HTMLParser):
             self.ids[self.open[-1][1]] = data
 
 
-def test_the_page_is_whole_says_the_verdict_first_and_fetches_nothing(folder):
+def test_the_page_is_complete_has_the_verdict_first_and_loads_nothing(folder):
     text = (folder / "report.html").read_text()
     page = Page(text)
     pictures = sorted(path.read_bytes() for path in folder.glob("*.png"))
@@ -74,8 +75,8 @@ def test_curves_and_times_are_the_rows():
     assert times_to_target({"c": [{**never[0], "time_to_target_sec_extrapolated": None}]}) is None
 
 
-def test_a_chart_shows_what_it_is_given(tmp_path):
-    """What was drawn is read off the figure: the mean, the band, the dots, the interval."""
+def test_a_chart_shows_its_data(tmp_path):
+    """The mean, the band, the dots and the interval are read from the figure."""
     lines, dots = Figure(), Figure()
     Lines("x", "y", {"a": [(1.0, 2.0, 1.5, 2.5), (3.0, 1.0, 1.0, 1.0)]}, log_x=True).draw(lines)
     axes, = lines.axes
@@ -91,7 +92,7 @@ def test_a_chart_shows_what_it_is_given(tmp_path):
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no runs"):
+    with pytest.raises(UserError):
         write_report(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The lab for real, on small but whole runs: compared, crashed, diverged, stopped, shared, killed and resumed."""
+"""The lab on small but real runs: compared, crashed, diverged, stopped, shared, killed and resumed."""
 
 import json
 import os
@@ -38,8 +38,8 @@ def start(base, *argv):
 
 def lab(base, *argv):
     process = start(base, *argv)
-    said, _ = process.communicate(timeout=900)
-    return process.returncode, said
+    output, _ = process.communicate(timeout=900)
+    return process.returncode, output
 
 
 def rows(folder, variant=None):
@@ -48,79 +48,78 @@ def rows(folder, variant=None):
 
 @pytest.fixture(scope="module")
 def compared(base, out):
-    """Four runs, which the other tests go on from: the same baseline is never trained twice. What they left, as it was then, lies
-    in `as-compared`."""
-    status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    """Four runs that the other tests use too, as the same baseline is never trained twice; a copy is in `as-compared`."""
+    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
     shutil.copytree(out, base / "as-compared")
-    return status, said
+    return status, output
 
 
 @pytest.mark.slow
 def test_a_comparison(compared, base):
-    (status, said), out = compared, base / "as-compared"
-    assert status == 0, said
-    assert re.fullmatch(r"verdict: (keep optional|reject|inconclusive) \(.+\)", said.splitlines()[-1])
+    (status, output), out = compared, base / "as-compared"
+    assert status == 0, output
+    assert re.fullmatch(r"verdict: (keep optional|reject|inconclusive) \(.+\)", output.splitlines()[-1])
     assert [(r["variant"], r["seed"], r["status"]) for r in rows(out)] == [
         ("baseline", "1", "ok"), ("candidate", "1", "ok"), ("candidate", "2", "ok"), ("baseline", "2", "ok")]
     batches = {path.parent.name[:-9]: [row["batch_crc32"] for row in read_metrics(path)]
                for path in (out / "cells").glob("*/metrics.jsonl")}
     assert batches["baseline-s1"] == batches["candidate-s1"] != batches["baseline-s2"] == batches["candidate-s2"]
-    assert json.loads((out / "verdict.json").read_text())["line"] == said.splitlines()[-1]
+    assert json.loads((out / "verdict.json").read_text())["line"] == output.splitlines()[-1]
     assert "<img" in (out / "report.html").read_text()
     cells = {path.name for path in (out / "cells").iterdir() if path.is_dir()}
     kept = [path.name for path in (base / "lab").glob("text-*/base_checkpoints/*")]
-    assert len(cells) == 4 and not [name for name in kept if name.endswith(tuple(cells))]  # of runs that ended well none is kept
+    assert len(cells) == 4 and not [name for name in kept if name.endswith(tuple(cells))]  # no run that succeeded is kept
 
 
 @pytest.mark.slow
 def test_the_same_command_again_trains_nothing(compared, base, out):
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")}
-    status, said = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
-    assert status == 0 and said.splitlines()[-1] == compared[1].splitlines()[-1]
+    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    assert status == 0 and output.splitlines()[-1] == compared[1].splitlines()[-1]
     assert {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")} == before
 
 
 @pytest.mark.slow
 def test_candidates_that_crash_or_diverge_are_rows_and_rejects(compared, base, out):
     for flags, ended in (("--val-data=/no/such/file", "failed"), ("--matrix-lr=1e38 --embedding-lr=1e38", "diverged")):
-        status, said = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", f"--out={out}")
-        assert status == 1 and said.splitlines()[-1].startswith("verdict: reject (no instability")
+        status, output = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", f"--out={out}")
+        assert status == 1 and output.splitlines()[-1].startswith("verdict: reject (no instability")
         assert [r["status"] for r in rows(out, "candidate")[-2:]] == [ended] * 2
         assert [r["status"] for r in rows(out, "baseline")] == ["ok", "ok"]
 
 
 @pytest.mark.slow
-def test_named_variants_are_rows_of_a_table_of_ones_own(compared, base, out):
-    """The first is the comparison's baseline, which is not trained again; the second ends before its first step."""
+def test_named_variants_are_rows_of_a_table_with_chosen_columns(compared, base, out):
+    """The first is the comparison's baseline, which is not trained again; the second fails before its first step."""
     columns = "variant bpb=val_bpb:.3f compiled=compile:.0f val_data exit_code status"
-    status, said = lab(base, "run", "--variant", "baseline=", "bad=--val-data=/no/such/file", "--match=steps", "--seeds", 1,
+    status, output = lab(base, "run", "--variant", "baseline=", "bad=--val-data=/no/such/file", "--match=steps", "--seeds", 1,
                        f"--columns={columns}", f"--out={out}")
     bpb = float(rows(out, "baseline")[0]["val_bpb"])
-    table = [line.split() for line in said[said.index("\nvariant "):].splitlines()[1:4]]
+    table = [line.split() for line in output[output.index("\nvariant "):].splitlines()[1:4]]
     assert status == 1 and table == ["variant bpb compiled val_data exit_code status".split(),
                                      ["baseline", f"{bpb:.3f}", "0", "NA", "0", "ok"],
                                      ["bad", "NA", "0", "/no/such/file", "2", "failed"]]
-    log = Path(re.search(r"^bad seed 1 failed: (.+)", said, re.MULTILINE)[1]).read_text()
+    log = Path(re.search(r"^bad seed 1 failed: (.+)", output, re.MULTILINE)[1]).read_text()
     assert log.startswith("+ ") and "scripts.base_train" in log.splitlines()[0] and "/no/such/file" in log.splitlines()[-1]
-    assert "[1/1] bad" in said
+    assert "[1/1] bad" in output
 
 
 @pytest.mark.slow
 def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out):
-    status, said = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
-    assert status == 0, said
+    status, output = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    assert status == 0, output
     resumed, = rows(out, "candidate-resumed")
     assert resumed["killed_at"].startswith("step_0000") and resumed["status"] == "ok"
     same, = [r for r in rows(out, "candidate") if r["seed"] == resumed["seed"] and r["warmdown_shape"] == "cosine"]
     assert (resumed["final_loss"], resumed["val_bpb"]) == (same["final_loss"], same["val_bpb"])
-    assert re.search(r"^pass +resume", said, re.MULTILINE)
+    assert re.search(r"^pass +resume", output, re.MULTILINE)
     assert len(rows(out, "control")) == 2
 
 
 @pytest.mark.slow
 def test_a_against_a(compared, base, out):
-    status, said = lab(base, "noise", "--no-calibrate", f"--out={out}")
-    assert status == 0, said
+    status, output = lab(base, "noise", "--no-calibrate", f"--out={out}")
+    assert status == 0, output
     again, baseline = rows(out, "again"), [r for r in rows(out, "baseline") if not r["killed_at"]]
     assert [(r["seed"], r["val_bpb"]) for r in again] == [(r["seed"], r["val_bpb"]) for r in baseline]  # the same bits
     card = json.loads((out / "noise.json").read_text())
@@ -129,7 +128,7 @@ def test_a_against_a(compared, base, out):
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
+def test_two_workers_share_a_sweep_and_a_stopped_one_loses_nothing(compared, base):
     out, template = base / "shared", base / "mine.json"
     template.write_text(json.dumps({"variants": {"cosine": "--warmdown-shape=cosine"}}))
     argv = ("sweep", template, "--baseline=--num-iterations=40 --save-every=5", "--no-calibrate", f"--out={out}")
@@ -138,31 +137,31 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_none(compared, base):
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(300) == 130, stopped.stdout.read()
-    said, _ = other.communicate(timeout=900)
-    assert other.returncode == 0 and "verdict: inconclusive" in said.splitlines()[-1], said
+    output, _ = other.communicate(timeout=900)
+    assert other.returncode == 0 and "verdict: inconclusive" in output.splitlines()[-1], output
     assert sorted((r["variant"], r["seed"], r["status"], r["steps_done"]) for r in rows(out)) == [
         (variant, seed, "ok", "40") for variant in ("baseline", "cosine") for seed in "12"]
     begun = [len(re.findall(r"^\+ ", log.read_text(), re.MULTILINE)) for log in (out / "cells").glob("*/log.txt")]
-    assert len(begun) == 4 and sum(begun) <= 5  # only the run that was stopped was begun again
+    assert len(begun) == 4 and sum(begun) <= 5  # only the run that was stopped was started again
     assert not list((out / "cells").glob("*.claim"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv, says", [
-    (["compare", "--candidate=--no-such"], "--no-such"), (["compare"], "needs --candidate"), (["sweep"], "TEMPLATE"),
-    (["compare", "--candidate=--depth=3", "--seeds", "1", "1"], "twice"),
-    (["run", "--variant", "a b=--fp8"], "NAME"), (["run", "--variant", "a=", "a="], "twice"),
-    (["run", "--variant", "a=--no-such"], "a: unknown flag"), (["run", "--variant", "a=", "--candidate=--depth=3"], "not both"),
-    (["run", "--variant", "a=", "b=--num-iterations=5", "--match=time"], "--match free"),
-    (["run", "--control", "--horizons", ".5", ".6", ".7"], "--control is not for lab run"),
-    (["sweep", "B", "--match=time"], "--match is not for lab sweep"), (["noise", "--candidate=--fp8"], "not for lab noise"),
-    (["sweep", "Z"], "A-theory"), (["judge"], "not a command"),
+@pytest.mark.parametrize("argv, names", [
+    (["compare", "--candidate=--no-such"], "--no-such"), (["compare"], "--candidate"), (["sweep"], "TEMPLATE"),
+    (["compare", "--candidate=--depth=3", "--seeds", "1", "1"], "--seeds"),
+    (["run", "--variant", "a b=--fp8"], "--variant"), (["run", "--variant", "a=", "a="], "--variant a"),
+    (["run", "--variant", "a=--no-such"], "--no-such"), (["run", "--variant", "a=", "--candidate=--depth=3"], "--candidate"),
+    (["run", "--variant", "a=", "b=--num-iterations=5", "--match=time"], "--match"),
+    (["run", "--control", "--horizons", ".5", ".6", ".7"], "--control"),
+    (["sweep", "B", "--match=time"], "--match"), (["noise", "--candidate=--fp8"], "--candidate"),
+    (["sweep", "Z"], "A-theory"), (["judge"], "judge"),
     (["miniseries", "--candidate=--fp8", "--depths", "4"], "--depths"),
-    (["compare", "--candidate=--warmdown-shape=linear"], "nothing to compare")])
-def test_a_wrong_command_line_is_one_message(base, argv, says):
+    (["compare", "--candidate=--warmdown-shape=linear"], "lab noise")])
+def test_a_wrong_command_line_is_one_message(base, argv, names):
     process = subprocess.run([sys.executable, "-m", "scripts.lab", *argv], cwd=ROOT, capture_output=True, text=True,
                              env={**os.environ, "NANOCHAT_BASE_DIR": str(base)})
-    assert process.returncode == 2 and says in process.stderr
+    assert process.returncode == 2 and names in process.stderr
     assert process.stderr.startswith("error: ") and "Traceback" not in process.stderr
 
 
@@ -174,6 +173,6 @@ def test_a_cycle_by_its_commands(base, tmp_path):
     assert cycle("status")[0] == 2
     assert cycle("start", "--name=one")[0] == 2  # a cycle declares its target first
     assert cycle("start", "--name=one", "--target-metric-threshold=1.7")[0] == 0
-    status, said = cycle("phase", "--phase=0")
-    assert status == 0 and "val_bpb of 1.7" in said and re.search(r"^0 .* done$", said, re.MULTILINE)
+    status, output = cycle("phase", "--phase=0")
+    assert status == 0 and "val_bpb of 1.7" in output and re.search(r"^0 .* done$", output, re.MULTILINE)
     assert cycle("phase", "--phase=9")[0] == 2

@@ -1,4 +1,4 @@
-"""Student's t as in the tables, slopes by hand, and extrapolation whose interval covers the truth at its rate."""
+"""Student's t as in the tables, slopes by hand, and intervals that cover the truth at their rate."""
 
 import math
 import random
@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from nanochat.lab.stats import common_slope, half_width, seeds_needed, t_quantile
+from nanochat.lab.stats import common_slope, margin_of_error, pairs_needed, t_quantile
 from nanochat.lab.target import time_to_target
 
 
@@ -16,9 +16,9 @@ def test_quantiles_of_the_tables(p, df, t):
     assert t_quantile(p, df) == pytest.approx(t, rel=1e-6)
 
 
-def test_half_width():
-    assert half_width([1.0, 2.0, 3.0], 0.025) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert half_width([1.0], 0.05) == math.inf
+def test_margin_of_error():
+    assert margin_of_error([1.0, 2.0, 3.0], 0.025) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
+    assert margin_of_error([1.0], 0.05) == math.inf
 
 
 def test_the_bounds_of_a_mean_hold_at_their_rate():
@@ -27,12 +27,12 @@ def test_the_bounds_of_a_mean_hold_at_their_rate():
         missed = 0
         for _ in range(4000):
             values = [rng.gauss(0, 1) for _ in range(n)]
-            missed += sum(values) / n - half_width(values, 0.05) > 0
+            missed += sum(values) / n - margin_of_error(values, 0.05) > 0
         assert 0.04 < missed / 4000 < 0.06
 
 
-def test_more_noise_and_smaller_effects_take_more_seeds():
-    assert seeds_needed(0.01, 0.05, 0.01) < seeds_needed(0.01, 0.02, 0.01) < seeds_needed(0.02, 0.02, 0.01)
+def test_more_noise_and_smaller_effects_need_more_pairs():
+    assert pairs_needed(0.01, 0.05, 0.01) < pairs_needed(0.01, 0.02, 0.01) < pairs_needed(0.02, 0.02, 0.01)
 
 
 def test_a_common_slope_ignores_levels():
@@ -79,13 +79,13 @@ def test_without_noise_the_crossing_is_found():
     assert found.seconds == pytest.approx(140, rel=0.02) and found.low < 140 < found.high
 
 
-def test_a_target_below_what_the_curve_tends_to_has_no_upper_bound():
+def test_a_target_below_the_curves_limit_has_no_upper_bound():
     t = np.repeat([25.0, 50.0, 100.0], 3)
     noisy = curve(t, 1.0, 0.5) + np.random.default_rng(0).normal(0, 0.003, len(t))
     assert time_to_target(list(zip(t, noisy, strict=True)), 0.95).high == math.inf
 
 
-def test_one_run_s_own_tail_is_not_enough():
+def test_one_horizon_or_few_points_are_not_enough():
     assert time_to_target([(99.0, 1.2), (99.5, 1.19), (100.0, 1.18), (100.2, 1.17)], 1.0) is None  # one horizon
     assert time_to_target([(50.0, 1.2), (100.0, 1.1)], 1.0) is None
     assert time_to_target([], 1.0) is None

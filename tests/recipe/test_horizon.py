@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from nanochat.recipe.horizon import REFERENCE_BATCH, plan_horizon
-from nanochat.recipe.schedules import lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.recipe.schedules import lr_scale, muon_momentum, weight_decay_scale
 from nanochat.recipe.shape import flops_per_token, scaling_params, shape_of_depth
 
 depths = st.sampled_from([2, 4, 6, 8, 12, 16, 20, 26])
@@ -19,7 +19,7 @@ def plan(depth=12, device_batch_size=1, **kw):
 def test_the_reference_point_is_itself():
     horizon = plan(12, device_batch_size=32)
     assert horizon.total_batch_size == REFERENCE_BATCH and horizon.grad_accum_steps == 8
-    assert horizon.lr_scale == 1 and horizon.weight_decay == pytest.approx(0.28)
+    assert horizon.lr_factor == 1 and horizon.weight_decay == pytest.approx(0.28)
     assert horizon.num_iterations == 12 * scaling_params(shape_of_depth(12)) // REFERENCE_BATCH
 
 
@@ -28,9 +28,9 @@ def test_tau_is_kept(depth, ratio, multiplier):
     """tau = B / (eta lambda D) is the reference's for every depth, ratio and batch multiplier (arXiv 2405.13698)."""
     horizon = plan(depth, target_param_data_ratio=ratio, batch_multiplier=multiplier)
     reference_tokens = ratio * scaling_params(shape_of_depth(12))
-    tau = horizon.total_batch_size / (horizon.lr_scale * horizon.weight_decay * horizon.target_tokens)
+    tau = horizon.total_batch_size / (horizon.lr_factor * horizon.weight_decay * horizon.target_tokens)
     assert tau == pytest.approx(REFERENCE_BATCH / (0.28 * reference_tokens), rel=1e-4)
-    assert horizon.lr_scale == pytest.approx(math.sqrt(horizon.total_batch_size / REFERENCE_BATCH))
+    assert horizon.lr_factor == pytest.approx(math.sqrt(horizon.total_batch_size / REFERENCE_BATCH))
 
 
 @given(depth=depths, rows=st.integers(1, 48), ranks=st.sampled_from([1, 2, 8]))
@@ -67,7 +67,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(total, rows)
 
 
 def test_lr_schedule_at_its_corners():
-    at = lambda step, **kw: lr_multiplier(step, 1000, **kw)
+    at = lambda step, **kw: lr_scale(step, 1000, **kw)
     assert at(0) == 1 / 40 and at(39) == 1 and at(350) == 1
     assert at(1000) == pytest.approx(0.05) and at(675) == pytest.approx(0.05 + 0.95 / 2)
     assert at(675, warmdown_shape="cosine") == pytest.approx(0.05 + 0.95 / 2)
@@ -80,11 +80,11 @@ def test_lr_schedule_at_its_corners():
 def test_schedules_stay_in_bounds_and_only_fall_after_warmup(n, ratio, shape, data):
     step = data.draw(st.integers(0, n))
     kw = dict(warmup_steps=min(40, n // 2), warmdown_ratio=ratio, warmdown_shape=shape)
-    now, later = lr_multiplier(step, n, **kw), lr_multiplier(min(step + 1, n), n, **kw)
+    now, later = lr_scale(step, n, **kw), lr_scale(min(step + 1, n), n, **kw)
     assert 0 < now <= 1
     assert step < kw["warmup_steps"] or later <= now
     assert 0.85 <= muon_momentum(step, n, warmdown_ratio=ratio) <= 0.97
-    assert weight_decay_multiplier(n, n) == pytest.approx(0, abs=1e-12) and weight_decay_multiplier(0, n) == 1
+    assert weight_decay_scale(n, n) == pytest.approx(0, abs=1e-12) and weight_decay_scale(0, n) == 1
 
 
 def test_muon_momentum():

@@ -1,4 +1,4 @@
-"""The memory planner: counts against a real model, its order, what fits, and --auto-batch. And a peak measured here."""
+"""The memory estimate: counts against a real model, its order, what fits, and --auto-batch. And a peak measured here."""
 
 import re
 import resource
@@ -11,13 +11,13 @@ from hypothesis import given, strategies as st
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import UserError
 from nanochat.features import FEATURES
-from nanochat.recipe.memory_estimate import MARGIN, How, advice, host_memory, largest_fit, micro_batches, plan_memory
+from nanochat.recipe.memory_estimate import MARGIN, MemoryConfig, advice, estimate_memory, host_memory, largest_fit, micro_batches
 from nanochat.recipe.shape import shape_of_depth
 from nanochat.runtime.device import peak_resident
-from nanochat.training.auto_batch import choose_micro_batch, out_of_memory, survives
-from nanochat.training.build import Run
+from nanochat.training.auto_batch import choose_micro_batch_size, fits_in_memory, is_out_of_memory
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
 from processes import Served
 
@@ -30,39 +30,39 @@ def test_weights_gradients_and_moments_are_those_of_the_model(dtype):
     optimizer = model.setup_optimizer()
     model(*torch.randint(0, 300, (2, 2, 64))).backward()
     optimizer.step()
-    plan = plan_memory(SHAPE, 2, How(dtype.itemsize, compiled=False))
-    assert plan.weights == sum(p.nbytes for p in model.parameters()) == sum(p.grad.nbytes for p in model.parameters())
-    assert plan.gradients == plan.weights
+    estimate = estimate_memory(SHAPE, 2, MemoryConfig(dtype.itemsize, compiled=False))
+    assert estimate.weights == sum(p.nbytes for p in model.parameters()) == sum(p.grad.nbytes for p in model.parameters())
+    assert estimate.gradients == estimate.weights
     moments = sum(t.nbytes for t in optimizer.named_state().values())
-    assert plan.moments == pytest.approx(moments, rel=0.02)  # Muon's second moment, a vector per matrix, is left out
+    assert estimate.moments == pytest.approx(moments, rel=0.02)  # Muon's second moment, a vector per matrix, is left out
 
 
-HOWS = st.builds(How, st.sampled_from([2, 4]), *[st.booleans()] * 4, st.sampled_from([2, 4]))
+CONFIGS = st.builds(MemoryConfig, st.sampled_from([2, 4]), *[st.booleans()] * 4, st.sampled_from([2, 4]))
 
 
-@given(rows=st.integers(1, 200), available=st.integers(2**20, 2**36), how=HOWS)
-def test_the_largest_fit_fits_and_the_next_does_not(rows, available, how):
+@given(rows=st.integers(1, 200), available=st.integers(2**20, 2**36), config=CONFIGS)
+def test_the_largest_fit_fits_and_the_next_does_not(rows, available, config):
     def fits(n):
-        return plan_memory(SHAPE, n, how).total <= MARGIN * available
-    best = largest_fit(SHAPE, micro_batches(rows), available, how)
+        return estimate_memory(SHAPE, n, config).total <= MARGIN * available
+    best = largest_fit(SHAPE, micro_batches(rows), available, config)
     for n in micro_batches(rows):
         assert rows % n == 0 and fits(n) == (best is not None and n <= best)
 
 
-@given(rows=st.integers(1, 64), limit=st.integers(2**20, 2**34), how=HOWS)
-def test_advice_names_flags_that_fit_by_the_same_estimate(rows, limit, how):
+@given(rows=st.integers(1, 64), limit=st.integers(2**20, 2**34), config=CONFIGS)
+def test_advice_names_flags_that_fit_by_the_same_estimate(rows, limit, config):
     """Whatever it says to add or to take, put on the command line, fits; it says neither only where nothing does."""
-    text = advice(SHAPE, rows, limit, how)
-    added = replace(how, chunked_ce=how.chunked_ce or "--chunked-ce" in text,
-                    recompute=how.recompute or "--recompute-activations" in text)
+    text = advice(SHAPE, rows, limit, config)
+    added = replace(config, chunked_ce=config.chunked_ce or "--chunked-ce" in text,
+                    recompute=config.recompute or "--recompute-activations" in text)
     taken = re.search(r"Take --device-batch-size (\d+)", text)
     if "and even" not in text:
-        assert plan_memory(SHAPE, int(taken[1]) if taken else rows, added).total <= MARGIN * limit
+        assert estimate_memory(SHAPE, int(taken[1]) if taken else rows, added).total <= MARGIN * limit
         assert not taken or int(taken[1]) < rows and rows % int(taken[1]) == 0
     else:
-        thriftiest = replace(how, chunked_ce=True, recompute=how.compiled)
+        thriftiest = replace(config, chunked_ce=True, recompute=config.compiled)
         assert "--max-seq-len" in text and "--depth" in text
-        assert all(plan_memory(SHAPE, n, thriftiest).total > MARGIN * limit for n in micro_batches(rows)[1:])
+        assert all(estimate_memory(SHAPE, n, thriftiest).total > MARGIN * limit for n in micro_batches(rows)[1:])
 
 
 def test_host_memory_knows_the_limit_of_the_process():
@@ -81,10 +81,10 @@ def test_host_memory_knows_the_limit_of_the_process():
     (RuntimeError("MPS backend out of memory"), True), (OSError(12, "Cannot allocate memory"), True),
     (RuntimeError("shape mismatch"), False), (KeyError("out of memory"), False)])
 def test_what_counts_as_out_of_memory(error, yes):
-    assert out_of_memory(error) == yes
+    assert is_out_of_memory(error) == yes
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**50, dtype=torch.uint8)
-    assert out_of_memory(e.value)
+    assert is_out_of_memory(e.value)
 
 
 # --- --auto-batch ---------------------------------------------------------------------------------------------------
@@ -96,46 +96,48 @@ def flags(base, tag, *extra):
 
 
 def needs(run, rows):
-    return plan_memory(run.model.config, rows, How(4, compiled=False)).total / MARGIN
+    return estimate_memory(run.state.model.config, rows, MemoryConfig(4, compiled=False)).total / MARGIN
 
 
 def test_auto_batch_keeps_the_step_and_takes_what_fits(base, monkeypatch):
     """The machine's memory, as the planner sees it, is set so that 2 rows fit and 4 do not."""
-    whole = Run(parse_config(FEATURES, flags(base, "whole", "--auto-batch")))
-    assert whole.config.horizon.device_batch_size == 8 and run_to_the_end(whole) == 0
+    whole = build_run(parse_config(FEATURES, flags(base, "whole", "--auto-batch")))
+    assert whole.plan.micro_batch_size == 8 and fit(whole) == 0
     at_hand = int((needs(whole, 2) + needs(whole, 4)) / 2)
     monkeypatch.setattr("nanochat.recipe.memory_estimate.host_memory", lambda available: at_hand)
-    small = Run(parse_config(FEATURES, flags(base, "small", "--auto-batch", "--save-every=2")))
-    assert small.config.horizon.device_batch_size == 2 and small.horizon.grad_accum_steps == 512 // 64
-    assert small.horizon.total_batch_size == whole.horizon.total_batch_size and small.horizon.lr_scale == whole.horizon.lr_scale
-    assert run_to_the_end(small) == 0
-    rows = [read_metrics(run.run_dir / "metrics.jsonl") for run in (whole, small)]
+    small = build_run(parse_config(FEATURES, flags(base, "small", "--auto-batch", "--save-every=2")))
+    assert small.plan.micro_batch_size == 2 and small.plan.horizon.grad_accum_steps == 512 // 64
+    assert small.plan.horizon.total_batch_size == whole.plan.horizon.total_batch_size
+    assert small.plan.horizon.lr_factor == whole.plan.horizon.lr_factor
+    assert fit(small) == 0
+    rows = [read_metrics(run.plan.run_dir / "metrics.jsonl") for run in (whole, small)]
     assert [r["batch_crc32"] for r in rows[0]] == [r["batch_crc32"] for r in rows[1]]
     assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4)
     monkeypatch.undo()
-    again = Run(parse_config(FEATURES, flags(base, "small", "--auto-batch", "--save-every=2", "--resume-from-step=2")))
-    assert again.config.horizon.device_batch_size == 2  # as the run began, though now 8 would fit
-    assert run_to_the_end(again) == 0
-    assert [r["loss"] for r in read_metrics(again.run_dir / "metrics.jsonl")] == [r["loss"] for r in rows[1]]
+    again = build_run(parse_config(FEATURES, flags(base, "small", "--auto-batch", "--save-every=2", "--resume-from-step=2")))
+    assert again.plan.micro_batch_size == 2  # as the run began, though now 8 would fit
+    assert fit(again) == 0
+    assert [r["loss"] for r in read_metrics(again.plan.run_dir / "metrics.jsonl")] == [r["loss"] for r in rows[1]]
 
 
 def test_auto_batch_says_where_nothing_fits(base, monkeypatch):
     monkeypatch.setattr("nanochat.recipe.memory_estimate.host_memory", lambda available: 2**20)
     with pytest.raises(UserError, match="no micro-batch fits.*--max-seq-len"):
-        Run(parse_config(FEATURES, flags(base, "nothing", "--auto-batch")))
+        build_run(parse_config(FEATURES, flags(base, "nothing", "--auto-batch")))
 
 
 def test_trying_a_micro_batch_leaves_no_trace(base):
     """As on CUDA, but with an allocator that fails from 4 rows on: by a tensor that is too large for any machine."""
-    run = Run(parse_config(FEATURES, flags(base, "tried")))
-    before = {name: t.clone() for name, t in run.model.state_dict().items()}
-    hook = run.model.register_forward_pre_hook(lambda _, x: torch.empty(2**50, dtype=torch.uint8) if len(x[0]) >= 4 else None)
-    assert [survives(run, rows) for rows in (8, 4, 2, 1)] == [False, False, True, True]
+    run = build_run(parse_config(FEATURES, flags(base, "tried")))
+    before = {name: t.clone() for name, t in run.state.model.state_dict().items()}
+    hook = run.state.model.register_forward_pre_hook(
+        lambda _, x: torch.empty(2**50, dtype=torch.uint8) if len(x[0]) >= 4 else None)
+    assert [fits_in_memory(run.plan, run.state, rows) for rows in (8, 4, 2, 1)] == [False, False, True, True]
     hook.remove()
-    assert all(torch.equal(t, before[name]) for name, t in run.model.state_dict().items())
-    assert not run.optimizer.state and all(p.grad is None for p in run.model.parameters())
-    assert choose_micro_batch(run) == 8
-    assert run_to_the_end(run) == 0
+    assert all(torch.equal(t, before[name]) for name, t in run.state.model.state_dict().items())
+    assert not run.state.optimizer.state and all(p.grad is None for p in run.state.model.parameters())
+    assert choose_micro_batch_size(run.plan, run.state) == 8
+    assert fit(run) == 0
 
 
 # --- against measurements ------------------------------------------------------------------------------------------
@@ -148,23 +150,23 @@ CUDA_PEAKS = [(8, 8, 5198, 4542, 3453), (12, 4, 7057, 6960, 5566), (12, 16, 1690
 @pytest.mark.parametrize("depth, rows, plain, chunked, recomputed", CUDA_PEAKS)
 def test_the_estimate_is_near_the_peaks_on_cuda(depth, rows, plain, chunked, recomputed):
     shape = shape_of_depth(depth, 64, 128, sequence_len=2048, vocab_size=32768)
-    how = How(2, compiled=True, cuda=True)
-    for way, peak in ((how, plain), (replace(how, chunked_ce=True), chunked),
-                      (replace(how, chunked_ce=True, recompute=True), recomputed)):
-        assert peak is None or plan_memory(shape, rows, way).total / 2**20 == pytest.approx(peak, rel=0.05)
+    config = MemoryConfig(2, compiled=True, cuda=True)
+    for way, peak in ((config, plain), (replace(config, chunked_ce=True), chunked),
+                      (replace(config, chunked_ce=True, recompute=True), recomputed)):
+        assert peak is None or estimate_memory(shape, rows, way).total / 2**20 == pytest.approx(peak, rel=0.05)
 
 
 def watch_peak(run):
     """Print, when the run ends, the resident memory that training has added."""
-    start, finish = peak_resident(), run.finish
-    model = run.model.config
-    plan = plan_memory(model, run.config.horizon.device_batch_size, How(4, compiled=False))
+    start, close_checkpoints = peak_resident(), run.checkpoints.close
+    model = run.state.model.config
+    estimate = estimate_memory(model, run.plan.micro_batch_size, MemoryConfig(4, compiled=False))
 
-    def finishing(*arguments):
+    def closing():
         added = peak_resident() - start
-        print(f"added {added} planned {plan.total - plan.weights}", flush=True)
-        finish(*arguments)
-    run.finish = finishing
+        print(f"added {added} planned {estimate.total - estimate.weights}", flush=True)
+        close_checkpoints()
+    run.checkpoints.close = closing
 
 
 @pytest.mark.slow

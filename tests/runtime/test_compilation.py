@@ -48,7 +48,7 @@ def test_a_broken_graph_costs_only_its_own_variant(capsys):
     plain, model = tiny_model(), tiny_model()
     compiled = CompiledModel(model, whole=True, backend=breaks_on(2))
     for start in (0, 1, 2):
-        compiled.rehearse(*batch(seed=9), active_start=start)
+        compiled.warm_up(*batch(seed=9), active_start=start)
     said = [line for line in capsys.readouterr().out.splitlines() if "could not be compiled" in line]
     assert len(said) == 1 and said[0].startswith("active_start=1 ") and "no such instruction" in said[0]
     assert compiled.eager_fallbacks == 1
@@ -64,11 +64,11 @@ def test_a_broken_graph_costs_only_its_own_variant(capsys):
 
 
 @pytest.mark.slow
-def test_a_rehearsal_leaves_no_trace():
+def test_warming_up_leaves_no_trace():
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
     compiled = CompiledModel(model, whole=False, backend="aot_eager")
-    compiled.rehearse(*batch(), active_start=1)
+    compiled.warm_up(*batch(), active_start=1)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
@@ -78,7 +78,7 @@ def test_memory_running_out_is_no_fault_of_the_graph():
         raise torch.OutOfMemoryError("out of memory")
     compiled = CompiledModel(tiny_model(), whole=True, backend=backend)
     with pytest.raises(torch.OutOfMemoryError):
-        compiled.rehearse(*batch())
+        compiled.warm_up(*batch())
     assert compiled.eager_fallbacks == 0
 
 
@@ -90,7 +90,7 @@ def test_more_variants_than_torch_keeps_by_itself():
     compiled = CompiledModel(model, whole=True, backend="eager")
     torch._dynamo.utils.counters.clear()
     for start in range(9):
-        compiled.rehearse(*batch(), active_start=start)
+        compiled.warm_up(*batch(), active_start=start)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 and compiled.eager_fallbacks == 0
 
 
@@ -106,7 +106,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 def answer(*, without=(), **environment) -> list[str]:
     """What a process of its own prints that asks whether torch.compile works: the answer is the last line."""
-    code = "import torch; from nanochat.runtime.compilation import compiler_works; print(compiler_works(torch.device('cpu')))"
+    code = """import torch
+from nanochat.runtime.compilation import compile_unavailable_reason
+print(compile_unavailable_reason(torch.device("cpu")))"""
     inherited = {name: value for name, value in os.environ.items() if name not in ("CXX", *without)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -238,9 +240,8 @@ def test_recomputed_activations_are_not_kept(whole):
     kept, results = {}, {}
     for recompute in (False, True):
         model = tiny_model()
-        model.recompute_activations = recompute
-        compiled = CompiledModel(model, whole, backend="aot_eager")
-        compiled.rehearse(*batch(seed=9), active_start=0)
+        compiled = CompiledModel(model, whole, backend="aot_eager", recompute_activations=recompute)
+        compiled.warm_up(*batch(seed=9), active_start=0)
         sizes, own = {}, {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
 
         def keep(tensor, sizes=sizes, own=own):

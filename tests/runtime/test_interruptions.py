@@ -22,11 +22,12 @@ from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.runtime.compilation import CompiledModel
 from nanochat.runtime.lock import SILENCE, RunLock
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import MAX_ROLLBACKS, MAX_SKIPS, run_to_the_end
+from nanochat.training.divergence import MAX_ROLLBACKS, MAX_SKIPS
+from nanochat.training.loop import fit
 from nanochat.training.records import MetricsFile, read_metrics
-from processes import Served
+from processes import Served, compile_with
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -42,25 +43,25 @@ def flags(base, tag, *extra):
 
 
 def make(base, tag, *extra):
-    return Run(parse_config(FEATURES, flags(base, tag, *extra)))
+    return build_run(parse_config(FEATURES, flags(base, tag, *extra)))
 
 
 def train(base, tag, *extra):
     """A run that goes well."""
     run = make(base, tag, *extra)
-    assert run_to_the_end(run) == 0
+    assert fit(run) == 0
     return run
 
 
 def result(run):
-    return json.loads((run.run_dir / "result.json").read_text())
+    return json.loads((run.plan.run_dir / "result.json").read_text())
 
 
 def record(run):
     """All that was computed: the rows, but for times and memory, and the final tensors."""
     timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
-    rows = [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run.run_dir / "metrics.jsonl")]
-    final = run.run_dir / f"step_{STEPS:06d}"
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run.plan.run_dir / "metrics.jsonl")]
+    final = run.plan.run_dir / f"step_{STEPS:06d}"
     return rows, [(final / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
 
 
@@ -77,35 +78,35 @@ def undisturbed(base):
 
 def resumed(base, run, *extra):
     """Resume under the same name, to the end."""
-    return record(train(base, run.run_dir.name, "--resume-from-step=latest", *extra))
+    return record(train(base, run.plan.run_dir.name, "--resume-from-step=latest", *extra))
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
 
 def in_step(run, step, act):
     """Do something in the middle of a step."""
-    forward = run.forward
+    forward = run.trainer.forward
 
     def acting(*args, **options):
         loss = forward(*args, **options)
-        if run.step == step:
+        if run.state.step == step:
             act()
         return loss
-    run.forward = acting
+    run.trainer.forward = acting
 
 
 def in_evaluation(run, step, act):
-    run.model.register_forward_hook(lambda *_: act() if run.step == step and not run.model.training else None)
+    run.state.model.register_forward_hook(lambda *_: act() if run.state.step == step and not run.state.model.training else None)
 
 
 def in_save(run, step, act):
-    save = run.save
+    save = run.checkpoints.save
 
     def acting():
         save()
-        if run.step == step:
+        if run.state.step == step:
             act()
-    run.save = acting
+    run.checkpoints.save = acting
 
 
 MOMENTS = {  # where the signal comes, and at what step the checkpoint is then
@@ -127,11 +128,11 @@ def test_a_signal_ends_the_run_where_it_can_go_on_exactly(base, undisturbed, mom
     run = make(base, f"stopped-{moment.replace(' ', '-')}-{signum}", *extra)
     place(run, step, lambda: signal.raise_signal(signum))
     before = signal.getsignal(signum)
-    assert run_to_the_end(run) == 128 + signum
+    assert fit(run) == 128 + signum
     assert signal.getsignal(signum) is before
     done = result(run)
     assert done["status"] == "interrupted" and done["exit_code"] == 128 + signum and done["steps_done"] == checkpoint
-    assert list_steps(run.run_dir) == [checkpoint] and done["last_checkpoint"].endswith(f"step_{checkpoint:06d}")
+    assert list_steps(run.plan.run_dir) == [checkpoint] and done["last_checkpoint"].endswith(f"step_{checkpoint:06d}")
     assert signal.Signals(signum).name in done["error"] and "--resume-from-step=latest" in done["error"]
     assert resumed(base, run, *extra) == undisturbed(*extra)
 
@@ -139,8 +140,8 @@ def test_a_signal_ends_the_run_where_it_can_go_on_exactly(base, undisturbed, mom
 def test_a_signal_before_anything_is_trained_leaves_no_checkpoint(base):
     run = make(base, "untrained")
     in_evaluation(run, 0, lambda: signal.raise_signal(signal.SIGTERM))
-    assert run_to_the_end(run) == 143
-    assert list_steps(run.run_dir) == [] and result(run)["last_checkpoint"] is None
+    assert fit(run) == 143
+    assert list_steps(run.plan.run_dir) == [] and result(run)["last_checkpoint"] is None
     assert "no checkpoint" in result(run)["error"]
 
 
@@ -151,16 +152,16 @@ def test_a_signal_during_compilation(base, step):
     run, compiled = make(base, f"compiling-{step}", "--eval-every=-1"), []
 
     def backend(graph, inputs):
-        if run.step == step and run.step not in compiled:
+        if run.state.step == step and run.state.step not in compiled:
             signal.raise_signal(signal.SIGTERM)
-        compiled.append(run.step)
+        compiled.append(run.state.step)
         return graph.forward
-    run.compile, run.forward = True, CompiledModel(run.model, whole=True, backend=backend)
-    before_step = run.features.before_step
-    run.features.before_step = lambda step: before_step(step) | {"active_start": step // 3 % 2}  # another graph at step 3
-    assert run_to_the_end(run) == 143
+    compile_with(run, CompiledModel(run.state.model, whole=True, backend=backend))
+    before_step = run.state.features.before_step
+    run.state.features.before_step = lambda step: before_step(step) | {"active_start": step // 3 % 2}  # another graph at step 3
+    assert fit(run) == 143
     assert set(compiled) == (set() if step == 0 else {0, 3})
-    assert list_steps(run.run_dir) == ([] if step == 0 else [4])
+    assert list_steps(run.plan.run_dir) == ([] if step == 0 else [4])
 
 
 def child(base, tag, before=None, *extra, output=None):
@@ -205,7 +206,7 @@ def test_ignored_signals_stay_ignored(base):
     in_step(run, 0, lambda: signal.raise_signal(signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert run_to_the_end(run) == 0
+        assert fit(run) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -316,12 +317,12 @@ def test_a_run_that_cannot_be_made_gives_its_lock_back(base):
 
 def poison(run, bad):
     """Make the loss NaN wherever bad() says so. With a NaN in the loss, every gradient is one."""
-    forward = run.forward
-    run.forward = lambda x, y, **options: forward(x, y, **options) * (math.nan if bad(x) else 1)
+    forward = run.trainer.forward
+    run.trainer.forward = lambda x, y, **options: forward(x, y, **options) * (math.nan if bad(x) else 1)
 
 
 def weights(run):
-    tensors = run.model.state_dict() | run.optimizer.named_state()
+    tensors = run.state.model.state_dict() | run.state.optimizer.named_state()
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -330,41 +331,41 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("--deferred-loss-logging",), tuple(SUFFIX)], ids=["plain", "deferred", "suffix"])
+@pytest.mark.parametrize("extra", [(), tuple(SUFFIX)], ids=["plain", "suffix"])
 def test_skipping_leaves_out_a_step_and_nothing_else(base, extra, capsys):
     extra = (*extra, "--on-divergence=skip", "--save-every=2")
     tag = f"skip{len(extra)}"
     run, seen = make(base, tag, *extra), {}
     bad = (3, 5)
-    poison(run, lambda x: seen.setdefault(run.step, weights(run)) and run.step in bad)
-    assert run_to_the_end(run) == 0
+    poison(run, lambda x: seen.setdefault(run.state.step, weights(run)) and run.state.step in bad)
+    assert fit(run) == 0
     for step in bad:
         assert equal(seen[step], seen[step + 1]) and not equal(seen[step + 1], seen[step + 2])
-    rows = {row["step"]: row for row in read_metrics(run.run_dir / "metrics.jsonl") if row["val_bpb"] is None}
+    rows = {row["step"]: row for row in read_metrics(run.plan.run_dir / "metrics.jsonl") if row["val_bpb"] is None}
     assert [step for step, row in rows.items() if row["step_kind"] == "skipped"] == list(bad)
     assert all((row["loss"] is None) == (step in bad) for step, row in rows.items()) and sorted(rows) == list(range(STEPS))
     assert result(run)["skipped_steps"] == 2 and result(run)["status"] == "ok"
     assert capsys.readouterr().out.count("; skipped (") == 2
     for step in (6, STEPS):  # the rest is a run resumed from step 4, of two skipped one: the record is in the checkpoint
-        shutil.rmtree(run.run_dir / f"step_{step:06d}")
+        shutil.rmtree(run.plan.run_dir / f"step_{step:06d}")
     before = record_without_final(run)
     again = make(base, tag, *extra, "--resume-from-step=latest")
-    poison(again, lambda x: again.step in bad)
-    assert run_to_the_end(again) == 0
-    assert again.first_step == 4 and result(again)["skipped_steps"] == 2
+    poison(again, lambda x: again.state.step in bad)
+    assert fit(again) == 0
+    assert again.recorder.first_step == 4 and result(again)["skipped_steps"] == 2
     assert record_without_final(again) == before and equal(weights(run), weights(again))
 
 
 def record_without_final(run):
     timed = {"dt_ms", "tok_per_sec", "peak_mem_mib", "train_time_sec", "cost_share"}
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run.run_dir / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run.plan.run_dir / "metrics.jsonl")]
 
 
 def test_skipping_ends_where_it_does_not_help(base):
     run = make(base, "skip-all", "--on-divergence=skip", "--num-iterations=30", "--eval-every=-1")
-    poison(run, lambda x: run.step >= 2)
-    assert run_to_the_end(run) == 1
-    assert result(run)["status"] == "diverged" and run.step == 2 + MAX_SKIPS - 1 and "does not help" in result(run)["error"]
+    poison(run, lambda x: run.state.step >= 2)
+    assert fit(run) == 1
+    assert result(run)["status"] == "diverged" and run.state.step == 2 + MAX_SKIPS - 1 and "does not help" in result(run)["error"]
 
 
 @pytest.mark.slow
@@ -372,21 +373,21 @@ def test_rolling_back_goes_on_with_other_data(base):
     """Diverged at step 5, back to the checkpoint of step 4: the batches of steps 4 and 5 are left out."""
     extra = ("--on-divergence=rollback", "--save-every=2")
     reference = train(base, "rollback-none", *extra, "--num-iterations=12")
-    batches = [row["batch_crc32"] for row in read_metrics(reference.run_dir / "metrics.jsonl") if row["loss"] is not None]
+    batches = [row["batch_crc32"] for row in read_metrics(reference.plan.run_dir / "metrics.jsonl") if row["loss"] is not None]
     run = make(base, "rollback", *extra)
     with_bad_data = bad_batch(run, 5)
-    assert run_to_the_end(run) == 0
-    rows = [row for row in read_metrics(run.run_dir / "metrics.jsonl") if row["loss"] is not None]
+    assert fit(run) == 0
+    rows = [row for row in read_metrics(run.plan.run_dir / "metrics.jsonl") if row["loss"] is not None]
     assert [row["batch_crc32"] for row in rows] == batches[:4] + batches[6:6 + STEPS - 4]
     assert [row["step"] for row in rows] == list(range(STEPS)) and all(math.isfinite(row["loss"]) for row in rows)
     assert result(run)["rollbacks"] == 1 and result(run)["status"] == "ok"
     whole = record(run)
     for step in (6, STEPS):  # killed before the next checkpoint was there: it diverges and goes back again
-        shutil.rmtree(run.run_dir / f"step_{step:06d}")
+        shutil.rmtree(run.plan.run_dir / f"step_{step:06d}")
     again = make(base, "rollback", *extra, "--resume-from-step=latest")
     poison(again, with_bad_data)
-    assert run_to_the_end(again) == 0 and record(again) == whole
-    shutil.rmtree(run.run_dir / f"step_{STEPS:06d}")  # killed after it: the record is in the checkpoint
+    assert fit(again) == 0 and record(again) == whole
+    shutil.rmtree(run.plan.run_dir / f"step_{STEPS:06d}")  # killed after it: the record is in the checkpoint
     assert record(train(base, "rollback", *extra, "--resume-from-step=latest")) == whole
 
 
@@ -395,7 +396,7 @@ def bad_batch(run, step):
     marked = []
 
     def bad(x):
-        if run.step == step and not marked:
+        if run.state.step == step and not marked:
             marked.append(x.clone())
         return bool(marked) and torch.equal(x, marked[0])
     poison(run, bad)
@@ -404,8 +405,8 @@ def bad_batch(run, step):
 
 def test_rolling_back_ends_where_it_does_not_help(base):
     run = make(base, "rollback-all", "--on-divergence=rollback", "--save-every=2", "--eval-every=-1")
-    poison(run, lambda x: run.step == 3)
-    assert run_to_the_end(run) == 1
+    poison(run, lambda x: run.state.step == 3)
+    assert fit(run) == 1
     done = result(run)
     assert done["status"] == "diverged" and done["rollbacks"] == MAX_ROLLBACKS
     assert done["last_checkpoint"].endswith("step_000002")
@@ -425,10 +426,10 @@ def test_out_of_memory_is_a_status_with_advice(base, place, saved, capsys):
     """A failure of torch's own allocator. What was trained before an evaluation is saved even then."""
     run = make(base, f"oom-{place.__name__}")
     place(run, 6, exhaust)
-    assert run_to_the_end(run) == 1
+    assert fit(run) == 1
     done = result(run)
     assert done["status"] == "oom" and done["exit_code"] == 1 and done["steps_done"] == 6
-    assert list_steps(run.run_dir) == saved
+    assert list_steps(run.plan.run_dir) == saved
     assert "--device-batch-size 1" in done["error"] and done["error"] in capsys.readouterr().err
 
 
@@ -476,8 +477,8 @@ def test_training_goes_on_without_its_logs(base, undisturbed, tmp_path, monkeypa
                                        "def finish(): raise ConnectionError('still unreachable')\n")
     monkeypatch.syspath_prepend(tmp_path)
     run = make(base, "silent", "--tracker", "wandb")
-    run.metrics.file = open("/dev/full", "ab", buffering=0)
-    assert run_to_the_end(run) == 0
+    run.recorder.metrics.file = open("/dev/full", "ab", buffering=0)
+    assert fit(run) == 0
     printed = capsys.readouterr().out
     assert printed.count("training goes on") == 1 and printed.count("wandb failed (unreachable)") == 1
     assert "still unreachable" in printed

@@ -37,9 +37,9 @@ from nanochat.dataset import TokenDataset
 from nanochat.features import FEATURES, Feature
 from nanochat.runtime.files import file_digest, seal
 from nanochat.tokenizer import Tokenizer
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -54,10 +54,10 @@ def argv(base, tag, *extra):
             f"--data={base / 'text'} --model-tag={tag}").split() + list(extra)
 
 
-def train(base, tag, *extra, rooms=FEATURES):
+def train(base, tag, *extra, features=FEATURES):
     """A run in this process -> (its folder, its exit status)."""
-    run = Run(parse_config(rooms, argv(base, tag, *extra)), rooms)
-    return run.run_dir, run_to_the_end(run)
+    run = build_run(parse_config(features, argv(base, tag, *extra)), features)
+    return run.plan.run_dir, fit(run)
 
 
 def train_process(base, tag, *extra, wrapper=()):
@@ -416,17 +416,17 @@ def test_a_base_directory_that_vanishes(plain, base, tmp_path, monkeypatch, capf
     elsewhere = tmp_path / "base"
     shutil.copytree(base, elsewhere, ignore=shutil.ignore_patterns("base_checkpoints"))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(elsewhere))
-    run = Run(parse_config(FEATURES, argv(base, "vanished")))
-    forward = run.forward
+    run = build_run(parse_config(FEATURES, argv(base, "vanished")))
+    forward = run.trainer.forward
 
     def vanishing(*args, **kwargs):
-        if run.step == 3 and elsewhere.exists():
+        if run.state.step == 3 and elsewhere.exists():
             shutil.rmtree(elsewhere)
         return forward(*args, **kwargs)
-    run.forward = vanishing
-    run_to_the_end(run)
+    run.trainer.forward = vanishing
+    fit(run)
     assert "Traceback" not in capfd.readouterr().err
-    assert list_steps(run.run_dir) == [4, 6] and final_bytes(run.run_dir) == final_bytes(plain)
+    assert list_steps(run.plan.run_dir) == [4, 6] and final_bytes(run.plan.run_dir) == final_bytes(plain)
 
 
 def test_a_clock_that_jumps_back_has_no_effect(plain, base, monkeypatch):
@@ -469,21 +469,21 @@ class Dice(Feature):
         self.thrown = [torch.rand(()).item(), random.random(), np.random.rand()]
         return {"active_start": int(sum(self.thrown) * 7) % 2}
 
-    def metrics(self):
+    def step_columns(self):
         return {"thrown": self.thrown}
 
 
 @pytest.mark.slow
-def test_rooms_that_draw_at_random_go_on_with_the_same_draws(base):
-    rooms = (*FEATURES, Dice)
+def test_features_that_draw_at_random_go_on_with_the_same_draws(base):
+    features = (*FEATURES, Dice)
     random.seed(1)
     np.random.seed(1)
-    whole, status = train(base, "dice", "--dice", rooms=rooms)
+    whole, status = train(base, "dice", "--dice", features=features)
     assert status == 0
     resumed = shutil.copytree(whole, whole.with_name("dice-resumed"))
     for step in (4, 6):
         shutil.rmtree(step_dir(resumed, step))
-    assert train(base, resumed.name, "--dice", "--resume-from-step=latest", rooms=rooms)[1] == 0
+    assert train(base, resumed.name, "--dice", "--resume-from-step=latest", features=features)[1] == 0
     thrown = [[row.get("thrown") for row in read_metrics(folder / "metrics.jsonl")] for folder in (whole, resumed)]
     assert thrown[0] == thrown[1] and len({str(t) for t in thrown[0]}) > STEPS // 2
     assert final_bytes(resumed) == final_bytes(whole)
@@ -522,12 +522,14 @@ def test_text_that_changed_beneath_a_run_is_refused(base, tmp_path):
 
 
 def test_a_checkpoint_is_whole_before_evaluation_begins(base, monkeypatch):
-    from nanochat.training import loop as training
     seen = []
-    monkeypatch.setattr(training, "evaluate_bpb", lambda model, *rest: seen.append(
-        (run.step, run.step == 0 or load_checkpoint(run.run_dir, run.step)[2]["step"] == run.step)) or 1.0)
-    run = Run(parse_config(FEATURES, argv(base, "first", "--eval-every=2", "--save-every=2")))
-    assert run_to_the_end(run) == 0
+    run = build_run(parse_config(FEATURES, argv(base, "first", "--eval-every=2", "--save-every=2")))
+
+    def bits_per_byte():
+        step = run.state.step
+        seen.append((step, step == 0 or load_checkpoint(run.plan.run_dir, step)[2]["step"] == step))
+    monkeypatch.setattr(run.evaluator, "bits_per_byte", bits_per_byte)
+    assert fit(run) == 0
     assert seen == [(step, True) for step in (0, 2, 4, 6)]
 
 

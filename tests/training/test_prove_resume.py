@@ -1,6 +1,6 @@
 """kill -9 at random steps and while a checkpoint is being written, for features alone and together: nothing is lost.
 
-By hand `python -m scripts.prove_resume` does the same with more kills.
+`python -m scripts.prove_resume` does the same with more kills.
 """
 
 import json
@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
+from nanochat.lab.resume_proof import ProofFlags, TrainingProcess, fingerprint, prove, split_arguments
 from processes import Served
-from scripts.prove_resume import Proof, Training, fingerprint, prove, split_arguments
 
 ROOT = Path(__file__).parents[2]
 SUFFIX = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2", "--dyn-probe-every=4", "--dyn-refresh-every=0",
           "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0", "--dyn-min-active-layers=1", "--dyn-adapt-budget"]
 FP8 = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
 COMBINATIONS = {
-    "plain": [], "suffix": SUFFIX, "fp8": FP8,
-    "all": [*SUFFIX, *FP8, "--chunked-ce", "--deferred-loss-logging", "--keep-last=2"],
+    "plain": [], "suffix": SUFFIX, "fp8": [*FP8, "--deferred-loss-logging"],
+    "all": [*SUFFIX, *FP8, "--chunked-ce", "--keep-last=2"],
 }
 
 
@@ -36,13 +36,13 @@ def flags(base, *extra):
 def launch(argv, base, tag, *more):
     base.mkdir(exist_ok=True)
     process = Served([*argv, f"--model-tag={tag}", *more], base, base / f"{tag}.log")
-    return Training(process, process.log)
+    return TrainingProcess(process, process.log)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_killed_runs_end_in_the_same_bits(base, name):
-    certificate = prove(Proof(kills=3), flags(base, *COMBINATIONS[name]), base / name, launch)
+    certificate = prove(ProofFlags(kills=3), flags(base, *COMBINATIONS[name]), base / name, launch)
     assert certificate["equal"] and certificate["differing"] == [], certificate["differing"]
     assert certificate["kills"] == 3 and certificate["kills_while_saving"] >= 1
     assert certificate["steps"] == 16
@@ -50,7 +50,7 @@ def test_killed_runs_end_in_the_same_bits(base, name):
 
 @pytest.mark.slow
 def test_the_proof_finds_what_differs(base):
-    """Another seed is other bits in all but the rates, another rate other bits from the same batches."""
+    """Another seed changes all bits except the learning rates; another rate changes the bits from the same batches."""
     for tag, extra in (("one", []), ("other", ["--seed=7"]), ("rates", ["--lr-multiplier=19"])):
         launch(flags(base, *extra), base / "differ", tag).expect_success()
     one, other, rates = (fingerprint(base / "differ/base_checkpoints" / tag) for tag in ("one", "other", "rates"))
@@ -63,15 +63,15 @@ def test_a_run_that_fails_is_reported(base):
         launch(flags(base, "--data=/no/such/text"), base / "fails", "fails").expect_success()
 
 
-def test_flags_are_told_apart():
+def test_flags_are_split():
     own, rest = split_arguments(["--kills", "3", "--depth=4", "--keep", "--data", "python", "--kill-seed=5"])
     assert (own.kills, own.keep, own.kill_seed) == (3, True, 5) and rest == ["--depth=4", "--data", "python"]
 
 
 @pytest.mark.slow
 def test_the_script(base, tmp_path):
-    """One proof by real processes from the command line. Relative paths are meant from where the user stands, also by the runs
-    that it starts from elsewhere, which read the text."""
+    """A proof from the command line. Relative paths start at the user's working directory, also for the runs that it starts in
+    another one, which read the text."""
     shutil.copytree(base / "text", tmp_path / "mine")
     done = subprocess.run([sys.executable, "-m", "scripts.prove_resume", "--kills=2", "--certificate=proof.json",
                            "--max-chars=-1", *flags(base), "--data=mine", "--num-iterations=6", "--save-every=2"], cwd=tmp_path,

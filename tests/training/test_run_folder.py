@@ -18,9 +18,9 @@ from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.runtime.files import set_aside
 from nanochat.training import run_folder
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import close, fit
 from processes import Served
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,9 @@ def flags(base, tag, *extra):
 
 
 def train(base, tag, *extra):
-    run = Run(parse_config(FEATURES, flags(base, tag, *extra)))
-    assert run_to_the_end(run) == 0
-    return run.run_dir
+    run = build_run(parse_config(FEATURES, flags(base, tag, *extra)))
+    assert fit(run) == 0
+    return run.plan.run_dir
 
 
 def weights(folder: Path, hidden: bool = True) -> set[str]:
@@ -88,11 +88,11 @@ def test_runs_started_at_random_under_colliding_names_lose_no_weights(base, tmp_
 
 def test_an_attempt_without_weights_makes_room(base):
     for _ in range(2):
-        run = Run(parse_config(FEATURES, flags(base, "attempt")))
-        run.metrics.write({"step": 0, "loss": 1.0})
-        run.finish("failed", "the test's", 1)
+        run = build_run(parse_config(FEATURES, flags(base, "attempt")))
+        run.recorder.metrics.write({"step": 0, "loss": 1.0})
+        close(run, "failed", "the test's", 1)
     assert list_steps(train(base, "attempt")) == [6]
-    assert not list(run.run_dir.parent.glob("attempt~*"))
+    assert not list(run.plan.run_dir.parent.glob("attempt~*"))
 
 
 @pytest.mark.parametrize("name", ["model_000300.pt", "meta_000300.json", "notes.txt"])
@@ -131,18 +131,18 @@ def test_a_first_checkpoint_that_was_only_being_written_is_no_run(tmp_path):
 
 def test_overwrite_deletes_the_old_run_only_when_the_new_one_has_weights(base):
     old = weights(train(base, "over"))
-    run = Run(parse_config(FEATURES, flags(base, "over", "--overwrite", "--seed=1")))
-    assert weights(run.run_dir.with_name("over~1")) == old and not weights(run.run_dir)
-    assert run_to_the_end(run) == 0
-    assert not run.run_dir.with_name("over~1").exists() and weights(run.run_dir) and weights(run.run_dir) != old
-    assert not (run.run_dir / run_folder.REPLACES).exists()
+    run = build_run(parse_config(FEATURES, flags(base, "over", "--overwrite", "--seed=1")))
+    assert weights(run.plan.run_dir.with_name("over~1")) == old and not weights(run.plan.run_dir)
+    assert fit(run) == 0
+    assert not run.plan.run_dir.with_name("over~1").exists() and weights(run.plan.run_dir) and weights(run.plan.run_dir) != old
+    assert not (run.plan.run_dir / run_folder.REPLACES).exists()
 
 
 def test_a_run_that_trained_nothing_gives_the_name_back(base):
     old = weights(train(base, "back"))
-    run = Run(parse_config(FEATURES, flags(base, "back", "--overwrite")))
-    run.finish("failed", "the test's", 1)
-    assert weights(run.run_dir) == old and not run.run_dir.with_name("back~1").exists()
+    run = build_run(parse_config(FEATURES, flags(base, "back", "--overwrite")))
+    close(run, "failed", "the test's", 1)
+    assert weights(run.plan.run_dir) == old and not run.plan.run_dir.with_name("back~1").exists()
 
 
 @pytest.mark.slow
@@ -156,14 +156,14 @@ def test_a_killed_overwrite_gives_the_name_back_at_the_next_start(base, tmp_path
         victim.wait()
         assert weights(base / "base_checkpoints") >= old
     with pytest.raises(UserError, match="trained to step 6"):
-        Run(parse_config(FEATURES, flags(base, "killed")))
+        build_run(parse_config(FEATURES, flags(base, "killed")))
     assert weights(base / "base_checkpoints/killed") == old
-    resumed = Run(parse_config(FEATURES, flags(base, "killed", "--resume-from-step=latest")))
-    assert resumed.step == 6 and run_to_the_end(resumed) == 0
+    resumed = build_run(parse_config(FEATURES, flags(base, "killed", "--resume-from-step=latest")))
+    assert resumed.state.step == 6 and fit(resumed) == 0
 
 
 def test_overwrite_and_resume_exclude_each_other():
-    with pytest.raises(UserError, match="leave one of them out"):
+    with pytest.raises(UserError, match="--overwrite .*--resume-from-step"):
         parse_config(FEATURES, ["--overwrite", "--resume-from-step=latest"])
 
 

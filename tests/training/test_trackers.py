@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nanochat.features import FEATURES
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.records import MetricsFile, read_metrics
 from nanochat.training.trackers import Trackers
 from processes import SERVER, _train as run_served
@@ -31,14 +31,14 @@ def flags(base, tag, *extra):
 
 
 def make(base, tag, *extra):
-    return Run(parse_config(FEATURES, flags(base, tag, *extra)))
+    return build_run(parse_config(FEATURES, flags(base, tag, *extra)))
 
 
 def train(base, tag, *extra):
     """The folder of a run that goes well."""
     run = make(base, tag, *extra)
-    assert run_to_the_end(run) == 0
-    return run.run_dir
+    assert fit(run) == 0
+    return run.plan.run_dir
 
 
 def resume(base, run_dir, *extra):
@@ -51,13 +51,13 @@ def remove(run_dir, *steps):
 
 
 def killed_in_step_9(run):
-    forward = run.forward
+    forward = run.trainer.forward
 
     def killing(*args, **options):
-        if run.step == 9:
+        if run.state.step == 9:
             os.kill(os.getpid(), 9)
         return forward(*args, **options)
-    run.forward = killing
+    run.trainer.forward = killing
 
 
 def killed(base, tag, *extra):
@@ -203,7 +203,7 @@ def test_switched_off_and_on(base, tracker):
     run_dir = train(base, f"{tracker}-off", "--tracker", tracker)
     remove(run_dir, 8, 12)
     stopped = make(base, run_dir.name, "--resume-from-step=4", "--matrix-lr=0.01", "--allow-change")
-    assert run_to_the_end(stopped) == 0
+    assert fit(stopped) == 0
     remove(run_dir, 12)
     resume(base, run_dir, "--matrix-lr=0.01", "--tracker", tracker)
     holds_every_step(run_dir, tracker, **latest(run_dir, tracker))
@@ -233,10 +233,10 @@ def test_another_future(base, tracker):
 
 def diverging_in_step_9(run):
     """Once: the parameters get gradients that are not finite."""
-    parameter, done = next(run.model.parameters()), []
+    parameter, done = next(run.state.model.parameters()), []
 
     def spoil(gradient):
-        if run.step == 9 and not done:
+        if run.state.step == 9 and not done:
             done.append(True)
             return gradient * math.nan
         return gradient
@@ -246,8 +246,8 @@ def diverging_in_step_9(run):
 def test_a_rollback(base, tracker):
     run = make(base, f"{tracker}-rollback", "--tracker", tracker, "--on-divergence=rollback")
     diverging_in_step_9(run)
-    assert run_to_the_end(run) == 0 and run.tally.rollbacks == [[9, 8]]
-    holds_every_step(run.run_dir, tracker, **latest(run.run_dir, tracker))
+    assert fit(run) == 0 and run.state.stats.rollbacks == [[9, 8]]
+    holds_every_step(run.plan.run_dir, tracker, **latest(run.plan.run_dir, tracker))
 
 
 # --- trouble --------------------------------------------------------------------------------------------------------

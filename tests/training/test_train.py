@@ -17,12 +17,12 @@ import torch
 from nanochat.features import FEATURES
 from nanochat.runtime.compilation import CompiledModel, graphs_compiled
 from nanochat.runtime.device import cpu_multiplies_bf16
-from nanochat.training.build import Run
+from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from nanochat.training.loop import run_to_the_end
+from nanochat.training.loop import fit
 from nanochat.training.plot import plot_run
 from nanochat.training.records import RESULT_FIELDS, ROW_COLUMNS, read_metrics
-from processes import anew
+from processes import anew, compile_with
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -58,11 +58,11 @@ def cli(base, *extra, module="scripts.base_train", env=(), tiny=True):
                           env={**os.environ, "NANOCHAT_BASE_DIR": str(base), **dict(env)}, timeout=300)
 
 
-def run_here(base, tag, *extra, rooms=FEATURES):
+def run_here(base, tag, *extra, features=FEATURES):
     """Run in this process; returns the run's folder and its rows."""
-    run = Run(parse_config(rooms, anew(flags(base, f"--model-tag={tag}", *extra))), rooms)
-    assert run_to_the_end(run) == 0
-    return run.run_dir, read_metrics(run.run_dir / "metrics.jsonl")
+    run = build_run(parse_config(features, anew(flags(base, f"--model-tag={tag}", *extra))), features)
+    assert fit(run) == 0
+    return run.plan.run_dir, read_metrics(run.plan.run_dir / "metrics.jsonl")
 
 
 def losses(rows):
@@ -108,13 +108,13 @@ def test_the_same_command_gives_the_same_bits_in_another_process(plain, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
-def test_training_goes_through_the_graph_that_was_rehearsed(base, rows):
+def test_training_goes_through_the_graph_that_was_warmed_up(base, rows):
     torch._dynamo.reset()
-    run = Run(parse_config(FEATURES, flags(base, f"--model-tag=graphs{rows}", "--no-compile", "--num-iterations=2",
+    run = build_run(parse_config(FEATURES, flags(base, f"--model-tag=graphs{rows}", "--no-compile", "--num-iterations=2",
                                            f"--device-batch-size={rows}")), FEATURES)
-    run.compile, run.forward = True, CompiledModel(run.model, whole=True, backend="eager")
+    compile_with(run, CompiledModel(run.state.model, whole=True, backend="eager"))
     graphs = graphs_compiled()
-    assert run_to_the_end(run) == 0
+    assert fit(run) == 0
     assert graphs_compiled() == graphs + 1
 
 
@@ -251,26 +251,26 @@ def test_divergence_is_a_status_not_a_traceback(base):
 @pytest.mark.parametrize("where", ["loss", "gradient", "parameter"])
 def test_a_step_that_is_not_finite_is_not_taken(base, where, deferred, capsys):
     """A NaN in a batch's loss, a gradient or a weight from step 3 on: every other weight and moment stays to the bit."""
-    run = Run(parse_config(FEATURES, flags(base, "--no-compile", "--model-tag=nan", "--eval-every=-1", *deferred)))
-    matrix, forward, saved = run.model.transformer.h[1].mlp.c_fc.weight, run.forward, {}
+    run = build_run(parse_config(FEATURES, flags(base, "--no-compile", "--model-tag=nan", "--eval-every=-1", *deferred)))
+    matrix, forward, saved = run.state.model.transformer.h[1].mlp.c_fc.weight, run.trainer.forward, {}
 
     def poisoned(x, y, **options):
-        if run.step == 3 and not saved:
-            saved.update(copy.deepcopy({"model": run.model.state_dict(), "optimizer": run.optimizer.named_state()}))
+        if run.state.step == 3 and not saved:
+            saved.update(copy.deepcopy({"model": run.state.model.state_dict(), "optimizer": run.state.optimizer.named_state()}))
             if where == "parameter":
                 matrix.data[0, 0] = math.nan
         loss = forward(x, y, **options)
-        return loss * math.nan if where == "loss" and run.step >= 3 else loss
-    run.forward = poisoned
+        return loss * math.nan if where == "loss" and run.state.step >= 3 else loss
+    run.trainer.forward = poisoned
     if where == "gradient":
-        matrix.register_hook(lambda g: g * math.nan if run.step >= 3 else g)
-    assert run_to_the_end(run) == 1
-    done = result(run.run_dir)
-    assert done["status"] == "diverged" and done["steps_done"] == 3 and len(read_metrics(run.run_dir / "metrics.jsonl")) == 3
+        matrix.register_hook(lambda g: g * math.nan if run.state.step >= 3 else g)
+    assert fit(run) == 1
+    done = result(run.plan.run_dir)
+    assert done["status"] == "diverged" and done["steps_done"] == 3 and len(read_metrics(run.plan.run_dir / "metrics.jsonl")) == 3
     assert "step 3 was not taken" in capsys.readouterr().err
-    for name, tensor in run.model.state_dict().items():
+    for name, tensor in run.state.model.state_dict().items():
         assert torch.equal(tensor, saved["model"][name]) or (where == "parameter" and "h.1.mlp.c_fc" in name), name
-    moments = {k: v for k, v in run.optimizer.named_state().items() if not k.endswith("/step")}
+    moments = {k: v for k, v in run.state.optimizer.named_state().items() if not k.endswith("/step")}
     assert all(torch.equal(v, saved["optimizer"][k]) for k, v in moments.items())
 
 

@@ -1,14 +1,14 @@
 // Causal attention in bf16 for CPUs with AVX512-BF16, forward and backward, without a (T, T) matrix in memory.
 //
-// FlashAttention-2's way (arXiv 2307.08691): blocks of queries against blocks of keys, scores and sums in fp32. Forward
-// keeps a running maximum and sum of each query; backward makes the probabilities again from the log-sum-exp.
+// The algorithm is FlashAttention-2 (arXiv 2307.08691): blocks of queries against blocks of keys, scores and sums in fp32. The
+// forward pass keeps a running maximum and sum per query; the backward pass recomputes the probabilities from the log-sum-exp.
 //
-// All products are one small kernel, sum[m][n] += a[m] * b[n] over pairs: an instruction multiplies two neighbouring bf16
-// of `a`, the same for all lanes, with two of each of 16 columns of `b`, and adds both to 16 fp32 sums. So `a` can be read
-// wherever its pairs lie next to each other, and `b` has to be packed: for each pair of the summed index, all columns.
+// All matrix products use one small kernel, sum[m][n] += a[m] * b[n] over pairs. One instruction multiplies two neighbouring bf16
+// of `a`, the same for all lanes, with two of each of 16 columns of `b`, and adds both products to 16 fp32 sums. So `a` can be
+// read wherever its pairs are contiguous, and `b` must be packed: for each pair of the summed index, all columns.
 //
-// Scores are made transposed, a row for each key and a lane for each query: maximum, sum, log-sum-exp and all else there is
-// per query are then plain vectors, and no score ever has to be added to its neighbour.
+// Scores are computed transposed, one row per key and one lane per query. So the maximum, sum and log-sum-exp of queries are
+// plain vectors, and no sum across lanes is needed.
 //
 //     product                 sums over   a                             b
 //     scores  = K Q^T         features    K as it is                    Q packed [D/2][queries]
@@ -18,9 +18,9 @@
 //     dK      = dS^T Q        queries     dS^T, a row per key           Q packed [queries/2][D]
 //     dQ      = dS K          keys        dS packed [keys/2][queries]   K packed [keys/2][D]
 //
-// What no query sees is skipped: whole blocks, and inside the blocks on the edges in steps of a tile.
+// Masked scores are skipped: whole blocks, and within partly masked blocks whole tiles.
 //
-// The order of every sum depends on the shapes alone, so the bits are the same for any number of threads.
+// The order of every sum depends only on the shapes, so the bits are the same for any number of threads.
 
 #include <omp.h>
 
@@ -35,20 +35,20 @@ namespace {
 
 typedef uint32_t __attribute__((may_alias, aligned(2))) pair;  // two neighbouring bf16
 
-constexpr int64_t BLOCK = 64;       // queries, and keys, of a block: its tiles of scores stay in the first-level cache
+constexpr int64_t BLOCK = 64;       // queries and keys per block: its scores stay in the L1 cache
 constexpr int M = 4;                // rows of a tile; with 4 vectors of columns its 16 sums hide the instruction's latency
-constexpr float UNSEEN = -1e30f;    // the maximum before anything was seen; finite, so that no difference is NaN
-constexpr float HIDDEN = -1e38f;    // the score of what is not seen; below UNSEEN, so that its power is 0 also then
+constexpr float UNSEEN = -1e30f;    // initial maximum; finite, so that no difference is NaN
+constexpr float HIDDEN = -1e38f;    // score of a masked key; below UNSEEN, so that its exp is always 0
 
 struct Strides {
     int64_t batch, token, head;
-};  // in elements; the features of a head are next to each other
+};  // in elements; the features of a head are contiguous
 
 }  // namespace
 
-// What both functions are told, as 64-bit integers. y and the gradients are dense (B, T, heads, D).
+// Arguments of both functions, as 64-bit integers. y and the gradients are contiguous (B, T, heads, D).
 struct Problem {
-    int64_t B, T, H, H_kv, D, window;  // window: how many tokens before itself a query sees; negative: all of them
+    int64_t B, T, H, H_kv, D, window;  // window: tokens that a query sees before itself; negative: all
     Strides q, k, v, dy;
 };
 
@@ -58,7 +58,7 @@ namespace {
 // Arithmetic
 
 inline __m512 exp2_of(__m512 x) {
-    // 2^x = 2^n * 2^r with |r| <= 1/2, for which this polynomial is within 8e-8. Very negative x give 0.
+    // 2^x = 2^n * 2^r with |r| <= 1/2, where this polynomial has an error below 8e-8. Very negative x give 0.
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
     __m512 y = _mm512_set1_ps(0.00132765f);
     for (float c : {0.00967554f, 0.05550713f, 0.2402212f, 0.69314697f, 1.00000007f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
@@ -90,7 +90,7 @@ inline __attribute__((always_inline)) void multiply(__m512 (&sum)[M][N], const p
     }
 }
 
-// c[m][..] = scale[m] * c[m][..] + a[m] b, for M rows of D columns of c. No scale: one.
+// c[m][..] = scale[m] * c[m][..] + a[m] b, for M rows of D columns of c. scale == nullptr: 1.
 inline void add_product(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step, const pair* b,
                         int64_t steps) {
     auto columns = [&]<int N>(int64_t d) {
@@ -110,7 +110,7 @@ inline void add_product(float* c, int64_t D, const float* scale, const pair* a, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Packing. Rows from `rows` on count as zeros, up to a whole block.
+// Packing. Rows from `rows` to the end of the block are zero.
 
 // Pairs of rows: y[r / 2][d] = (x[r][d], x[r + 1][d])
 void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t D, pair* y) {
@@ -162,8 +162,8 @@ void copy_rows(const bf16* x, int64_t stride, int64_t rows, int64_t D, bf16* y) 
             memset(y + r * D, 0, D * sizeof(bf16));
 }
 
-// Memory of a thread, kept for its next call: no page of it has to be had from the system again. What is taken is a multiple
-// of 64 bytes, as blocks are, and begins at one.
+// Scratch memory of a thread, kept for its next call, which saves page faults. Allocations are multiples of 64 bytes and aligned
+// to 64 bytes.
 struct Scratch {
     std::unique_ptr<char[]> memory;
     size_t size = 0, used = 0;
@@ -183,7 +183,7 @@ struct Scratch {
 thread_local Scratch scratch;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Who sees whom. Ranges are [from, to), of tokens or of blocks.
+// The mask. Ranges are [from, to), of tokens or of blocks.
 
 struct Range {
     int64_t from, to;
@@ -207,7 +207,7 @@ struct Mask {
         return {key_blocks.from, std::min(blocks(), (key_blocks.to * BLOCK - 1 + before) / BLOCK + 1)};
     }
     bool complete(Range queries, Range keys) const { return keys.to - 1 <= queries.from && queries.to - 1 - before <= keys.from; }
-    // The lanes, of the 16 queries from `query` on, that see `key`.
+    // Mask of those of the 16 queries from `query` on that see `key`.
     __mmask16 seen(int64_t query, int64_t key) const {
         int64_t first = std::clamp<int64_t>(key - query, 0, LANES);
         int64_t end = std::clamp<int64_t>(key - query + before + 1, 0, LANES);
@@ -217,7 +217,7 @@ struct Mask {
 
 inline Range block(int64_t i) { return {i * BLOCK, (i + 1) * BLOCK}; }
 
-// For each tile of M keys in a block of keys: the vectors of queries that see any of them, as f<count>(key, first query).
+// For each tile of M keys in a block, call f<count>(key, first query) for the vectors of queries that see any of these keys.
 template <class F>
 inline void for_tiles(const Mask& mask, Range keys, Range queries, F f) {
     for (int64_t key = keys.from; key < keys.to; key += M) {
@@ -234,8 +234,8 @@ inline void for_tiles(const Mask& mask, Range keys, Range queries, F f) {
     }
 }
 
-// c = scale * c + a b for a block of `rows`, each tile of them over the pairs that hold some of what `visible(tile)` says. All
-// of them were written by for_tiles, whose tiles begin and end with pairs, at multiples of M, and whose lanes come by 16.
+// c = scale * c + a b for a block of `rows`. The product of each tile of rows goes over the pairs that contain `visible(tile)`.
+// All of these pairs were written by for_tiles, as tiles start at multiples of M and vectors at multiples of 16.
 template <class F>
 inline void add_products(float* c, int64_t D, const float* scale, const pair* a, int64_t a_row, int64_t a_step, const pair* b,
                          Range rows, Range summed, F visible) {
@@ -250,7 +250,7 @@ inline void add_products(float* c, int64_t D, const float* scale, const pair* a,
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// y and lse of some blocks of queries, for the query heads that share a key head.
+// y and lse of a range of query blocks, for all query heads that share a key head.
 void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_blocks, const bf16* q, const bf16* k, const bf16* v,
                     bf16* y, float* lse) {
     const Mask mask(p);
@@ -339,8 +339,7 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = dS K, dK = dS^T Q, the
-// latter two times the scale of the scores.
+// Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 
 struct Gradients {
     bf16 *q, *k, *v;
@@ -352,8 +351,8 @@ inline void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf
             store(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
 }
 
-// If wanted, dK and dV of some blocks of keys, given all blocks of queries that see them, and dQ of some blocks of queries,
-// given all blocks of keys that they see.
+// WANT_KV: dK and dV of the key blocks; `query_blocks` must be all that see them. WANT_Q: dQ of the query blocks; `key_blocks`
+// must be all that they see.
 template <bool WANT_KV, bool WANT_Q>
 void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blocks, Range query_blocks, const bf16* q,
                      const bf16* k, const bf16* v, const bf16* y, const float* lse, const bf16* dy, Gradients d) {
@@ -368,7 +367,7 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
     pair* q_rows = scratch.take<pair>(n_queries * D / 2);
     pair* dy_rows = scratch.take<pair>(n_queries * D / 2);
     float* dq = scratch.take<float>(n_queries * D);
-    float* exponent = scratch.take<float>(n_queries);  // the log-sum-exp in powers of two
+    float* exponent = scratch.take<float>(n_queries);  // the log-sum-exp in base 2
     float* delta = scratch.take<float>(n_queries);
     float* dk = scratch.take<float>(n_keys * D);
     float* dv = scratch.take<float>(n_keys * D);
@@ -464,7 +463,7 @@ void backward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range key_blo
     }
 }
 
-// f(b, kv_head, i) for all heads and 0 <= i < parts, on all threads; the later parts, which have more keys to see, first.
+// Run f(b, kv_head, i) for all heads and 0 <= i < parts on all threads; later parts, which see more keys and take longer, first.
 template <class F>
 void for_all(const Problem& p, int64_t parts, F f) {
     const int64_t heads = p.B * p.H_kv;
@@ -472,7 +471,7 @@ void for_all(const Problem& p, int64_t parts, F f) {
     for (int64_t task = 0; task < heads * parts; task++) f(task % heads / p.H_kv, task % p.H_kv, parts - 1 - task / heads);
 }
 
-// Whether a thread for each head keeps the threads busy: in rounds that take at most `most` times what an even share would.
+// Whether one task per head keeps all threads busy: the rounds take at most `most` times as long as a perfect distribution.
 bool heads_suffice(const Problem& p, double most) {
     const int64_t heads = p.B * p.H_kv, threads = omp_get_max_threads(), rounds = (heads + threads - 1) / threads;
     return rounds * threads <= most * heads;
@@ -501,8 +500,8 @@ extern "C" void attention_backward(const Problem* problem, const bf16* q, const 
         });
         return;
     }
-    // Few heads: blocks of keys by themselves, then blocks of queries, at 7 products instead of 5. The same sums in the same
-    // order, so the same bits.
+    // Few heads: parallel over blocks of keys, then over blocks of queries, with 7 products instead of 5. The same sums in the
+    // same order, so the same bits.
     for_all(p, blocks, [&](int64_t b, int64_t head, int64_t i) {
         backward_blocks<true, false>(p, b, head, {i, i + 1}, mask.query_blocks({i, i + 1}), q, k, v, y, lse, dy, d);
     });

@@ -1,5 +1,5 @@
-// What the kernels share: vectors of 16 fp32 from bf16 and back. nanochat/kernels/cpp_kernels.py puts this text in the place of
-// `#include "bf16.h"`, as what is compiled is one text, not a file.
+// Shared by all kernels: vectors of 16 fp32 numbers from bf16 and back. nanochat/kernels/cpp_kernels.py pastes this file in place
+// of `#include "bf16.h"`, as it compiles a single source text.
 
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@ inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline __m512 load(const bf16* p) { return widened(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, rounded(x)); }
 
-// Only the lanes of the mask; the others are zero, and stay as they are.
+// Masked versions: other lanes load as zero, and are not stored.
 inline __m512 load(const bf16* p, __mmask16 mask) { return widened(_mm256_maskz_loadu_epi16(mask, p)); }
 inline void store(bf16* p, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi16(p, mask, rounded(x)); }
 

@@ -1,8 +1,8 @@
-// The gradient of a table's lookup in bf16: for each row of the table the sum, in fp32, of what flows back to the places
-// where its token stands, rounded once. For nanochat/kernels/embedding.py, which has the same by PyTorch's kernel.
+// Gradient of a bf16 embedding table: for each row the sum over all positions of its token, in fp32, rounded once. Used by
+// nanochat/kernels/embedding.py, which also has the reference implementation.
 //
-// The places are sorted by token first, so that each row is summed in registers and written once, by one thread, in the
-// order of the places: the same bits with any number of threads.
+// Positions are sorted by token first. Then one thread sums each row in registers, in the order of the positions, and writes it
+// once: the same bits for any number of threads.
 
 #include <algorithm>
 #include <vector>
@@ -11,10 +11,10 @@
 
 namespace {
 
-constexpr int BLOCK = 4;  // vectors of a row summed at a time: what fits into registers, and hides the additions' latency
+constexpr int BLOCK = 4;  // vectors of a row summed at a time: they fit into registers and hide the latency of the additions
 
-// Columns [start, start + 16 * BLOCK) of a row, as far as it goes.
-void sum_columns(const bf16* grad, const int32_t* places, int64_t count, int64_t columns, int64_t start, bf16* out) {
+// Sum columns [start, start + 16 * BLOCK) of a row, or up to its end.
+void sum_columns(const bf16* grad, const int32_t* positions, int64_t count, int64_t columns, int64_t start, bf16* out) {
     __m512 sum[BLOCK];
     __mmask16 mask[BLOCK];
     for (int v = 0; v < BLOCK; v++) {
@@ -23,7 +23,7 @@ void sum_columns(const bf16* grad, const int32_t* places, int64_t count, int64_t
         sum[v] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < count; i++) {
-        const bf16* row = grad + places[i] * columns + start;
+        const bf16* row = grad + positions[i] * columns + start;
         for (int v = 0; v < BLOCK; v++) sum[v] = _mm512_add_ps(sum[v], load(row + v * LANES, mask[v]));
     }
     for (int v = 0; v < BLOCK; v++) store(out + start + v * LANES, sum[v], mask[v]);
@@ -31,17 +31,17 @@ void sum_columns(const bf16* grad, const int32_t* places, int64_t count, int64_t
 
 }  // namespace
 
-// grad (n, columns) and out (rows, columns) in bf16, next to each other; idx (n) in [0, rows), n below 2^31.
+// grad (n, columns) and out (rows, columns): bf16, contiguous. idx (n,) in [0, rows). n < 2^31.
 extern "C" void embedding_gradient(int64_t n, int64_t rows, int64_t columns, const bf16* grad, const int64_t* idx, bf16* out) {
     std::vector<int64_t> end(rows + 1, 0);
-    std::vector<int32_t> places(n);
+    std::vector<int32_t> positions(n);
     for (int64_t i = 0; i < n; i++) end[idx[i] + 1]++;
     for (int64_t r = 0; r < rows; r++) end[r + 1] += end[r];
-    for (int64_t i = 0; i < n; i++) places[end[idx[i]]++] = static_cast<int32_t>(i);  // end[r]: where row r ends, from here on
+    for (int64_t i = 0; i < n; i++) positions[end[idx[i]]++] = static_cast<int32_t>(i);  // end[r] is now the end of row r
 #pragma omp parallel for schedule(dynamic, 64)
     for (int64_t r = 0; r < rows; r++) {
         const int64_t first = r ? end[r - 1] : 0;
         for (int64_t start = 0; start < columns; start += LANES * BLOCK)
-            sum_columns(grad, places.data() + first, end[r] - first, columns, start, out + r * columns);
+            sum_columns(grad, positions.data() + first, end[r] - first, columns, start, out + r * columns);
     }
 }

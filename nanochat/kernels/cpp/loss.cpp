@@ -1,7 +1,9 @@
-// Soft-capped cross-entropy of rows of logits, and its gradient written over them. For nanochat/kernels/cross_entropy.py, which has the
-// same in plain PyTorch. With u = exp(2 z / cap) and r = 1 / (1 + u), the capped logit is s = cap tanh(z / cap) = cap (1 - 2 r)
-// and its slope is 4 r (1 - r). As |s| <= cap, exp(s) neither overflows nor vanishes: a row needs no maximum, so that one pass
-// over it gives the sum of exp(s) and all of the gradient but the division by that sum.
+// Soft-capped cross-entropy of rows of logits, and its gradient, written over the logits. Used by
+// nanochat/kernels/cross_entropy.py, which also has the reference implementation.
+//
+// With u = exp(2 z / cap) and r = 1 / (1 + u), the capped logit is s = cap tanh(z / cap) = cap (1 - 2 r) and its derivative is
+// 4 r (1 - r). As |s| <= cap, exp(s) neither overflows nor underflows, so no maximum is needed: one pass over a row gives the sum
+// of exp(s) and the gradient up to the division by that sum.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +13,7 @@
 
 namespace {
 
-// 2^x within 2e-7 of its size: 2^n by the exponent's bits, the rest by a polynomial fitted to 2^f for |f| <= 1/2.
+// 2^x with a relative error of 2e-7: 2^n through the exponent bits, times a polynomial fitted to 2^f for |f| <= 1/2.
 inline __m512 exp2_of(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, n);
@@ -24,20 +26,20 @@ inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// 1 / (1 + u) of logits z. Beyond the clamp it is 0 or 1 to every bit that counts; a NaN passes through.
+// r = 1 / (1 + u) of logits z. Beyond the clamp it is 0 or 1 to fp32 precision. NaN stays NaN.
 inline __m512 r_of(__m512 z, float cap) {
     __m512 x = _mm512_mul_ps(z, _mm512_set1_ps(2.0f * LOG2_E / cap));
     x = _mm512_max_ps(_mm512_set1_ps(-60.0f), _mm512_min_ps(_mm512_set1_ps(60.0f), x));
     const __m512 d = _mm512_add_ps(exp2_of(x), _mm512_set1_ps(1.0f));
     const __m512 r = _mm512_rcp14_ps(d);
-    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f)), r);  // a step of Newton's
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f)), r);  // one Newton step
 }
 
 inline __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline void store(float* p, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, x); }
 inline __mmask16 first(int64_t n) { return n >= LANES ? 0xffff : (1u << std::max<int64_t>(n, 0)) - 1; }
 
-// One row. `scratch` holds `vocab` numbers.
+// Loss and gradient of one row. `scratch` has space for `vocab` numbers.
 template <typename T>
 float row_loss(T* logits, int64_t target, int64_t width, int64_t vocab, float cap, float scale, float* scratch) {
     if (target < 0) {
@@ -85,9 +87,9 @@ int64_t rows_loss(T* logits, const int64_t* targets, float* losses, int64_t rows
 
 }  // namespace
 
-// logits (rows, width) in fp32 or bf16, of which the first `vocab` columns count; targets (rows,), -1 = ignored. Gives the
-// losses (rows,) in nats, zero where ignored, and writes the gradient of their sum, times `scale`, over the logits, zero
-// in the padding. Returns how many targets are no token; their rows are left alone.
+// logits (rows, width): fp32 or bf16, overwritten by the gradient of the sum of the losses, times `scale`; columns from `vocab`
+// on are padding and get 0. targets (rows,): -1 = ignored. losses (rows,): in nats, 0 if ignored.
+// Returns the number of invalid targets; their rows are not changed.
 extern "C" int64_t loss_fp32(float* logits, const int64_t* targets, float* losses, int64_t rows, int64_t width, int64_t vocab,
                              float cap, float scale) {
     return rows_loss(logits, targets, losses, rows, width, vocab, cap, scale);

@@ -1,5 +1,7 @@
-"""How Triton kernels are tried without a GPU: run by its interpreter, and compiled to PTX. In a process of their own, as
-Triton reads its environment when it is first imported."""
+"""Test Triton kernels without a GPU: run them in Triton's interpreter, and compile them to PTX for Hopper.
+
+Each in its own process, as Triton reads its environment variables when it is first imported.
+"""
 
 import os
 import subprocess
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COMPILER = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -16,14 +18,14 @@ from triton.compiler import ASTSource, compile
 
 
 def interpreted(code: str) -> None:
-    """Run `code`, which ends in print("equal"), with the kernels it calls interpreted."""
+    """Run `code`, which ends in print("equal"), in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not run here")
     done = _python(code, TRITON_INTERPRET="1")
     assert done.stdout == "equal\n", done.stderr
 
 
 def compiled_for_hopper(code: str) -> str:
-    """What `code` prints; it finds GPUTarget, ASTSource and compile imported."""
+    """Output of `code`, which runs after the imports of COMPILER."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
     done = _python(COMPILER + code)
     assert done.returncode == 0, done.stderr

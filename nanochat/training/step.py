@@ -1,0 +1,153 @@
+"""One optimizer step, from the first micro-batch to the numbers that it leaves.
+
+A step has two halves. `launch_step` queues all of its work on the device; `finalize_step` waits for its results and reads them.
+Between the two the next step may be launched (--deferred-loss-logging): the device then never waits for the host.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nanochat.dataloader import TrainLoader
+from nanochat.recipe.schedules import lr_scale, muon_momentum, weight_decay_scale
+from nanochat.runtime.clock import StepTime
+from nanochat.runtime.device import PeakMemory
+from nanochat.runtime.distributed import all_reduce_mean_and_max
+from nanochat.runtime.signals import Interrupted, Signals
+from nanochat.training.state import RunPlan, TrainState
+
+
+class PendingStep(NamedTuple):
+    """A step that the device may still be working on."""
+    step: int
+    lr_scale: float
+    parameters: list[str]         # names of the n parameters that have a gradient
+    results: torch.Tensor         # (2 + n,) fp32 on the host, complete when the step has ended: loss, stop signal, gradient norms
+    batch_crc32: int              # checksum of its tokens
+    time: Callable[[], StepTime]  # waits for the end of the step
+    columns: dict                 # of the features, for metrics.jsonl
+
+
+class StepResult(NamedTuple):
+    """What a step came to."""
+    step: int
+    lr_scale: float
+    loss: float                   # mean over the micro-batches and ranks, in nats
+    grad_norm: float              # of all parameters together, before the optimizer
+    not_finite: list[str]         # parameters whose gradients are not finite
+    trained: int                  # parameters that have a gradient
+    stop_signal: int              # the largest signal number that any rank has received, else 0
+    batch_crc32: int
+    time: StepTime
+    peak_memory_mib: float
+    columns: dict
+
+
+class Trainer:
+    """Takes optimizer steps. It needs no run folder, lock or file, so that a step can be measured by itself.
+
+    forward: `(x, y, **forward_args) -> loss`, the compiled model or the model itself; x, y (B, T) int64.
+    signals: those that this process has received; each step tells the other ranks.
+    """
+
+    def __init__(self, plan: RunPlan, state: TrainState, forward: Callable, loader: TrainLoader, signals: Signals):
+        self.plan, self.state, self.forward, self.loader, self.signals = plan, state, forward, loader, signals
+        self.peak_memory = PeakMemory(plan.device)
+
+    def launch_step(self, interruptible: bool = False) -> PendingStep:
+        """Queue one optimizer step: all micro-batches forward and backward, then one update if its gradients are finite.
+
+        interruptible: whether a signal may end the process while the compiler works, because nothing trained would be lost.
+        """
+        plan, state = self.plan, self.state
+        model, optimizer, scaler, features = state.model, state.optimizer, state.scaler, state.features
+        forward_args = features.before_step(state.step)
+        self.warm_up(forward_args, interruptible)
+        loss = torch.zeros((), device=plan.device)
+        with state.clock.training() as lap:
+            for _ in range(plan.horizon.grad_accum_steps):
+                x, y = self.loader.next()
+                micro_loss = self.forward(x, y, **forward_args) / plan.horizon.grad_accum_steps
+                lap("forward")
+                scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+                lap("backward")
+            stop_signal = torch.full((), float(self.signals.received), device=plan.device)
+            # ranks train the same parameters, so their lists of gradients match
+            all_reduce_mean_and_max([p.grad for p in model.parameters() if p.grad is not None] + [loss], stop_signal)
+            scaler.unscale_(optimizer)
+            names, norms = gradient_norms(model)
+            features.after_backward(model, state.step)
+            scale = self.set_schedules()
+            # fp16 gradients overflow now and then: the scaler then leaves out the update, and lowers its scale
+            finite = None if scaler.is_enabled() else norms.isfinite().all() & loss.isfinite()
+            # "stop" leaves out an update on the device, without waiting; a run that goes on must not even count the step
+            if plan.config.run.on_divergence == "stop" or finite is None or finite.item():
+                scaler.step(optimizer, finite=finite)
+                scaler.update()
+                features.on_weights_changed()
+            model.zero_grad(set_to_none=True)
+            lap("update")
+            results = copy_to_host_async(torch.cat([loss[None], stop_signal[None], norms]))
+        pending = PendingStep(state.step, scale, names, results, self.loader.checksum(), state.clock.last,
+                              features.step_columns())
+        state.step += 1
+        return pending
+
+    def finalize_step(self, pending: PendingStep) -> StepResult:
+        """Wait for the end of a step and read its results."""
+        time = pending.time()
+        loss, stop_signal, *norms = pending.results.tolist()
+        not_finite = [name for name, norm in zip(pending.parameters, norms, strict=True) if not math.isfinite(norm)]
+        return StepResult(pending.step, pending.lr_scale, loss, math.hypot(*norms), not_finite, len(norms), int(stop_signal),
+                          pending.batch_crc32, time, self.peak_memory.step_peak(), pending.columns)
+
+    def set_schedules(self) -> float:
+        """Set the optimizer's learning rates, momentum and weight decay for this step; returns the learning rates' scale."""
+        step, total, flags = self.state.step, self.plan.horizon.num_iterations, self.plan.config.optim
+        scale = lr_scale(step, total, warmup_steps=flags.warmup_steps, warmdown_ratio=flags.warmdown_ratio,
+                         final_lr_frac=flags.final_lr_frac, warmdown_shape=flags.warmdown_shape)
+        momentum = muon_momentum(step, total, warmdown_ratio=flags.warmdown_ratio)
+        decay = weight_decay_scale(step, total)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
+                group["weight_decay"] = group["initial_weight_decay"] * decay
+        return scale
+
+    def warm_up(self, forward_args: dict, interruptible: bool = False) -> None:
+        """Compile the variant of the forward that takes these arguments, the first time a step needs it, on zeros."""
+        plan, state = self.plan, self.state
+        if not plan.compile or self.forward.is_warmed_up(forward_args):
+            return
+        shape = plan.micro_batch_size, plan.shape.sequence_len
+        # two tensors: with one for both, torch would compile another graph that no step uses
+        x, y = (torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2))
+        fallbacks = self.forward.eager_fallbacks
+        with self.signals.raise_immediately(interruptible and plan.ranks.world_size == 1), state.clock.compiling():
+            self.forward.warm_up(x, y, **forward_args)
+        if self.signals.received and self.forward.eager_fallbacks > fallbacks:
+            # a terminal's Ctrl-C ends the C++ compiler too: going on uncompiled would give other bits
+            raise Interrupted(self.signals.received)
+
+
+def gradient_norms(model) -> tuple[list[str], torch.Tensor]:
+    """Names of the n parameters that have a gradient, and the norms of these: (n,) fp32 on the device."""
+    names, norms = [], []
+    by_dtype = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            by_dtype.setdefault(p.grad.dtype, {})[name] = p.grad
+    for gradients in by_dtype.values():  # the norms of one dtype are a single kernel on a GPU
+        names += gradients
+        norms += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
+    return names, torch.stack(norms)
+
+
+def copy_to_host_async(results: torch.Tensor) -> torch.Tensor:
+    """Start a copy to the host that is complete when the step has ended. A copy started later would queue behind the steps that
+    were launched since, and wait for them."""
+    return results.to("cpu", non_blocking=True)  # into pinned memory
