@@ -6,16 +6,16 @@ t - s <= W. Computed literally it needs a (T, T) matrix of scores per head. The 
     fa3      FlashAttention-3 (arXiv 2407.08608), a separate package for Hopper GPUs
     varlen   FlashAttention-2 (arXiv 2307.08691) from PyTorch, CUDA only, through the function that supports windows
     native   FlashAttention-2 in C++ for CPUs with AVX512-BF16 (nanochat/kernels/cpp/attention.cpp); needs a compiler
-    chunked  a loop over chunks of queries, each multiplied with the keys that it can see. Ordinary matrix products, on a CPU
-             2-3 times faster than PyTorch's flash kernel. For fp32, and for CPUs without a compiler
+    chunked  a loop over chunks of queries, each multiplied with the keys that it can see. Ordinary matrix products, on CPUs
     sdpa     PyTorch's scaled_dot_product_attention on any device: full context only, no windows
     blocks   windows on any device: queries in blocks of W see the keys of their own and the previous block, all blocks in one
              batched SDPA with a fixed mask, so the cost is proportional to T*W
     masked   SDPA with a (T, T) mask: slow, always available, the reference implementation for the others
 
 Whether a backend works is found by running it, not by checking versions: `make_attention` runs each candidate once per kind of
-problem, forward and backward on a small input, and compares with the definition. Call it while a model is built, before
-anything is compiled; the object it returns has no decision left for torch.compile to trace.
+problem, forward and backward on a small input, and compares with the definition. Which of those that work is the fastest is
+measured too, on the model's own shapes (nanochat/runtime/tuner.py). Call it while a model is built, before anything is compiled;
+the object it returns has no decision left for torch.compile to trace.
 
 Shapes: q (B, T, H, D); k, v (B, T, H_kv, D) with H a multiple of H_kv (grouped-query attention, arXiv 2305.13245: with
 G = H / H_kv, query heads h*G .. h*G+G-1 share key head h). Windows: W counts the tokens that a query sees before itself; -1 is
@@ -32,9 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
-from nanochat.runtime.device import cpu_multiplies_bf16
+from nanochat.runtime.tuner import Choice, Tuner
 
 FULL = -1  # window of a layer with full context
+MOST_CHUNKED = 2048  # keys that a query of the backend `chunked` may see
+LONGEST_TIMED = 4096  # tokens: of a longer context a proportional part is timed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,46 +222,65 @@ def backend_unavailable_reason(name: str, windowed: bool, device_type: str, dtyp
     return None if error < 0.03 else f"ran, but its results are wrong (relative error {error:.2g})"
 
 
-def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, windowed: bool) -> list[str]:
-    """Names of backends for a problem, fastest first."""
-    plain = ["blocks", "masked"] if windowed else ["sdpa", "masked"]
+def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, window: int) -> list[str]:
+    """Names of the backends to try for a problem. `masked` is not among them: it is slow by construction."""
+    windowed = 0 <= window < seq_len - 1
+    plain = "blocks" if windowed else "sdpa"
     if device_type == "cuda":
         # For full context SDPA itself selects the best of PyTorch's flash kernels and cuDNN's, so varlen adds nothing.
-        return ["fa3", "varlen", *plain] if windowed else ["fa3", *plain]
+        return ["fa3", "varlen", plain] if windowed else ["fa3", plain]
     if device_type == "cpu":
-        native = dtype == torch.bfloat16 and seq_len >= 64  # blocks of 64: shorter rows would waste half of the work
-        pays = {"native": native, "chunked": _chunked_pays(dtype, seq_len, windowed)}
-        return [*(name for name, wins in pays.items() if wins), *plain]
-    return plain
+        # chunked saves the probabilities for the backward pass: with more visible keys they take more memory than all else
+        fits = dtype in (torch.bfloat16, torch.float32) and (window if windowed else seq_len) <= MOST_CHUNKED
+        return [*["chunked"] * fits, *["native"] * (dtype == torch.bfloat16), plain]
+    return [plain]
 
 
-def _chunked_pays(dtype: torch.dtype, seq_len: int, windowed: bool) -> bool:
-    """Whether `chunked` is faster than SDPA on a CPU, measured forward and backward on 2 cores with AVX512-BF16 (dev/LOG.md).
-
-    In bf16 it is the second choice, where `native` has no compiler or does not support the head size.
-    """
-    if dtype == torch.bfloat16:
-        # It saves T*T/2 probabilities for the backward pass: beyond 2048 tokens memory matters more than speed.
-        return cpu_multiplies_bf16() and (windowed or seq_len <= 2048)
-    return dtype == torch.float32 and (windowed or seq_len <= 512)
-
-
-def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, window: int) -> str:
-    """Name of the fastest backend that works for this problem. It runs backends, so do not call it in compiled code.
+def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, window: int, *, rows: int = 1, heads: int = 1,
+                   kv_heads: int | None = None, tuner: Tuner | None = None, backend: str = "auto") -> Choice:
+    """The backend for a problem: the fastest of those that work here, measured forward and backward by `tuner` (by default one
+    that remembers nothing). It runs backends, so do not call it in compiled code.
 
     window: tokens before the query; -1 or anything >= seq_len - 1 is full context.
-    Raises: UserError if none works.
+    rows, heads, kv_heads: B, H and H_kv of the problem; fewer rows are timed where these give every core enough to do.
+    backend: a name that the user has chosen. `sdpa` stands for `blocks` in layers with a window.
+    Raises: UserError if none works, or not the one that was chosen.
     """
-    kind, windowed = torch.device(device).type, 0 <= window < seq_len - 1
-    names = _candidates(kind, dtype, seq_len, windowed)
-    reasons = {}
-    for name in names:
-        reasons[name] = backend_unavailable_reason(name, windowed, kind, dtype, head_dim)
-        if reasons[name] is None:
-            return name
-    raise UserError(f"no attention works on {kind} in {dtype} with heads of {head_dim}: "
-                    + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-                    + ". Try another dtype ($NANOCHAT_DTYPE) or --device-type cpu.")
+    device, windowed = torch.device(device), 0 <= window < seq_len - 1
+    names = _candidates(device.type, dtype, seq_len, window)
+    if backend != "auto":
+        names = ["blocks" if windowed and backend == "sdpa" else backend]
+    reasons = {name: backend_unavailable_reason(name, windowed, device.type, dtype, head_dim) for name in names}
+    works = [name for name in names if reasons[name] is None]
+    if backend != "auto":
+        if not works:
+            raise UserError(f"--attention-backend {backend} cannot be used here: {reasons[names[0]]}. Leave it out to take the "
+                            "fastest that works.")
+        return Choice(names[0], "--attention-backend", {})
+    if not works:
+        reasons["masked"] = backend_unavailable_reason("masked", windowed, device.type, dtype, head_dim)
+        works = ["masked"] if reasons["masked"] is None else []
+    if not works:
+        raise UserError(f"no attention works on {device.type} in {dtype} with heads of {head_dim}: "
+                        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                        + ". Try another dtype ($NANOCHAT_DTYPE) or --device-type cpu.")
+    kv_heads, window = kv_heads or heads, window if windowed else FULL
+    if seq_len > LONGEST_TIMED:
+        window, seq_len = window * LONGEST_TIMED // seq_len, LONGEST_TIMED  # FULL stays -1
+    rows = min(rows, -(-2 * torch.get_num_threads() // heads))  # two heads for each thread
+    problem = (f"attention {rows}x{seq_len}x{heads}/{kv_heads}x{head_dim} {str(dtype).removeprefix('torch.')}, "
+               + (f"window {window}" if windowed else "full context"))
+    random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
+    shapes = [(rows, seq_len, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+
+    def training_call(name):
+        def make():
+            *inputs, grad = (torch.randn(shape, generator=random).to(device, dtype) for shape in shapes)
+            inputs, function = [x.requires_grad_() for x in inputs], BACKENDS[name][0]()
+            return lambda: torch.autograd.grad(function(*inputs, window), inputs, grad)
+        return make
+    with torch.inference_mode(False), torch.enable_grad():
+        return (tuner or Tuner(device, folder=None)).choose(problem, {name: training_call(name) for name in works})
 
 
 class Attention:
@@ -268,9 +289,9 @@ class Attention:
     T may differ from the `seq_len` it was made for; an unknown window uses `blocks`. `str()` is a line for the log.
     """
 
-    def __init__(self, names: dict[int, str], windows: list[int], seq_len: int):
-        self.names, self.windows, self.seq_len = names, windows, seq_len
-        self.functions = {window: BACKENDS[name][0]() for window, name in names.items()}
+    def __init__(self, choices: dict[int, Choice], windows: list[int], seq_len: int):
+        self.choices, self.windows, self.seq_len = choices, windows, seq_len
+        self.functions = {window: BACKENDS[choice.name][0]() for window, choice in choices.items()}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if window < 0 or window >= q.size(1) - 1:
@@ -279,20 +300,44 @@ class Attention:
 
     def backend_for(self, window: int) -> str:
         """Name of the backend for `window` at T = seq_len."""
-        return self.names.get(window, "blocks") if 0 <= window < self.seq_len - 1 else self.names[FULL]
+        if 0 <= window < self.seq_len - 1:
+            return self.choices[window].name if window in self.choices else "blocks"
+        return self.choices[FULL].name
+
+    def names(self) -> dict[str, str]:
+        """Window, in words -> name of its backend: what a checkpoint records, so that a resume takes the same ones."""
+        return {_in_words(window): choice.name for window, choice in self.choices.items()}
+
+    def describe(self) -> dict[str, dict]:
+        """`names()` with the reason and the times of each choice, for result.json."""
+        return {_in_words(window): choice._asdict() for window, choice in self.choices.items()}
 
     def __str__(self) -> str:
-        windows_of = {}
-        for window in self.windows:
-            windows_of.setdefault(self.backend_for(window), []).append("full context" if window < 0 else f"window {window}")
-        return "attention: " + ", ".join(f"{name} ({', '.join(which)})" for name, which in windows_of.items())
+        return "attention: " + "; ".join(f"{_in_words(window)}: {self.choices[window]}" for window in self.windows)
 
 
-def make_attention(device, dtype: torch.dtype, head_dim: int, seq_len: int, windows) -> Attention:
-    """Choose a backend for each of a model's `windows` (list of int, one per layer). Call it before compiling."""
+def _in_words(window: int) -> str:
+    return "full context" if window < 0 else f"window {window}"
+
+
+def make_attention(device, dtype: torch.dtype, head_dim: int, seq_len: int, windows, *, recorded: dict[str, str] | None = None,
+                   **problem) -> Attention:
+    """Choose a backend for each of a model's `windows` (list of int, one per layer). Call it before compiling.
+
+    recorded: `Attention.names()` of the run to be resumed; those that work here are taken.
+    problem: further arguments of `choose_backend`.
+    """
     distinct = sorted({w if 0 <= w < seq_len - 1 else FULL for w in windows})
-    names = {w: choose_backend(device, dtype, head_dim, seq_len, w) for w in sorted({FULL, *distinct})}
-    return Attention(names, distinct, seq_len)
+    kind, recorded = torch.device(device).type, recorded or {}
+    choices = {}
+    for w in sorted({FULL, *distinct}):
+        name = recorded.get(_in_words(w))
+        if name in BACKENDS and problem.get("backend", "auto") == "auto" \
+                and backend_unavailable_reason(name, w >= 0, kind, dtype, head_dim) is None:
+            choices[w] = Choice(name, "as before the resume", {})
+        else:
+            choices[w] = choose_backend(device, dtype, head_dim, seq_len, w, **problem)
+    return Attention(choices, distinct, seq_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

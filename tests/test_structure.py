@@ -75,6 +75,25 @@ def test_one_module_knows_collectives(path):
         assert not uses(imports(path), "torch.distributed")
 
 
+def calls(path: Path) -> set[str]:
+    """What a file calls, by its last two names: `scaler.step` of `self.scaler.step(...)`, or `print`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            names.add(".".join(ast.unparse(node.func).split(".")[-2:]))
+    return names
+
+
+@by_name
+def test_one_module_updates_weights_and_one_writes_records(path):
+    """Of a training run: attempts and their tests have small loops of their own."""
+    module, called = module_of(path), calls(path)
+    if layer_of(module) in ("nanochat.training", "nanochat.features") and module != "nanochat.training.step":
+        assert not called & {"optimizer.step", "scaler.step"}
+    if layer_of(module) and module != "nanochat.training.recorder":
+        assert not called & {"MetricsFile", "write_result", "metrics.write"}
+
+
 @by_name
 def test_features_are_apart_and_load_torch_late(path):
     if layer_of(module_of(path)) == "nanochat.features" and path.stem not in ("__init__", "base"):

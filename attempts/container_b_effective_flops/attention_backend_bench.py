@@ -10,8 +10,8 @@ is wrong is not timed. Then the timings of all are interleaved.
 Queries, keys and values are those of a trained model's layers on its text, their features distributed over heads of the size
 asked for, sequences cut to the length asked for. The time hardly depends on them, but rounding errors do.
 
-The JSON has for each shape the fastest backend, and the one that flash_attention.py chooses there (`chosen`) with its time
-relative to the fastest: where that is above 1 in run after run, the order in `_candidates` should be changed.
+The JSON has for each shape the fastest backend, and the one that flash_attention.py chooses there by its own short measurement
+(`chosen`), with its time relative to the fastest: where that is above 1 in run after run, the tuner measures too little.
 """
 
 import sys
@@ -42,7 +42,7 @@ PRESETS = {
     "gpu": dict(backends=BACKENDS, tokens=32768, seq_lens=[1024, 2048, 4096, 8192], head_dims=[64, 128],
                 windows=[-1, 256, 1024], groups=[1, 4], heads=12, repeats=21),
 }
-WRONG = 0.03  # relative error beyond which a backend is not timed, as in flash_attention.why_not
+WRONG = 0.03  # relative error beyond which a backend is not timed, as in flash_attention.backend_unavailable_reason
 
 
 @dataclass
@@ -249,7 +249,8 @@ def measure(shape: Shape, features, flags: BenchFlags, device, dtype) -> dict:
     times = timing.time_in_turn(calls, device, flags.repeats, at_least=timing.SHORT, label=str(shape))
     for (name, what), seconds in times.items():
         rows[name][f"{what}_ms"] = timing.spread([1000 * s for s in seconds])
-    chosen = choose_backend(device, dtype, shape.head_dim, shape.T, shape.window)
+    chosen = choose_backend(device, dtype, shape.head_dim, shape.T, shape.window, rows=flags.tokens // shape.T,
+                            heads=flags.heads, kv_heads=tensors[1].size(2)).name
     row = {**shape._asdict(), "heads": flags.heads, "batch": flags.tokens // shape.T, "chosen": chosen, "backends": rows}
     for what in ("forward", "training"):
         best = min((n for n, kind in calls if kind == what), key=lambda n: rows[n][f"{what}_ms"]["median"], default=None)

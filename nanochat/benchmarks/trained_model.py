@@ -113,13 +113,15 @@ class TrainedModel:
         from nanochat.dataset import TokenDataset
         from nanochat.flash_attention import make_attention
         from nanochat.runtime.device import dtype_name
+        from nanochat.runtime.tuner import Tuner
         from nanochat.tokenizer import get_token_bytes
         self.model, tokenizer, state = load_model("base", device, "eval", str(folder), step, dtype_name(dtype))
         self.device, self.dtype, self.shape = device, dtype, self.model.config
         self.tokens, self.token_bytes = TokenDataset.open(located(state["tokens"])), get_token_bytes(device, tokenizer)
-        self.model.kernels.attention = make_attention(device, dtype, self.shape.head_dim, self.shape.sequence_len,
-                                                      self.model.window_sizes)
         self.rows = max(1, 2048 // self.shape.sequence_len)  # per batch
+        self.model.kernels.attention = make_attention(
+            device, dtype, self.shape.head_dim, self.shape.sequence_len, self.model.window_sizes, rows=self.rows,
+            heads=self.shape.n_head, kv_heads=self.shape.n_kv_head, tuner=Tuner(device))
         fingerprint = state.get("result_fingerprint") or state["computed"]  # its name in older checkpoints
         self.about = {"run": folder.name, "step": state["step"],
                       "tokens_trained": state["step"] * fingerprint["tokens per step"], **asdict(self.shape)}

@@ -1,5 +1,6 @@
 """How every script begins and ends: tolerant streams, a launch environment that makes sense, one line for an error. No torch."""
 
+import os
 import signal
 import sys
 import time
@@ -9,6 +10,11 @@ from nanochat.cli.output import tolerant_streams
 from nanochat.common import RankError, UserError, is_main_rank
 
 SECONDS_FOR_RANK_0 = 30.0  # to reach the error that another rank has met, and to print it
+# How often a thread of OpenMP (libgomp, which torch's Linux builds use) looks for work before it sleeps: some 0.1 ms, a little
+# more than the gap between two kernels. libgomp's own 300 000 times keep a core busy on which another program, or the thread that
+# is waited for, could run. Beside one busy process on two cores a step took 2.9 times as long, and takes 2.0; alone 1 % longer
+# (dev/LOG.md).
+SPINS = "2000"
 
 
 def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
@@ -18,6 +24,8 @@ def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
     for_its_output: what it prints is all that it does, so it stops when nobody reads that any more (`| head`).
     """
     tolerant_streams(go_on=not for_its_output)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded, which no program does before its main()
     try:
         check_launch_environment(parallel)
     except UserError as e:

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -40,6 +41,8 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
     ranks = Ranks.from_environment()
     device = torch.device(device_type, ranks.local_rank) if device_type == "cuda" else torch.device(device_type)
     keep_large_buffers()
+    if "OMP_NUM_THREADS" not in os.environ and (cores := cpu_quota()) and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
     if device_type == "cuda":
         if ranks.local_rank >= torch.cuda.device_count():
             raise RankError(f"rank {ranks.rank} has no GPU of its own: this machine has {torch.cuda.device_count()}. Start as "
@@ -49,6 +52,18 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     join_process_group(ranks, device)
     return device, ranks
+
+
+def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Cores that the control group of a container grants, at least 1; None without a limit. torch counts those of the machine:
+    the threads beyond the quota would make all of them wait."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of control groups version 2, and 1
+        try:
+            quota, period = [word for name in files for word in (group / name).read_text().split()]
+            return None if int(quota) <= 0 else max(1, -(-int(quota) // int(period)))
+        except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
+            continue
+    return None
 
 
 def let_segments_grow() -> None:

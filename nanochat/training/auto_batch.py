@@ -8,6 +8,7 @@ from nanochat.runtime.device import evaluation
 from nanochat.runtime.distributed import all_ranks_true
 from nanochat.runtime.toolchain import cause_of
 from nanochat.training.state import RunPlan, TrainState
+from nanochat.training.step import trial_step
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,9 +69,7 @@ def fits_in_memory(plan: RunPlan, state: TrainState, rows: int) -> bool:
     model, optimizer = state.model, state.optimizer
     try:
         tokens = torch.zeros((rows, plan.shape.sequence_len), dtype=torch.int64, device=plan.device)
-        for _ in range(2):  # the second micro-batch finds the gradients of the first
-            model(tokens, tokens).backward()
-        optimizer.step(finite=torch.zeros((), dtype=torch.bool, device=plan.device))
+        trial_step(model, optimizer, tokens)
         with evaluation(model), state.features.eval_context(model):
             model(tokens, tokens, loss_reduction="none")
         return True

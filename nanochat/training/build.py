@@ -19,6 +19,7 @@ from nanochat.runtime.device import device_name, dtype_name, init_device, pick_c
 from nanochat.runtime.distributed import Ranks, on_main_rank_first
 from nanochat.runtime.lock import RunLock
 from nanochat.runtime.signals import Signals
+from nanochat.runtime.tuner import Tuner
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer
 from nanochat.training import run_folder
 from nanochat.training.auto_batch import check_memory, choose_micro_batch_size, is_out_of_memory, out_of_memory_advice
@@ -174,7 +175,7 @@ def prepare_text(config: Config, recorded: str | None = None) -> tuple[Tokenizer
 def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) -> Trainer:
     """Build model, optimizer, compiled forward and loader. No run folder is needed.
 
-    saved: as for `make_plan`; of it --auto-batch takes the micro-batch, so that the bits stay the same.
+    saved: as for `make_plan`; of it come the attention backends and --auto-batch's micro-batch, so that the bits stay the same.
     Raises: MemoryError, before anything is built, where the run cannot fit.
     """
     config = plan.config
@@ -182,8 +183,10 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     use_compile_cache(config.run.compile_cache_dir)
     torch.manual_seed(config.run.seed)
     model = build_model(plan.shape, plan.dtype, plan.device)
-    model.kernels.attention = make_attention(plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len,
-                                             model.window_sizes)
+    model.kernels.attention = make_attention(
+        plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len, model.window_sizes, rows=plan.micro_batch_size,
+        heads=plan.shape.n_head, kv_heads=plan.shape.n_kv_head, tuner=Tuner(plan.device), backend=config.run.attention_backend,
+        recorded=saved and saved["numerics_environment"].get("attention"))
     print0(str(model.kernels.attention))
     features.on_model(model, plan.horizon)
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):

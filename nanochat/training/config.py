@@ -32,6 +32,10 @@ class RunFlags(DeviceFlags):
     run: str = flag("dummy", "name for wandb; 'dummy' leaves wandb off unless --tracker names it", affects_results=False)
     model_tag: str | None = flag(None, "folder of the run under base_checkpoints; by default d<depth>", affects_results=False)
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0, high=LARGEST_SEED)
+    attention_backend: str = flag("auto", "how attention is computed (nanochat/flash_attention.py); auto takes the fastest here, "
+                                  "measured on the model's own shapes",
+                                  choices=("auto", "fa3", "varlen", "native", "chunked", "sdpa", "masked"),
+                                  affects_results=False)
     compile: bool = flag(True, "compile the model and the optimizer", affects_results=False)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
                                "its steps take up to 3 % longer", affects_results=False, requires={"compile": True})

@@ -134,6 +134,13 @@ class Trainer:
             raise Interrupted(self.signals.received)
 
 
+def trial_step(model, optimizer, tokens: torch.Tensor) -> None:
+    """Take the memory that an uncompiled step takes, and change no weight. tokens: (B, T) int64."""
+    for _ in range(2):  # the second micro-batch finds the gradients of the first
+        model(tokens, tokens).backward()
+    optimizer.step(finite=torch.zeros((), dtype=torch.bool, device=tokens.device))
+
+
 def gradient_norms(model) -> tuple[list[str], torch.Tensor]:
     """Names of the n parameters that have a gradient, and the norms of these: (n,) fp32 on the device."""
     names, norms = [], []

@@ -1,0 +1,137 @@
+"""Choose among implementations of one function by running them on the machine and the sizes at hand.
+
+What is fastest on one processor is often not on another, so nothing here is chosen by a rule. Candidates run interleaved for some
+tens of milliseconds and the medians decide. The choice is kept under the base directory, by machine and problem: the next start
+takes it without timing, and trains to the same bits.
+"""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nanochat.common import get_base_dir, is_main_rank
+from nanochat.runtime.device import device_name
+from nanochat.runtime.distributed import broadcast_object
+from nanochat.runtime.files import read_json, write_atomic
+from nanochat.runtime.timing import timed
+
+BUDGET = 0.2        # seconds for the rounds of one problem, after a first call of each candidate
+ROUNDS = 3, 15      # at least and at most
+SHORT = 0.002       # seconds: shorter calls are timed several at once
+NEGLIGIBLE = 0.0005  # seconds: below, the first candidate is taken; the choice would be noise, and matters to nobody
+TIE = 0.03          # a candidate has to be this much faster than those before it: noise must not decide
+KERNELS = Path(__file__).parents[1] / "kernels"
+
+
+class Choice(NamedTuple):
+    """The candidate that is used for a problem."""
+    name: str
+    reason: str
+    milliseconds: dict[str, float]  # median of each candidate that was timed
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(self.milliseconds.items(), key=lambda item: item[1]))
+        return f"{self.name} ({self.reason}{f': {times} ms' if times else ''})"
+
+
+class Tuner:
+    """Chooses for one device, and remembers in `folder` (by default tuner/ in the base directory; None: nowhere).
+
+    Under torchrun rank 0 measures, and every rank takes its choice: all ranks must ask for the same problems in the same order.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None | str = "default"):
+        self.device = torch.device(device)
+        place = get_base_dir() / "tuner" if folder == "default" else folder
+        self.path = Path(place) / f"{_machine_digest(self.device)}.json" if place else None
+
+    def choose(self, problem: str, candidates: dict[str, Callable[[], Callable]]) -> Choice:
+        """The fastest of the candidates: name -> a function that makes the call to time. The order breaks ties.
+
+        problem: what decides the times beside the machine, such as "attention 2x512x4x64 bfloat16, window 128".
+        """
+        if len(candidates) == 1:
+            return Choice(next(iter(candidates)), "the only one that works", {})
+        return broadcast_object(self._choose(problem, candidates) if is_main_rank() else None)
+
+    def _choose(self, problem: str, candidates: dict[str, Callable[[], Callable]]) -> Choice:
+        known = self._known().get(problem)
+        if known and set(known["milliseconds"]) == set(candidates):
+            return Choice(known["name"], "measured before", known["milliseconds"])
+        times = measure({name: make() for name, make in candidates.items()}, self.device)
+        short = times[next(iter(times))] < NEGLIGIBLE
+        choice = Choice(fastest(times), "too short to matter" if short else "measured",
+                        {name: float(f"{1000 * s:.4g}") for name, s in times.items()})
+        self._remember(problem, choice)
+        return choice
+
+    def _known(self) -> dict:
+        """Earlier choices, by problem. A file that is damaged or of another form counts as none."""
+        try:
+            choices = read_json(self.path)["choices"] if self.path else {}
+            return {problem: known for problem, known in choices.items() if known["name"] in known["milliseconds"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _remember(self, problem: str, choice: Choice) -> None:
+        if not self.path:
+            return
+        choices = self._known() | {problem: {"name": choice.name, "milliseconds": choice.milliseconds}}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, json.dumps({"machine": _machine(self.device), "choices": choices}, indent=1) + "\n")
+        except OSError:  # a base directory that cannot be written: the next start measures again
+            pass
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """The first candidate that no other one beats by more than TIE; the very first if all are negligible."""
+    best = min(seconds.values())
+    first = next(iter(seconds))
+    if seconds[first] < NEGLIGIBLE:
+        return first
+    return next(name for name, s in seconds.items() if s <= best * (1 + TIE))
+
+
+def measure(calls: dict[str, Callable], device: torch.device) -> dict[str, float]:
+    """Median seconds of each call, all of them run in turn. A call that takes three times the fastest is timed once only."""
+    first = {name: _seconds(call, device) for name, call in calls.items()}  # the first run may allocate and compile
+    first = {name: _seconds(call, device) for name, call in calls.items()}
+    in_question = {name: call for name, call in calls.items() if first[name] < 3 * min(first.values())}
+    repeats = {name: max(1, ceil(SHORT / max(first[name], 1e-9))) for name in in_question}
+    a_round = sum(first[name] * repeats[name] for name in in_question)
+    rounds = min(max(int(BUDGET / a_round), ROUNDS[0]), ROUNDS[1])
+    seconds: dict[str, list[float]] = {name: [] for name in in_question}
+    for _ in range(rounds):
+        for name, call in in_question.items():
+            seconds[name].append(_seconds(call, device, repeats[name]))
+    return {name: statistics.median(seconds[name]) if name in seconds else first[name] for name in calls}
+
+
+def _seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:
+    return timed(device, lambda: [call() for _ in range(repeats)])[0] / repeats
+
+
+def _machine(device: torch.device) -> dict:
+    """What the times of all problems depend on."""
+    return {"device": device_name(device), "torch": torch.__version__, "kernels": _kernels_digest()}
+
+
+def _machine_digest(device: torch.device) -> str:
+    return hashlib.sha256(json.dumps(_machine(device)).encode()).hexdigest()[:16]
+
+
+@cache
+def _kernels_digest() -> str:
+    """Of the source of all kernels: a kernel that was changed is timed again."""
+    digest = hashlib.sha256()
+    for path in sorted([*KERNELS.rglob("*.py"), *KERNELS.glob("cpp/*"), KERNELS.parent / "flash_attention.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
