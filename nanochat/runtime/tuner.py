@@ -1,13 +1,12 @@
 """Choose among implementations of one function by running them on the machine and the sizes at hand.
 
 What is fastest on one processor is often not on another, so nothing here is chosen by a rule. Candidates run interleaved for some
-tens of milliseconds and the medians decide. The choice is kept under the base directory, by machine and problem: the next start
+tens of milliseconds, and the least time of each decides: what other programs add is left out. The choice is kept under the base directory, by machine and problem: the next start
 takes it without timing, and trains to the same bits.
 """
 
 import hashlib
 import json
-import statistics
 from collections.abc import Callable
 from functools import cache
 from math import ceil
@@ -34,7 +33,7 @@ class Choice(NamedTuple):
     """The candidate that is used for a problem."""
     name: str
     reason: str
-    milliseconds: dict[str, float]  # median of each candidate that was timed
+    milliseconds: dict[str, float]  # the least time of each candidate that was timed
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(self.milliseconds.items(), key=lambda item: item[1]))
@@ -101,18 +100,18 @@ def fastest(seconds: dict[str, float]) -> str:
 
 
 def measure(calls: dict[str, Callable], device: torch.device) -> dict[str, float]:
-    """Median seconds of each call, all of them run in turn. A call that takes three times the fastest is timed once only."""
-    first = {name: _seconds(call, device) for name, call in calls.items()}  # the first run may allocate and compile
-    first = {name: _seconds(call, device) for name, call in calls.items()}
-    in_question = {name: call for name, call in calls.items() if first[name] < 3 * min(first.values())}
-    repeats = {name: max(1, ceil(SHORT / max(first[name], 1e-9))) for name in in_question}
-    a_round = sum(first[name] * repeats[name] for name in in_question)
+    """The least seconds of each call, all of them run in turn. A call that takes three times the fastest is timed twice only."""
+    for call in calls.values():
+        call()  # the first run may allocate and compile
+    least = {name: min(_seconds(call, device) for _ in range(2)) for name, call in calls.items()}
+    in_question = {name: call for name, call in calls.items() if least[name] < 3 * min(least.values())}
+    repeats = {name: max(1, ceil(SHORT / max(least[name], 1e-9))) for name in in_question}
+    a_round = sum(least[name] * repeats[name] for name in in_question)
     rounds = min(max(int(BUDGET / a_round), ROUNDS[0]), ROUNDS[1])
-    seconds: dict[str, list[float]] = {name: [] for name in in_question}
     for _ in range(rounds):
         for name, call in in_question.items():
-            seconds[name].append(_seconds(call, device, repeats[name]))
-    return {name: statistics.median(seconds[name]) if name in seconds else first[name] for name in calls}
+            least[name] = min(least[name], _seconds(call, device, repeats[name]))
+    return least
 
 
 def _seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:
