@@ -1,8 +1,8 @@
 """Choose among implementations of one function by running them on the machine and the sizes at hand.
 
 What is fastest on one processor is often not on another, so nothing here is chosen by a rule. Candidates run interleaved for some
-tens of milliseconds, and the least time of each decides: what other programs add is left out. The choice is kept under the base directory, by machine and problem: the next start
-takes it without timing, and trains to the same bits.
+tens of milliseconds, and the least time of each decides: what other programs add is left out. The choice is kept under the base
+directory, by machine and problem: the next start takes it without timing, and trains to the same bits.
 """
 
 import hashlib
