@@ -46,6 +46,7 @@ from nanochat.common import UserError, format_table, get_base_dir
 from nanochat.features import FEATURES
 from nanochat.recipe.shape import flops_per_token
 from nanochat.runtime import timing
+from nanochat.runtime.other_load import OtherLoad, spoilt_warning
 from nanochat.training.config import Config, DeviceFlags, parse_config
 
 if TYPE_CHECKING:
@@ -149,14 +150,14 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     size, products = ((8192, 8192, 4096), 16) if device.type == "cuda" else ((4096, 4096, 1024), 2)
     peak_call, peak_flops = make_gemm(device, first.plan.dtype, *size)
     calls = variants | {"gemm": lambda: [peak_call() for _ in range(products)]}
-    times = {name: [] for name in calls}
+    times, load = {name: [] for name in calls}, OtherLoad()
     for _ in range(flags.rounds if flags.against else 1):
         theirs = external_rate(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
         now = timing.time_in_turn(calls, device, flags.repeats, warmup=1)
         rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
         for name, spent in now.items():
             times[name] += spent
-    peak, results = products * peak_flops / min(times.pop("gemm")), {}
+    peak, results, others = products * peak_flops / min(times.pop("gemm")), {}, load.share()
     for name, variant in variants.items():
         tokens, shape = variant.trainer.plan.horizon.total_batch_size, variant.trainer.plan.shape
         seconds = timing.spread(times[name])
@@ -170,6 +171,7 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
             "gemm_peak_share_causal": rate * flops_per_token(shape, causal=True) / peak,
             # on a CPU the peak is the process's and never falls, so it is known for the first variant only
             "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.trainer is first else None,
+            "other_programs_share": others,  # of all cores' time while this was timed
             "seconds": seconds, "breakdown_ms": parts, "breakdown_unknown": unknown,
             "tokens_per_step": tokens, "dtype": dtype_name(variant.trainer.plan.dtype),
             "compiled": variant.trainer.plan.compile and not variant.trainer.forward.eager_fallbacks,
@@ -190,6 +192,8 @@ def show(results: dict) -> None:
         "GFLOP/s": round(r["model_flops_per_sec"] / 1e9), "GEMM peak": round(r["gemm_peak_flops_per_sec"] / 1e9),
         "share": round(r["gemm_peak_share"], 3), "causal": round(r["gemm_peak_share_causal"], 3),
         "MiB": r["peak_mem_mib"] and round(r["peak_mem_mib"]), "n": r["seconds"]["n"]} for name, r in results.items()]))
+    if warning := spoilt_warning(next(iter(results.values()))["other_programs_share"]):
+        print(warning)
     rows = []
     for name, r in results.items():
         if parts := r["breakdown_ms"]:

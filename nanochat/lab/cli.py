@@ -1,12 +1,12 @@
 """The lab: is a change to training real? It runs base_train many times, compares both sides, and ends with a verdict.
 
-    python -m scripts.lab compare --profile cpu --candidate "--warmdown-shape=cosine" --seeds 1 2 --max-seeds 6
-    python -m scripts.lab gate    --profile gpu --candidate "--fp8"        # the same, and kills and resumes a run
-    python -m scripts.lab sweep B --profile cpu                            # a template by its letter, or a file of yours
-    python -m scripts.lab noise   --profile cpu --seeds 1 2 3 4            # A against A: what can this machine detect?
-    python -m scripts.lab miniseries --profile gpu --depths 6 8 12 --candidate "--warmdown-shape=cosine"
-    python -m scripts.lab run     --profile cpu --candidate "--lr-multiplier=x1.1"   # no comparison: rows and a table
-    python -m scripts.lab run     --profile cpu --variant d4= d6="--depth=6" --columns "variant num_params val_bpb:.4f"
+    python -m scripts.lab compare --profile lab-cpu --candidate "--warmdown-shape=cosine" --seeds 1 2 --max-seeds 6
+    python -m scripts.lab gate    --profile lab-gpu --candidate "--fp8"    # the same, and kills and resumes a run
+    python -m scripts.lab sweep B --profile lab-cpu                        # a template by its letter, or a file of yours
+    python -m scripts.lab noise   --profile lab-cpu --seeds 1 2 3 4        # A against A: what can this machine detect?
+    python -m scripts.lab miniseries --profile lab-gpu --depths 6 8 12 --candidate "--warmdown-shape=cosine"
+    python -m scripts.lab run     --profile lab-cpu --candidate "--lr-multiplier=x1.1"   # no comparison: rows and a table
+    python -m scripts.lab run     --profile lab-cpu --variant d4= d6="--depth=6" --columns "variant num_params val_bpb:.4f"
     python -m scripts.lab report DIR                                       # write its CSV and HTML again
     python -m scripts.lab cycle {start,phase,rollback,status}              # the state of an optimization cycle
 
