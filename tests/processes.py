@@ -1,4 +1,4 @@
-"""Runs in processes of their own that start at once: forked by a server that has imported torch already."""
+"""Tiny runs, in this process or in one of their own that starts at once: forked by a server that has imported torch already."""
 
 import multiprocessing
 import os
@@ -19,6 +19,19 @@ SERVER.set_forkserver_preload(["nanochat.training.loop"])
 def anew(flags) -> list[str]:
     """The flags of a run that may take a name again, in tests that do not care what was trained under it."""
     return [*flags, *([] if any("--resume-from-step" in flag for flag in flags) else ["--overwrite"])]
+
+
+def tiny_flags(base, tag, *extra) -> list[str]:
+    """The flags of a run of two layers on the text of the fixture `base`. `extra` come last, so they count."""
+    return (f"--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+            f"--warmup-steps=2 --eval-every=3 --eval-tokens=256 --core-metric-every=-1 --sample-every=-1 --vocab-size=300 "
+            f"--device-type=cpu --no-compile --data={base / 'text'} --model-tag={tag}").split() + list(extra)
+
+
+def trained(run):
+    """The run, trained to its end without trouble."""
+    assert fit(run) == 0
+    return run
 
 
 def compile_with(run, forward) -> None:
