@@ -267,7 +267,7 @@ def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
     kv_heads, window = kv_heads or heads, window if windowed else FULL
     if seq_len > LONGEST_TIMED:
         window, seq_len = window * LONGEST_TIMED // seq_len, LONGEST_TIMED  # FULL stays -1
-    rows = min(rows, -(-2 * torch.get_num_threads() // heads))  # two heads for each thread
+    in_use, rows = rows, min(rows, -(-2 * torch.get_num_threads() // heads))  # timed: two heads for each thread
     problem = (f"attention {rows}x{seq_len}x{heads}/{kv_heads}x{head_dim} {str(dtype).removeprefix('torch.')}, "
                + (f"window {window}" if windowed else "full context"))
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
@@ -280,7 +280,8 @@ def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
             return lambda: torch.autograd.grad(function(*inputs, window), inputs, grad)
         return make
     with torch.inference_mode(False), torch.enable_grad():
-        return (tuner or Tuner(device, folder=None)).choose(problem, {name: training_call(name) for name in works})
+        return (tuner or Tuner(device, folder=None)).choose(
+            problem, {name: training_call(name) for name in works}, times_in_use=in_use / rows)
 
 
 class Attention:

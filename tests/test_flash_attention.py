@@ -241,7 +241,7 @@ def test_of_a_long_context_a_part_is_timed(window, timed, tmp_path, monkeypatch)
     asked = []
 
     class Watching(fa.Tuner):
-        def choose(self, problem, candidates):
+        def choose(self, problem, candidates, times_in_use):
             asked.append((problem, set(candidates)))
             return fa.Choice("blocks" if window >= 0 else "sdpa", "", {})
     fa.choose_backend("cpu", torch.bfloat16, 32, 65536, window, tuner=Watching("cpu", tmp_path))

@@ -24,7 +24,7 @@ from nanochat.runtime.timing import timed
 BUDGET = 0.2        # seconds for the rounds of one problem, after a first call of each candidate
 ROUNDS = 3, 15      # at least and at most
 SHORT = 0.002       # seconds: shorter calls are timed several at once
-NEGLIGIBLE = 0.0005  # seconds: below, the first candidate is taken; the choice would be noise, and matters to nobody
+NEGLIGIBLE = 0.0005  # seconds of the whole problem: below, the first candidate is taken, as the choice would be noise
 TIE = 0.03          # a candidate has to be this much faster than those before it: noise must not decide
 KERNELS = Path(__file__).parents[1] / "kernels"
 
@@ -51,22 +51,24 @@ class Tuner:
         place = get_base_dir() / "tuner" if folder == "default" else folder
         self.path = Path(place) / f"{_machine_digest(self.device)}.json" if place else None
 
-    def choose(self, problem: str, candidates: dict[str, Callable[[], Callable]]) -> Choice:
+    def choose(self, problem: str, candidates: dict[str, Callable[[], Callable]], times_in_use: float = 1.0) -> Choice:
         """The fastest of the candidates: name -> a function that makes the call to time. The order breaks ties.
 
         problem: what decides the times beside the machine, such as "attention 2x512x4x64 bfloat16, window 128".
+        times_in_use: how much more work the problem has in use than what is timed; see NEGLIGIBLE.
         """
         if len(candidates) == 1:
             return Choice(next(iter(candidates)), "the only one that works", {})
-        return broadcast_object(self._choose(problem, candidates) if is_main_rank() else None)
+        return broadcast_object(self._choose(problem, candidates, times_in_use) if is_main_rank() else None)
 
-    def _choose(self, problem: str, candidates: dict[str, Callable[[], Callable]]) -> Choice:
+    def _choose(self, problem: str, candidates: dict[str, Callable[[], Callable]], times_in_use: float) -> Choice:
         known = self._known().get(problem)
         if known and set(known["milliseconds"]) == set(candidates):
             return Choice(known["name"], "measured before", known["milliseconds"])
         times = measure({name: make() for name, make in candidates.items()}, self.device)
-        short = times[next(iter(times))] < NEGLIGIBLE
-        choice = Choice(fastest(times), "too short to matter" if short else "measured",
+        first = next(iter(times))
+        short = times[first] * times_in_use < NEGLIGIBLE
+        choice = Choice(first if short else fastest(times), "too short to matter" if short else "measured",
                         {name: float(f"{1000 * s:.4g}") for name, s in times.items()})
         self._remember(problem, choice)
         return choice
@@ -91,11 +93,8 @@ class Tuner:
 
 
 def fastest(seconds: dict[str, float]) -> str:
-    """The first candidate that no other one beats by more than TIE; the very first if all are negligible."""
+    """The first candidate that no other one beats by more than TIE."""
     best = min(seconds.values())
-    first = next(iter(seconds))
-    if seconds[first] < NEGLIGIBLE:
-        return first
     return next(name for name, s in seconds.items() if s <= best * (1 + TIE))
 
 

@@ -1,7 +1,7 @@
 """From flags to a run that is ready to train: text, plan, model, optimizer, loader, records; or a checkpoint taken over."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -183,11 +183,12 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     use_compile_cache(config.run.compile_cache_dir)
     torch.manual_seed(config.run.seed)
     model = build_model(plan.shape, plan.dtype, plan.device)
-    model.kernels.attention = make_attention(
+    attention = model.kernels.attention = make_attention(
         plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len, model.window_sizes, rows=plan.micro_batch_size,
         heads=plan.shape.n_head, kv_heads=plan.shape.n_kv_head, tuner=Tuner(plan.device), backend=config.run.attention_backend,
         recorded=saved and saved["numerics_environment"].get("attention"))
-    print0(str(model.kernels.attention))
+    print0(str(attention))
+    plan = replace(plan, kernel_choices={"attention": attention.describe()})
     features.on_model(model, plan.horizon)
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):
         print0(f"going on without torch.compile, slower: {reason}")

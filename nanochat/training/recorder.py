@@ -103,7 +103,7 @@ class Recorder:
         } | state.stats.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
             "schedule": "full_update", "compiled_graphs": graphs_compiled() if plan.compile else 0,
             "eager_fallbacks": trainer.forward.eager_fallbacks if plan.compile else int(plan.config.run.compile),
-            "kernel_choices": {"attention": state.model.kernels.attention.describe()},
+            "kernel_choices": plan.kernel_choices,
         } | state.features.summary()
         write_result(result_files(plan.config, plan.run_dir), fields)
         for line in [*state.features.reports(), plot_run(plan.run_dir)]:

@@ -54,7 +54,7 @@ class Checkpoints:
         described = {
             "model_config": vars(plan.shape), "user_config": plan.config.flat(), "tokens": portable(plan.tokens.folder),
             "tokenizer": plan.tokenizer.fingerprint(), "val_bpb": state.stats.val_bpb,
-            "result_fingerprint": result_fingerprint(plan), "numerics_environment": numerics_environment(plan, state)}
+            "result_fingerprint": result_fingerprint(plan), "numerics_environment": numerics_environment(plan)}
         with state.features.eval_context(state.model):
             self.writer.save(state.step, state.model.state_dict(), state.optimizer.named_state(), described | state.state_dict(),
                              val_bpb={step: bpb for step, _, bpb in state.stats.val_curve})
@@ -74,7 +74,7 @@ class Checkpoints:
         state.load_state_dict(saved)
         self.saved_step = state.step
         self.writer.own.update(saved.get("own_steps", []))
-        if rounding := differences(saved["numerics_environment"], numerics_environment(plan, state)):
+        if rounding := differences(saved["numerics_environment"], numerics_environment(plan)):
             print0(f"note: the bits may differ from here on: {', '.join(rounding)}")
         same_bits = not (changes or rounding or plan.config.changed_since(saved["user_config"]))
         if is_main_rank() and not same_bits:
@@ -125,12 +125,12 @@ def result_fingerprint(plan: RunPlan) -> dict:
             "the number of steps": plan.horizon.num_iterations, "tokens per step": plan.horizon.total_batch_size}
 
 
-def numerics_environment(plan: RunPlan, state: TrainState) -> dict:
+def numerics_environment(plan: RunPlan) -> dict:
     """Settings that may change rounding but not the algorithm: device, torch version, compile mode, kernels, micro-batch,
     ranks."""
     return {"device": device_name(plan.device), "torch": torch.__version__,
             "compiled": plan.compile and ("whole" if plan.compile_whole else "in parts"),
-            "attention": state.model.kernels.attention.names(),
+            "attention": {window: choice["name"] for window, choice in plan.kernel_choices["attention"].items()},
             "rows per micro-batch": plan.micro_batch_size, "ranks": plan.ranks.world_size}
 
 

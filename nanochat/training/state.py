@@ -1,6 +1,6 @@
 """What a run is (`RunPlan`, frozen) and where it stands (`TrainState`, which a checkpoint restores)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class RunPlan:
     compile: bool               # --compile, where torch.compile works
     compile_whole: bool         # otherwise in parts
     memory: MemoryConfig        # what the memory of a step depends on
+    kernel_choices: dict = field(default_factory=dict)  # {"attention": {window: backend, reason, times}}, see runtime/tuner.py
 
     @property
     def run_dir(self) -> Path:

@@ -42,7 +42,8 @@ STEPS = 8
 
 
 class Alternate(Feature):
-    """Trains the upper half on odd steps, notes which hooks are called, and keeps a state that decides the next step."""
+    """Trains the upper half on odd steps, notes which hooks are called, and keeps a state that decides the next step. It puts a
+    function of its own in the place of the model's attention, as any feature may."""
     name = "alternate"
 
     @dataclass
@@ -59,7 +60,8 @@ class Alternate(Feature):
         self.frozen, self.evaluations, self.gradients, self.called = False, 0, [], []
 
     def on_model(self, model, horizon):
-        self.half = model.config.n_layer // 2
+        self.half, attention = model.config.n_layer // 2, model.kernels.attention
+        model.kernels.attention = lambda q, k, v, window: attention(q, k, v, window)
 
     def before_step(self, step):
         self.called.append(("before_step", step))

@@ -23,9 +23,7 @@ def sleeper(seconds, calls=None):
 
 @given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.floats(1e-6, 10), min_size=1, max_size=6))
 def test_no_candidate_is_much_faster_than_the_chosen_one(seconds):
-    chosen = fastest(seconds)
-    best, first = min(seconds.values()), next(iter(seconds))
-    assert seconds[chosen] <= best * (1 + TIE) or (chosen == first and seconds[first] < NEGLIGIBLE)
+    assert seconds[fastest(seconds)] <= min(seconds.values()) * (1 + TIE)
 
 
 def test_the_fastest_is_chosen_and_its_times_are_in_milliseconds(tmp_path):
@@ -47,6 +45,14 @@ def test_a_choice_is_remembered_for_the_same_problem_and_candidates_only(tmp_pat
     assert choose("q", a=0.005, b=0.02).name == "a" and calls
     assert choose("p", a=0.005, c=0.02).name == "a", "another set of candidates"
     assert choose("q", a=0.02, b=0.02).reason == "measured before"
+
+
+def test_what_is_short_counts_by_how_much_of_it_there_is(tmp_path):
+    def choose(times_in_use):
+        candidates = {"first": sleeper(NEGLIGIBLE / 4), "quicker": lambda: lambda: None}
+        return Tuner(CPU, folder=None).choose("p", candidates, times_in_use)
+    assert (choose(1).name, choose(1).reason) == ("first", "too short to matter")
+    assert (choose(100).name, choose(100).reason) == ("quicker", "measured")
 
 
 def test_one_candidate_is_taken_without_a_call(tmp_path):
