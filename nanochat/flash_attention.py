@@ -6,6 +6,7 @@ t - s <= W. Computed literally it needs a (T, T) matrix of scores per head. The 
     fa3      FlashAttention-3 (arXiv 2407.08608), a separate package for Hopper GPUs
     varlen   FlashAttention-2 (arXiv 2307.08691) from PyTorch, CUDA only, through the function that supports windows
     native   FlashAttention-2 in C++ for CPUs with AVX512-BF16 (nanochat/kernels/cpp/attention.cpp); needs a compiler
+    brgemm   the same through PyTorch's brgemm, which uses AMX where there is one (nanochat/kernels/cpp/attention_brgemm.cpp)
     chunked  a loop over chunks of queries, each multiplied with the keys that it can see. Ordinary matrix products, on CPUs
     sdpa     PyTorch's scaled_dot_product_attention on any device: full context only, no windows
     blocks   windows on any device: queries in blocks of W see the keys of their own and the previous block, all blocks in one
@@ -166,16 +167,17 @@ def _load_fa3():
     return partial(_fa3, kernel=flash_attn_interface.flash_attn_func)
 
 
-def _load_cpp():
+def _load_cpp(kernel):
     from nanochat.kernels.cpu_attention import load
-    return load()
+    return load(kernel)
 
 
 # name -> (function that loads the backend, supports full context, supports windows)
 BACKENDS = {
     "fa3": (_load_fa3, True, True),
     "varlen": (_load_varlen, True, True),
-    "native": (_load_cpp, True, True),
+    "native": (partial(_load_cpp, "attention"), True, True),
+    "brgemm": (partial(_load_cpp, "attention_brgemm"), True, True),
     "chunked": (lambda: _chunked, True, True),
     "sdpa": (lambda: _sdpa, True, False),
     "blocks": (lambda: _blocks, False, True),
@@ -232,7 +234,7 @@ def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, window: int)
     if device_type == "cpu":
         # chunked saves the probabilities for the backward pass: with more visible keys they take more memory than all else
         fits = dtype in (torch.bfloat16, torch.float32) and (window if windowed else seq_len) <= MOST_CHUNKED
-        return [*["chunked"] * fits, *["native"] * (dtype == torch.bfloat16), plain]
+        return [*["chunked"] * fits, *["native", "brgemm"] * (dtype == torch.bfloat16), plain]
     return [plain]
 
 

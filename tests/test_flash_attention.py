@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -287,12 +288,13 @@ def test_probing_leaves_the_random_state_and_grad_mode_alone():
 # ---------------------------------------------------------------------------------------------------------------------
 # The C++ kernels
 
-reason = cpp_unavailable_reason("attention")
-needs_cpp = pytest.mark.skipif(reason is not None, reason=str(reason))
-cpp_attention = cpu_attention.attention
+KERNELS = {name: cpp_unavailable_reason(name) for name in ("attention", "attention_brgemm")}
+each_kernel = pytest.mark.parametrize("cpp_attention", [
+    pytest.param(partial(cpu_attention.attention, kernel=name), id=name,
+                 marks=pytest.mark.skipif(why is not None, reason=str(why))) for name, why in KERNELS.items()])
 
 
-def run_cpp(inputs, grad, window):
+def run_cpp(cpp_attention, inputs, grad, window):
     """Output and gradients."""
     y = cpp_attention(*inputs, window)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
@@ -302,25 +304,31 @@ def same_bits(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@needs_cpp
+@each_kernel
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(problem=problems(), D=st.sampled_from([32, 64, 96, 128, 160]))
-def test_cpp_equals_definition(problem, D):
+def test_cpp_equals_definition(cpp_attention, problem, D):
     window = problem.pop("window")
     check(cpp_attention, *draw(**problem | {"D": D, "dtype": torch.bfloat16}), window)
 
 
-@needs_cpp
+@each_kernel
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 193])
 @pytest.mark.parametrize("window", [0, 1, 15, 16, 62, 63, 64, 126, 127, 128, 191, 192])
-def test_cpp_window_edges(T, window):
+def test_cpp_window_edges(cpp_attention, T, window):
     check(cpp_attention, *draw(1, T, 2, 1, 32, torch.bfloat16), window)
 
 
-@needs_cpp
+@each_kernel
+@pytest.mark.parametrize("T, H_kv, D, window", [(1100, 1, 32, -1), (1100, 2, 64, 600), (700, 1, 192, -1), (600, 2, 256, 300)])
+def test_cpp_with_more_keys_than_one_product_takes(cpp_attention, T, H_kv, D, window):
+    check(cpp_attention, *draw(1, T, 2, H_kv, D, torch.bfloat16), window)
+
+
+@each_kernel
 @pytest.mark.parametrize("sharper", [1, 10])
 @pytest.mark.parametrize("T, D", [(512, 64), (700, 128)])
-def test_cpp_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
+def test_cpp_is_as_near_to_the_definition_as_pytorch(cpp_attention, T, D, sharper):
     (q, k, v), grad = draw(1, T, 2, 2, D, torch.bfloat16)
     inputs = [(q * sharper).detach().requires_grad_(), k, v]
     exact = reference(*inputs, grad, fa.FULL)[0]
@@ -333,27 +341,27 @@ def test_cpp_is_as_near_to_the_definition_as_pytorch(T, D, sharper):
         assert ours < 1.05 * pytorch
 
 
-@needs_cpp
-def test_cpp_gives_the_log_sum_exp():
+@each_kernel
+def test_cpp_gives_the_log_sum_exp(cpp_attention):
     (q, k, v), _ = draw(2, 150, 4, 2, 32, torch.bfloat16)
     t = torch.arange(150)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double().repeat_interleave(2, 2)) / math.sqrt(32)
     want = scores.masked_fill(t > t[:, None], -math.inf).logsumexp(-1)
-    got = cpu_attention.attention_forward(q, k, v, -1)[1]
+    got = cpu_attention.attention_forward(q, k, v, -1, **cpp_attention.keywords)[1]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
 
 
-@needs_cpp
+@each_kernel
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
-def test_cpp_takes_any_size_of_scores(size):
+def test_cpp_takes_any_size_of_scores(cpp_attention, size):
     """Every seventh key wins all there is when scores are this far apart: each query gets its value, and nothing overflows."""
     T, at = 150, torch.arange(150)
     inputs, grad = draw(1, T, 1, 1, 32, torch.bfloat16)
     with torch.no_grad():
         inputs[0].fill_(1)
         inputs[1].copy_(torch.where(at % 7 == 3, size, -size)[:, None, None].expand(T, 1, 32))
-    y, *gradients = run_cpp(inputs, grad, 6)
+    y, *gradients = run_cpp(cpp_attention, inputs, grad, 6)
     winner = at - (at - 3) % 7
     v = inputs[2].detach()
     assert torch.equal(y[:, 3:], v[:, winner[3:]]) and torch.equal(y[:, 0], v[:, 0])  # what is hidden never wins
@@ -365,8 +373,8 @@ def test_cpp_takes_any_size_of_scores(size):
         torch.testing.assert_close(dv.double(), want, rtol=0.02, atol=0.05)
 
 
-@needs_cpp
-def test_cpp_leaves_out_what_no_query_sees():
+@each_kernel
+def test_cpp_leaves_out_what_no_query_sees(cpp_attention):
     """Zero times NaN is NaN: keys and values outside of a window are not even multiplied with."""
     window = 64
     (q, k, v), grad = draw(1, 512, 1, 1, 32, torch.bfloat16)
@@ -379,11 +387,11 @@ def test_cpp_leaves_out_what_no_query_sees():
     assert y[:, :192].isnan().all() and y[:, 384:].isnan().all()
 
 
-@needs_cpp
-def test_cpp_takes_any_strides():
+@each_kernel
+def test_cpp_takes_any_strides(cpp_attention):
     B, T, H, H_kv, D = 2, 70, 4, 2, 32
     inputs, grad = draw(B, T, H, H_kv, D, torch.bfloat16)
-    want = run_cpp(inputs, grad, 20)
+    want = run_cpp(cpp_attention, inputs, grad, 20)
 
     def layouts(x):
         yield x.transpose(1, 2).contiguous().transpose(1, 2)              # (B, H, T, D) in memory
@@ -394,28 +402,28 @@ def test_cpp_takes_any_strides():
     for variants in zip(*(layouts(x.detach()) for x in (*inputs, grad)), strict=True):
         assert not variants[0].is_contiguous()
         *leaves, dy = variants
-        assert same_bits(want, run_cpp([x.requires_grad_() for x in leaves], dy, 20))
+        assert same_bits(want, run_cpp(cpp_attention, [x.requires_grad_() for x in leaves], dy, 20))
     y = cpp_attention(*inputs, 20)
     summed = torch.autograd.grad(y.sum(), inputs)                         # a gradient without strides of its own
-    assert same_bits(summed, run_cpp(inputs, torch.ones_like(grad), 20)[1:])
+    assert same_bits(summed, run_cpp(cpp_attention, inputs, torch.ones_like(grad), 20)[1:])
 
 
-@needs_cpp
+@each_kernel
 @pytest.mark.parametrize("window", [-1, 70])
-def test_cpp_gives_the_same_bits_on_any_number_of_threads(window):
+def test_cpp_gives_the_same_bits_on_any_number_of_threads(cpp_attention, window):
     inputs, grad = draw(1, 300, 6, 3, 64, torch.bfloat16)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 1, 2, 3, 8):  # with 1 and 3, a thread for each key head; with 2 and 8, for each block
             torch.set_num_threads(n)
-            results.append(run_cpp(inputs, grad, window))
+            results.append(run_cpp(cpp_attention, inputs, grad, window))
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@needs_cpp
-def test_cpp_compiles_to_one_graph_with_the_same_bits():
+@each_kernel
+def test_cpp_compiles_to_one_graph_with_the_same_bits(cpp_attention):
     def around(q, k, v):
         return cpp_attention(-q, k, v.transpose(1, 2).contiguous().transpose(1, 2), 20).flatten(2)
     inputs, grad = draw(2, 100, 4, 2, 32, torch.bfloat16)
@@ -426,18 +434,18 @@ def test_cpp_compiles_to_one_graph_with_the_same_bits():
     assert same_bits(*results)
 
 
-@needs_cpp
-def test_cpp_operators_keep_torch_s_rules():
-    inputs, grad = draw(1, 10, 2, 1, 32, torch.bfloat16)
-    torch.library.opcheck(cpu_attention.attention_forward, (*inputs, 3), test_utils=(
+@each_kernel
+def test_cpp_operators_keep_torch_s_rules(cpp_attention):
+    (inputs, grad), kernel = draw(1, 10, 2, 1, 32, torch.bfloat16), cpp_attention.keywords["kernel"]
+    torch.library.opcheck(cpu_attention.attention_forward, (*inputs, 3, kernel), test_utils=(
         "test_schema", "test_autograd_registration", "test_faketensor"))
     inputs = [x.detach() for x in inputs]
     torch.library.opcheck(cpu_attention.attention_backward,
-                          (*inputs, *cpu_attention.attention_forward(*inputs, 3), grad, 3),
+                          (*inputs, *cpu_attention.attention_forward(*inputs, 3, kernel), grad, 3, kernel),
                           test_utils=("test_schema", "test_faketensor"))
 
 
-@needs_cpp
+@each_kernel
 @pytest.mark.parametrize("shapes, dtype, message", [
     (((1, 8, 2, 32), (1, 8, 2, 32)), torch.float32, "bfloat16"),
     (((1, 8, 2, 24), (1, 8, 2, 24)), torch.bfloat16, "multiple of 32"),
@@ -445,24 +453,25 @@ def test_cpp_operators_keep_torch_s_rules():
     (((1, 8, 2, 32), (1, 9, 2, 32)), torch.bfloat16, "do not go together"),
     (((1, 8, 2, 64), (1, 8, 2, 32)), torch.bfloat16, "do not go together"),
 ])
-def test_cpp_refuses_what_it_cannot_do(shapes, dtype, message):
+def test_cpp_refuses_what_it_cannot_do(cpp_attention, shapes, dtype, message):
     q, k = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         cpp_attention(q, k, k, -1)
 
 
-@needs_cpp
-def test_cpp_takes_nothing_for_an_answer():
+@each_kernel
+def test_cpp_takes_nothing_for_an_answer(cpp_attention):
     for shape in (0, 8, 2, 32), (2, 0, 2, 32):
         inputs, grad = draw(*shape[:3], 2, 32, torch.bfloat16)
-        assert [x.shape for x in run_cpp(inputs, grad, -1)] == [shape] * 4
+        assert [x.shape for x in run_cpp(cpp_attention, inputs, grad, -1)] == [shape] * 4
 
 
-@needs_cpp
-def test_cpp_takes_heads_of_a_multiple_of_32():
-    assert fa.backend_unavailable_reason("native", False, "cpu", torch.bfloat16, 48) \
+@each_kernel
+def test_cpp_takes_heads_of_a_multiple_of_32(cpp_attention):
+    backend = "brgemm" if cpp_attention.keywords["kernel"] == "attention_brgemm" else "native"
+    assert fa.backend_unavailable_reason(backend, False, "cpu", torch.bfloat16, 48) \
         == "ValueError: the kernel takes heads of a multiple of 32, not of 48"
-    assert fa.choose_backend("cpu", torch.bfloat16, 48, 512, -1).name != "native"
+    assert fa.choose_backend("cpu", torch.bfloat16, 48, 512, -1).name not in ("native", "brgemm")
 
 
 @pytest.mark.slow
@@ -474,3 +483,22 @@ def test_without_native_kernels_another_serves():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["False", "RuntimeError: NANOCHAT_NATIVE=0"]
+
+
+PRINT_REASON = "from nanochat.kernels.cpp_kernels import cpp_unavailable_reason; print(cpp_unavailable_reason('attention_brgemm'))"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(KERNELS["attention_brgemm"] is not None, reason=str(KERNELS["attention_brgemm"]))
+@pytest.mark.parametrize("isa, works", [("AVX512_CORE_BF16", True), ("AVX2", False)])
+def test_brgemm_on_lesser_processors(isa, works, tmp_path):
+    """oneDNN made to believe that there is no AMX: the same tests. No AVX512 either: a reason, where a product would end the
+    process."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    code = PRINT_REASON if not works else f"""import runpy, torch; tests = runpy.run_path({__file__!r})
+for T, window in (300, -1), (700, 129): tests["check"](tests["partial"](tests["cpu_attention"].attention, kernel="attention_brgemm"),
+    *tests["draw"](1, T, 2, 1, 64, torch.bfloat16), window)
+print(None)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert (run.stdout == "None\n") if works else ("brgemm does not work here" in run.stdout)

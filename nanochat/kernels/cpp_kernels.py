@@ -31,10 +31,14 @@ def cpp_unavailable_reason(name: str) -> str | None:
     if not (sys.platform == "linux" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()):
         return "the kernels are for CPUs with AVX512-BF16, on Linux"
     try:
-        library(name)
+        kernels = library(name)
     except Exception as e:  # a missing or broken compiler raises many kinds of errors
         _warn_once(why := reason(e))
         return why
+    if hasattr(kernels, "brgemm_works"):
+        why = ctypes.create_string_buffer(200)
+        if not kernels.brgemm_works(why, ctypes.c_int64(len(why))):
+            return f"PyTorch's brgemm does not work here: {why.value.decode(errors='replace').splitlines()[0]}"
 
 
 @functools.cache

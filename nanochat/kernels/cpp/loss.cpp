@@ -13,19 +13,6 @@
 
 namespace {
 
-// 2^x with a relative error of 2e-7: 2^n through the exponent bits, times a polynomial fitted to 2^f for |f| <= 1/2.
-inline __m512 exp2_of(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(0.0013264727f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0096715130f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0555073358f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2402224243f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6931470037f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 // r = 1 / (1 + u) of logits z. Beyond the clamp it is 0 or 1 to fp32 precision. NaN stays NaN.
 inline __m512 r_of(__m512 z, float cap) {
     __m512 x = _mm512_mul_ps(z, _mm512_set1_ps(2.0f * LOG2_E / cap));
