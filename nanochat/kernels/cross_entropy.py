@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
+from nanochat.kernels.weight_gradient import add_weight_gradient_cpp
 
 try:
     import triton
@@ -84,7 +85,8 @@ class ChunkedCrossEntropy:
             compiled = torch.compiler.is_compiling()
             if type(lm_head).forward is self.plain.forward:
                 weight = lm_head.weight_in(x.dtype).detach()
-                gradients = chunked_gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled)
+                gradients = chunked_gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled,
+                                              lm_head.own_weight_gradient)
             else:
                 gradients = gradients_through(lm_head, rows.detach(), flat_targets, vocab_size, chunk, compiled)
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)
@@ -123,11 +125,12 @@ class _WithGradients(torch.autograd.Function):
 
 @torch.library.custom_op("nanochat::chunked_loss", mutates_args=())
 def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int,
-                      compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+                      compiled: bool, own_weight_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses (0-d fp32) and its gradients dx (N, C) in the dtype of x and dW (V, C) fp32.
 
     x (N, C).   weight (V, C) in the dtype of x; rows from `vocab_size` on are padding.   targets (N,) int64.
     chunk: tokens.   compiled: compile the PyTorch kernel, which torch.compile cannot see inside this custom operator.
+    own_weight_gradient: compute dW by the C++ kernel of nanochat/kernels/weight_gradient.py.
     """
     total, dx, dw = _empty_gradients(x, weight)
     logits, scale = x.new_empty(min(chunk, len(x)), len(weight)), FP16_SCALE if x.dtype == torch.float16 else 1.0
@@ -135,14 +138,14 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
         dz = torch.mm(x_part, weight.t(), out=logits[:len(x_part)])
         total += loss_and_gradient(dz, y_part, vocab_size, compiled, scale).sum()
         torch.mm(dz, weight, out=dx_part)
-        _add_product(dw, dz, x_part)
+        (add_weight_gradient_cpp if own_weight_gradient else _add_product)(dw, dz, x_part)
     if scale != 1:
         dx, dw = dx / scale, dw / scale
     return total, dx, dw
 
 
 @chunked_gradients.register_fake
-def _(x, weight, targets, vocab_size, chunk, compiled):
+def _(x, weight, targets, vocab_size, chunk, compiled, own_weight_gradient=False):
     return _empty_gradients(x, weight)
 
 

@@ -11,12 +11,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels.weight_gradient import LinearWithWeightGradient, fits
+
 
 class Linear(nn.Linear):
     """A linear layer without bias and with an fp32 master weight (N, K), cast to the dtype of its input: no autocast.
 
     x (..., K) -> (..., N) in the dtype of x.
+
+    own_weight_gradient: compute the weight's gradient in C++ (nanochat/kernels/weight_gradient.py); see `use_own_weight_gradient`.
     """
+    own_weight_gradient = False
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -26,7 +31,10 @@ class Linear(nn.Linear):
         return self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_in(x.dtype))
+        weight = self.weight_in(x.dtype)
+        if self.own_weight_gradient:
+            return LinearWithWeightGradient.apply(x, self.weight, weight.detach())
+        return F.linear(x, weight)
 
 
 class CastOnceLinear(Linear):
@@ -59,6 +67,13 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.to(ctx.dtype), None
+
+
+def use_own_weight_gradient(layers: Iterable[nn.Module]) -> None:
+    """Let those of these layers that are Linear, and of a size that fits, compute the gradient of their weight in C++."""
+    for layer in layers:
+        if isinstance(layer, Linear):
+            layer.own_weight_gradient = fits(layer.weight)
 
 
 @torch.no_grad()

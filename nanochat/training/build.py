@@ -12,6 +12,8 @@ from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
+from nanochat.kernels.linear import Linear, use_own_weight_gradient
+from nanochat.kernels.weight_gradient import choose_weight_gradient
 from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
@@ -183,13 +185,22 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     use_compile_cache(config.run.compile_cache_dir)
     torch.manual_seed(config.run.seed)
     model = build_model(plan.shape, plan.dtype, plan.device)
+    tuner, before = Tuner(plan.device), saved["numerics_environment"] if saved else {}
     attention = model.kernels.attention = make_attention(
         plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len, model.window_sizes, rows=plan.micro_batch_size,
-        heads=plan.shape.n_head, kv_heads=plan.shape.n_kv_head, tuner=Tuner(plan.device), backend=config.run.attention_backend,
-        recorded=saved and saved["numerics_environment"].get("attention"))
+        heads=plan.shape.n_head, kv_heads=plan.shape.n_kv_head, tuner=tuner, backend=config.run.attention_backend,
+        recorded=before.get("attention"))
     print0(str(attention))
-    plan = replace(plan, kernel_choices={"attention": attention.describe()})
     features.on_model(model, plan.horizon)
+    layers = [layer for layer in model.linears().values() if isinstance(layer, Linear)]
+    gradient = choose_weight_gradient(
+        [layer.weight for layer in layers], plan.micro_batch_size * plan.shape.sequence_len, plan.dtype, tuner=tuner,
+        wanted=config.run.weight_gradient, recorded=saved and before.get("weight gradient", "torch"))
+    if gradient.milliseconds:
+        print0(f"weight gradients: {gradient}")
+    if gradient.name == "brgemm":
+        use_own_weight_gradient(layers)
+    plan = replace(plan, kernel_choices={"attention": attention.describe(), "weight gradient": gradient._asdict()})
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):
         print0(f"going on without torch.compile, slower: {reason}")
         plan = plan.without_compiler()
@@ -202,9 +213,8 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
         stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
     if config.horizon.auto_batch:
-        before = saved and saved["numerics_environment"]["rows per micro-batch"]
-        possible = micro_batches(config.horizon.device_batch_size)
-        plan = plan.with_micro_batch_size(before if before in possible else choose_micro_batch_size(plan, state))
+        rows, possible = before.get("rows per micro-batch"), micro_batches(config.horizon.device_batch_size)
+        plan = plan.with_micro_batch_size(rows if rows in possible else choose_micro_batch_size(plan, state))
     forward = CompiledModel(model, plan.compile_whole, recompute_activations=config.run.recompute_activations) \
         if plan.compile else model
     return Trainer(plan, state, forward, build_loader(plan), Signals())

@@ -34,8 +34,11 @@ class RunFlags(DeviceFlags):
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0, high=LARGEST_SEED)
     attention_backend: str = flag("auto", "how attention is computed (nanochat/flash_attention.py); auto takes the fastest here, "
                                   "measured on the model's own shapes",
-                                  choices=("auto", "fa3", "varlen", "native", "chunked", "sdpa", "masked"),
+                                  choices=("auto", "fa3", "varlen", "native", "brgemm", "chunked", "sdpa", "masked"),
                                   affects_results=False)
+    weight_gradient: str = flag("auto", "how the gradients of linear layers' weights are computed on a CPU in bf16 "
+                                "(nanochat/kernels/weight_gradient.py); auto takes the faster way here",
+                                choices=("auto", "torch", "brgemm"), affects_results=False)
     compile: bool = flag(True, "compile the model and the optimizer", affects_results=False)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
                                "its steps take up to 3 % longer", affects_results=False, requires={"compile": True})

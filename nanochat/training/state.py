@@ -36,7 +36,7 @@ class RunPlan:
     compile: bool               # --compile, where torch.compile works
     compile_whole: bool         # otherwise in parts
     memory: MemoryConfig        # what the memory of a step depends on
-    kernel_choices: dict = field(default_factory=dict)  # {"attention": {window: backend, reason, times}}, see runtime/tuner.py
+    kernel_choices: dict = field(default_factory=dict)  # name, reason, times of each, see runtime/tuner.py
 
     @property
     def run_dir(self) -> Path:

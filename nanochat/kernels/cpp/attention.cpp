@@ -23,6 +23,7 @@
 // The order of every sum depends only on the shapes, so the bits are the same for any number of threads.
 
 #include "bf16.h"
+#include "packing.h"
 #include "attention_common.h"
 
 namespace {

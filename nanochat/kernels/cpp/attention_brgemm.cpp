@@ -20,6 +20,7 @@
 // of threads.
 
 #include "bf16.h"
+#include "packing.h"
 #include "attention_common.h"
 #include "brgemm.h"
 
@@ -28,30 +29,6 @@ namespace {
 constexpr int64_t FORWARD_KEYS = 512;                            // keys per forward product, with 64 queries
 constexpr int64_t BACKWARD_KEYS = 128, BACKWARD_QUERIES = 256;  // per backward product
 constexpr int SQUARE = BLOCK / LANES;                            // vectors in a row of a square
-
-// A row's length in memory: no multiple of 128 bytes times a power of two, whose rows would compete for the same places in a cache.
-constexpr int64_t padded(int64_t n) { return n + 32; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// y (D, 64 or more rows) = x transposed: x's rows `stride` apart, those from `rows` on zero.
-void pack_transposed(const bf16* x, int64_t stride, int64_t rows, int64_t D, bf16* y, int64_t pitch) {
-    for (int64_t r = 0; r < BLOCK; r += 2 * LANES)
-        for (int64_t d = 0; d < D; d += LANES) {
-            __m512i v[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                const bf16* at = x + (r + 2 * i) * stride + d;
-                const __m256i zero = _mm256_setzero_si256();
-                const __m256i first = r + 2 * i < rows ? _mm256_loadu_si256((const __m256i*)at) : zero;
-                const __m256i second = r + 2 * i + 1 < rows ? _mm256_loadu_si256((const __m256i*)(at + stride)) : zero;
-                v[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-            }
-            transpose(v);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) _mm512_storeu_si512(y + (d + i) * pitch + r, v[i]);
-        }
-}
 
 // y[r][d] = x[d][r] * factor[r] for r < rows <= 64: fp32 to bf16.
 void store_transposed(const float* x, int64_t pitch, const float* factor, int64_t rows, int64_t D, bf16* y, int64_t stride) {
