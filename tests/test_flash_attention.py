@@ -485,7 +485,8 @@ def test_without_native_kernels_another_serves():
     assert run.stdout.splitlines() == ["False", "RuntimeError: NANOCHAT_NATIVE=0"]
 
 
-PRINT_REASON = "from nanochat.kernels.cpp_kernels import cpp_unavailable_reason; print(cpp_unavailable_reason('attention_brgemm'))"
+PRINT_REASON = """from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
+print(cpp_unavailable_reason('attention_brgemm'))"""
 
 
 @pytest.mark.slow
@@ -496,8 +497,8 @@ def test_brgemm_on_lesser_processors(isa, works, tmp_path):
     process."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
     code = PRINT_REASON if not works else f"""import runpy, torch; tests = runpy.run_path({__file__!r})
-for T, window in (300, -1), (700, 129): tests["check"](tests["partial"](tests["cpu_attention"].attention, kernel="attention_brgemm"),
-    *tests["draw"](1, T, 2, 1, 64, torch.bfloat16), window)
+attention = tests["partial"](tests["cpu_attention"].attention, kernel="attention_brgemm")
+for T, window in (300, -1), (700, 129): tests["check"](attention, *tests["draw"](1, T, 2, 1, 64, torch.bfloat16), window)
 print(None)"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -19,7 +19,7 @@ class Linear(nn.Linear):
 
     x (..., K) -> (..., N) in the dtype of x.
 
-    own_weight_gradient: compute the weight's gradient in C++ (nanochat/kernels/weight_gradient.py); see `use_own_weight_gradient`.
+    own_weight_gradient: compute the weight's gradient in C++ (nanochat/kernels/weight_gradient.py).
     """
     own_weight_gradient = False
 

@@ -1,8 +1,8 @@
-"""Gradient of a linear layer's weight: dW (N, K) = g^T x, from the gradient g (tokens, N) of the output and the input x (tokens, K).
+"""Gradient of a linear layer's weight: dW (N, K) = g^T x, from the output's gradient g (tokens, N) and the input x (tokens, K).
 
 By itself autograd computes it in the dtype of g and casts it to the master weight's fp32. For bf16 on CPUs there is a C++ kernel
-(`cpp/weight_gradient.cpp`) that packs both factors for PyTorch's brgemm and sums in fp32, without the rounding to bf16. Whether it
-is faster depends on processor and sizes: `choose_weight_gradient` measures it on those of a model.
+(`cpp/weight_gradient.cpp`) that packs both factors for PyTorch's brgemm and sums in fp32, without rounding to bf16. Whether it is
+faster depends on processor and sizes: `choose_weight_gradient` measures it on those of a model.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ def weight_gradient_reference(g: Tensor, x: Tensor) -> Tensor:
 
 
 def add_weight_gradient_cpp(dw: Tensor, g: Tensor, x: Tensor, add: bool = True) -> None:
-    """dw (N, K) fp32, contiguous, += g^T x, or = where not `add`. g (tokens, N) and x (tokens, K) bf16, any stride of their rows."""
+    """dw (N, K) fp32, contiguous, += g^T x, or = where not `add`. g (tokens, N) and x (tokens, K) bf16, any strides."""
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     sizes = map(ctypes.c_int64, (len(g), *dw.shape))
     library("weight_gradient").weight_gradient(*sizes, pointer(g), ctypes.c_int64(g.stride(0)), pointer(x),
