@@ -112,6 +112,13 @@ class PackedRows:
                 at += count
         return out
 
+    def require(self, rows_per_step: int) -> None:
+        """Raises: UserError if the text has fewer rows than one optimizer step needs."""
+        if self.rows_per_epoch < rows_per_step:
+            raise UserError(f"the training text has {self.split.num_tokens:,} tokens, one step needs "
+                            f"{rows_per_step * self.row_tokens:,}: lower --total-batch-size, --device-batch-size or "
+                            "--max-seq-len, or give more text.")
+
     def report(self, groups: int = 4) -> dict[str, float]:
         """The cost of packing, measured on the first groups of the first epoch, as shares of their tokens or documents.
 
@@ -185,11 +192,7 @@ class TrainLoader:
     def __init__(self, rows: PackedRows, *, device_batch_size: int, grad_accum_steps: int, rank: int, world_size: int,
                  device):
         """Raises: UserError if the text has fewer rows than one optimizer step needs."""
-        rows_per_step = device_batch_size * grad_accum_steps * world_size
-        if rows.rows_per_epoch < rows_per_step:
-            raise UserError(f"the training text has {rows.split.num_tokens:,} tokens, one step needs "
-                            f"{rows_per_step * rows.row_tokens:,}: lower --total-batch-size, --device-batch-size or "
-                            "--max-seq-len, or give more text.")
+        rows.require(device_batch_size * grad_accum_steps * world_size)
         self.rows, self.device, self.grad_accum_steps = rows, device, grad_accum_steps
         self.share = dict(device_batch_size=device_batch_size, grad_accum_steps=grad_accum_steps, rank=rank,
                           world_size=world_size)

@@ -17,6 +17,7 @@ from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointe
 from nanochat.runtime.tuner import Choice, Tuner
 
 ROWS, COLUMNS = 16, 32  # the kernel takes multiples of these
+MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
 
 
 def weight_gradient_reference(g: Tensor, x: Tensor) -> Tensor:
@@ -96,10 +97,13 @@ def choose_weight_gradient(weights: Iterable[Tensor], tokens: int, dtype: torch.
     functions = {"torch": weight_gradient_reference, "brgemm": weight_gradient_cpp}
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
 
+    in_use, tokens = tokens, min(tokens, MOST_TIMED)
+
     def all_shapes(function):
         def make():
             pairs = [[torch.randn(tokens, n, generator=random).to(dtype) for n in shape] for shape in shapes]
             return lambda: [function(g, x) for g, x in pairs]
         return make
     problem = f"weight gradients of {tokens} tokens, " + " ".join(f"{n}x{k}" for n, k in sorted(shapes))
-    return (tuner or Tuner(device, folder=None)).choose(problem, {name: all_shapes(f) for name, f in functions.items()})
+    return (tuner or Tuner(device, folder=None)).choose(
+        problem, {name: all_shapes(f) for name, f in functions.items()}, times_in_use=in_use / tokens)

@@ -178,9 +178,9 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     """Build model, optimizer, compiled forward and loader. No run folder is needed.
 
     saved: as for `make_plan`; of it come the attention backends and --auto-batch's micro-batch, so that the bits stay the same.
-    Raises: MemoryError, before anything is built, where the run cannot fit.
+    Raises: before anything is built, UserError where the text has too few rows, MemoryError where the run cannot fit.
     """
-    config = plan.config
+    config, rows = plan.config, training_rows(plan)
     check_memory(plan)
     use_compile_cache(config.run.compile_cache_dir)
     torch.manual_seed(config.run.seed)
@@ -213,11 +213,13 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
         stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
     if config.horizon.auto_batch:
-        rows, possible = before.get("rows per micro-batch"), micro_batches(config.horizon.device_batch_size)
-        plan = plan.with_micro_batch_size(rows if rows in possible else choose_micro_batch_size(plan, state))
+        size, possible = before.get("rows per micro-batch"), micro_batches(config.horizon.device_batch_size)
+        plan = plan.with_micro_batch_size(size if size in possible else choose_micro_batch_size(plan, state))
     forward = CompiledModel(model, plan.compile_whole, recompute_activations=config.run.recompute_activations) \
         if plan.compile else model
-    return Trainer(plan, state, forward, build_loader(plan), Signals())
+    loader = TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
+                         rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
+    return Trainer(plan, state, forward, loader, Signals())
 
 
 def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Trainer:
@@ -229,14 +231,15 @@ def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FE
     return trainer
 
 
-def build_loader(plan: RunPlan) -> TrainLoader:
+def training_rows(plan: RunPlan) -> PackedRows:
+    """The text in rows. Raises: UserError where there are too few for a step."""
     rows = PackedRows(plan.tokens.split("train"), plan.shape.sequence_len, plan.config.run.seed)
+    rows.require(plan.horizon.total_batch_size // plan.shape.sequence_len)
     packing = rows.report(groups=1)
     print0(f"rows of {plan.shape.sequence_len} tokens: {packing['tokens_lost_share']:.2%} of the tokens lost, "
            f"{packing['documents_cut_share']:.1%} of the documents cut ({packing['documents_longer_share']:.1%} are longer than "
            "a row)")
-    return TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
-                       rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
+    return rows
 
 
 def assemble(trainer: Trainer, checkpoint: tuple[dict, dict, dict] | None, lock: RunLock | None, started: float) -> Run:

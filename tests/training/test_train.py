@@ -314,7 +314,7 @@ def test_it_runs_without_the_optional_packages(base, tmp_path):
     (["--device-type=cuda"], "no such device"),
     (["--dtype=float16"], "bfloat16 or float32"),
     (["--data=/no/such/folder"], "/no/such/folder"),
-    (["--max-seq-len=65536", "--device-batch-size=64", "--total-batch-size=-1"], "tokens"),
+    (["--max-seq-len=65536", "--device-batch-size=4096", "--total-batch-size=-1"], "tokens"),
 ])
 def test_bad_input_exits_with_2_and_overwrites_nothing(plain, base, extra, advice):
     if "--device-type=cuda" in extra and torch.cuda.is_available():
