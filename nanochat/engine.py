@@ -15,6 +15,9 @@ from collections.abc import Iterator
 import torch
 
 from nanochat.common import UserError
+from nanochat.flash_attention import make_attention
+from nanochat.kernels.inference import use_inference_kernels
+from nanochat.runtime.tuner import Tuner
 
 SAMPLE_TOKENS = 48    # length of the samples that training and evaluation print
 PREFILL_CHUNK = 1024  # tokens of a prompt per forward pass: limits the logits to 1024 * 32k * 4 bytes = 128 MiB
@@ -25,6 +28,22 @@ def sample_prompts(source: str) -> tuple[str, ...]:
     if source == "python":
         return "def __init__(self", "import os\n", "for i in range("
     return "The capital of France is", "If yesterday was Friday, then tomorrow will be", "The planets of the solar system are:"
+
+
+@torch.no_grad()
+def prepare_for_inference(model, attention: dict[str, str] | None = None) -> None:
+    """Make a loaded model fast where it only reads: weights of linear layers are cast to the compute dtype once, not in every
+    call, and the fastest kernels are taken. It can no longer be trained.
+
+    attention: the backends of the run that trained it (`Attention.names`), taken where they work; others are measured.
+    """
+    shape, tuner, tokens = model.config, Tuner(model.get_device()), model.config.sequence_len
+    for layer in model.linears().values():
+        layer.weight = torch.nn.Parameter(layer.weight.to(model.compute_dtype), requires_grad=False)
+    model.kernels.attention = make_attention(
+        model.get_device(), model.compute_dtype, shape.head_dim, tokens, model.window_sizes, heads=shape.n_head,
+        kv_heads=shape.n_kv_head, tuner=tuner, recorded=attention)
+    use_inference_kernels(model, tokens, tuner)
 
 
 class KVCache:

@@ -35,6 +35,7 @@ from nanochat.kernels.cross_entropy import softcapped_cross_entropy, softcapped_
 from nanochat.kernels.embedding import Embedding
 from nanochat.kernels.linear import Linear
 from nanochat.kernels.norms import add_norm, mix_norm, rms_norm
+from nanochat.kernels.rotary import rotary_norm
 from nanochat.optim import MuonAdamW
 from nanochat.recipe.shape import (
     SMEAR_GATE_CHANNELS,
@@ -59,6 +60,11 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
 
 
+def relu_square(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 @dataclass
 class Kernels:
     """The functions of a model that an optimization may replace, by one of the same signature and meaning.
@@ -70,17 +76,10 @@ class Kernels:
     norm: Callable = rms_norm                    # x (..., C) -> (..., C)
     mix_norm: Callable = mix_norm                # x, x0, a, b -> x' = a x + b x0, norm(x'): before attention
     add_norm: Callable = add_norm                # x, y -> x' = x + y, norm(x'): before the MLP
+    rotary_norm: Callable = rotary_norm          # x (B, T, H, D), cos, sin, s -> s norm(rotary(x)): of q and k
+    relu_square: Callable = relu_square          # x (..., 4 C) -> max(x, 0)^2: in the MLP
     attention: Callable = windowed_attention     # q (B, T, H, D), k and v (B, T, H_kv, D), window -> (B, T, H, D)
     loss: Callable = softcapped_cross_entropy    # x (B, T, C), lm_head, targets (B, T), V, reduction -> loss in nats
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of x (B, T, H, D): features i and i + D/2 are rotated by an angle that grows with the position.
-
-    cos, sin: (1, T, 1, D/2). The product of a rotated query and key then depends on the distance of their positions only.
-    """
-    x1, x2 = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -112,13 +111,13 @@ class CausalSelfAttention(nn.Module):
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, H_kv), in (0, 3), one per head
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        norm = self.kernels.norm
-        q = norm(apply_rotary(q, cos, sin)) * QK_SCALE
-        k = norm(apply_rotary(k, cos, sin)) * QK_SCALE
-        if cache is None:
+        q, k = (self.kernels.rotary_norm(x, cos, sin, QK_SCALE) for x in (q, k))
+        k_cache, v_cache, length = cache or (None, None, 0)
+        if cache and length == 0:
+            k_cache[:, :T], v_cache[:, :T] = k, v
+        if length == 0:
             y = self.kernels.attention(q, k, v, window)
         else:
-            k_cache, v_cache, length = cache
             y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=length,
                                                    causal=True, window_size=(window, 0))
         return self.c_proj(y.reshape(B, T, -1))
@@ -127,13 +126,14 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a squared ReLU between them: (B, T, C) -> (B, T, 4 C) -> (B, T, C)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
+        self.kernels = kernels
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(self.kernels.relu_square(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -147,7 +147,7 @@ class Block(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attn = CausalSelfAttention(config, with_value_embedding, kernels)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, kernels)
 
     def forward(self, x, x0, resid_lambda, x0_lambda, ve, cos, sin, window, cache):
         x, normed = self.kernels.mix_norm(x, x0, resid_lambda, x0_lambda)
@@ -237,6 +237,10 @@ class GPT(nn.Module):
         self.cos.copy_(angles.cos()[None, :, None])
         self.sin.copy_(angles.sin()[None, :, None])
 
+    def rotary_tables(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (1, count, 1, D/2), of the positions from `start` on."""
+        return self.cos[:, start:start + count], self.sin[:, start:start + count]
+
     def get_device(self) -> torch.device:
         return self.lm_head.weight.device
 
@@ -261,7 +265,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert start + T <= self.max_seq_len, f"{start + T} positions, but the rotary tables end at {self.max_seq_len}"
         assert 0 <= active_start < self.config.n_layer
-        cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]  # (1, T, 1, D/2)
+        cos, sin = self.rotary_tables(start, T)
         lambdas = self.resid_lambdas, self.x0_lambdas                          # (n_layer,) each
         if active_start > 0:
             lambdas = tuple(map(_StopGradient.apply, lambdas))

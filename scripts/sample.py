@@ -20,9 +20,12 @@ class ModelFlags(DeviceFlags):
     def load(self):
         """(model in eval mode on the device, tokenizer, state of the checkpoint, ranks). Raises: UserError if there is none."""
         from nanochat.checkpoint_manager import load_model
+        from nanochat.engine import prepare_for_inference
         from nanochat.runtime.device import init_device
         device, ranks = init_device(self.device_type)
-        return *load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype), ranks
+        model, tokenizer, state = load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype)
+        prepare_for_inference(model, state.get("numerics_environment", {}).get("attention"))
+        return model, tokenizer, state, ranks
 
 
 @dataclass

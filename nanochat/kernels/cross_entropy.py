@@ -70,7 +70,7 @@ class ChunkedCrossEntropy:
     products are computed here. Any other lm_head (FP8 for example) is called on each chunk.
 
     With gradients and `reduction="none"` the reference implementation runs instead: the gradient that arrives at each single
-    loss is not known in the forward pass. Without gradients each chunk uses the reference implementation.
+    loss is not known in the forward pass.
     """
 
     def __init__(self, chunk_tokens: int, plain: type):
@@ -93,7 +93,7 @@ class ChunkedCrossEntropy:
         else:
             losses = torch.empty(flat_targets.shape, device=x.device)  # one tensor: a list of small ones fragments memory
             for x_part, y_part, out in zip(rows.split(chunk), flat_targets.split(chunk), losses.split(chunk), strict=True):
-                out.copy_(softcapped_cross_entropy(x_part, lm_head, y_part, vocab_size, "none"))
+                out.copy_(loss_without_gradient(lm_head(x_part), y_part, vocab_size))
             if reduction == "none":
                 return losses.view_as(targets)
             total = losses.sum()
@@ -199,6 +199,15 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, vocab_size: int, compiled
     return loss[kernel_name(logits.device.type, logits.dtype)](logits, targets, vocab_size, scale)
 
 
+def loss_without_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """The losses of `loss_and_gradient` alone. The logits may be overwritten."""
+    name, targets = kernel_name(logits.device.type, logits.dtype), targets.reshape(-1)
+    if name == "PyTorch":
+        capped = SOFTCAP * torch.tanh(logits[:, :vocab_size].float() / SOFTCAP)
+        return F.cross_entropy(capped, targets, ignore_index=IGNORED, reduction="none")
+    return {"Triton": loss_triton, "C++": loss_cpp}[name](logits.contiguous(), targets, vocab_size, gradient=False)
+
+
 def kernel_name(device_type: str, dtype: torch.dtype) -> str:
     """Implementation that runs on this device for logits of this dtype: `Triton`, `C++` or `PyTorch`."""
     if device_type == "cuda" and triton:
@@ -227,29 +236,29 @@ def loss_reference(logits: Tensor, targets: Tensor, vocab_size: int, scale: floa
 CPP_KERNELS = {torch.float32: "loss_fp32", torch.bfloat16: "loss_bf16"}  # in nanochat/kernels/cpp/loss.cpp
 
 
-def loss_cpp(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
-    """`loss_and_gradient` in C++, for fp32 and bf16 on a CPU."""
+def loss_cpp(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0, gradient: bool = True) -> Tensor:
+    """`loss_and_gradient` in C++, for fp32 and bf16 on a CPU; without `gradient` the logits stay as they are."""
     losses = torch.empty(len(logits))
     targets = targets.contiguous()
     wrong = getattr(library("loss"), CPP_KERNELS[logits.dtype])(
         pointer(logits), pointer(targets), pointer(losses), *map(ctypes.c_int64, (*logits.shape, vocab_size)),
-        *map(ctypes.c_float, (SOFTCAP, scale)))
+        *map(ctypes.c_float, (SOFTCAP, scale)), ctypes.c_int64(gradient))
     if wrong:
         raise IndexError(f"{wrong} targets are neither in the vocabulary of {vocab_size} nor {IGNORED}")
     return losses
 
 
-def loss_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0) -> Tensor:
-    """`loss_and_gradient` in Triton, one program per row."""
+def loss_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0, gradient: bool = True) -> Tensor:
+    """`loss_and_gradient` in Triton, one program per row; without `gradient` the logits stay as they are."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _loss_kernel[len(logits),](logits, targets.contiguous(), losses, logits.size(1), vocab_size, SOFTCAP, scale,
-                               BLOCK=BLOCK, num_warps=8)
+                               GRADIENT=gradient, BLOCK=BLOCK, num_warps=8)
     return losses
 
 
 if triton:
     @triton.jit
-    def _loss_kernel(logits, targets, losses, width, vocab, cap, scale, BLOCK: tl.constexpr):
+    def _loss_kernel(logits, targets, losses, width, vocab, cap, scale, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
         """One row of logits (n, width): read once for the sum, then again from the cache, and overwritten by the gradient.
 
         With r = 1 / (1 + exp(2 z / cap)) the capped logit is cap (1 - 2 r) and its derivative 4 r (1 - r). A target that is
@@ -268,10 +277,11 @@ if triton:
         total = tl.sum(sums)
         loss = tl.where(target == -1, 0.0, tl.log(total) - tl.sum(hits))
         tl.store(losses + row, tl.where((target >= -1) & (target < vocab), loss, float("nan")))
-        scale = tl.where(target == -1, 0.0, scale)
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + columns, mask=columns < vocab, other=0.0).to(tl.float32)
-            r = 1 / (1 + tl.exp(z * (2 / cap)))
-            dz = (tl.exp(cap - 2 * cap * r) / total - tl.where(columns == target, 1.0, 0.0)) * (4 * r * (1 - r) * scale)
-            tl.store(logits + columns, tl.where(columns < vocab, dz, 0.0), mask=columns < width)
+        if GRADIENT:
+            scale = tl.where(target == -1, 0.0, scale)
+            for start in range(0, width, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                z = tl.load(logits + columns, mask=columns < vocab, other=0.0).to(tl.float32)
+                r = 1 / (1 + tl.exp(z * (2 / cap)))
+                dz = (tl.exp(cap - 2 * cap * r) / total - tl.where(columns == target, 1.0, 0.0)) * (4 * r * (1 - r) * scale)
+                tl.store(logits + columns, tl.where(columns < vocab, dz, 0.0), mask=columns < width)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
-from nanochat.runtime.tuner import Choice, Tuner
+from nanochat.runtime.tuner import Choice, Tuner, settled
 
 ROWS, COLUMNS = 16, 32  # the kernel takes multiples of these
 MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
@@ -86,14 +85,8 @@ def choose_weight_gradient(weights: Iterable[Tensor], tokens: int, dtype: torch.
     shapes = {tuple(w.shape) for w in weights if fits(w)}  # each is timed once: large layers weigh most, as in a step
     device = next((w.device for w in weights), torch.device("cpu"))
     why_not = unavailable_reason(dtype, device.type) or (None if shapes else "no layer has a size that the kernel takes")
-    if wanted == "brgemm" and why_not:
-        raise UserError(f"--weight-gradient brgemm cannot be used here: {why_not}. Leave it out to take the fastest that works.")
-    if wanted != "auto":
-        return Choice(wanted, "--weight-gradient", {})
-    if why_not:
-        return Choice("torch", "the only one that works", {})
-    if recorded:
-        return Choice(recorded, "as before the resume", {})
+    if choice := settled("--weight-gradient", wanted, "torch", "brgemm", why_not, recorded):
+        return choice
     functions = {"torch": weight_gradient_reference, "brgemm": weight_gradient_cpp}
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.common import get_base_dir, is_main_rank
+from nanochat.common import UserError, get_base_dir, is_main_rank
 from nanochat.runtime.device import device_name
 from nanochat.runtime.distributed import broadcast_object
 from nanochat.runtime.files import read_json, write_atomic
@@ -90,6 +90,22 @@ class Tuner:
             write_atomic(self.path, json.dumps({"machine": _machine(self.device), "choices": choices}, indent=1) + "\n")
         except OSError:  # a base directory that cannot be written: the next start measures again
             pass
+
+
+def settled(flag: str, wanted: str, plain: str, fast: str, why_not: str | None, recorded: str | None) -> Choice | None:
+    """The choice between `plain`, which always works, and `fast` where it needs no measurement; None where it does.
+
+    flag: the option that says which, `wanted` its value (`auto`, plain or fast).   why_not: the reason why `fast` does not work
+    here.   recorded: the choice of the run to be resumed.
+    Raises: UserError where `fast` is wanted and does not work.
+    """
+    if wanted == fast and why_not:
+        raise UserError(f"{flag} {fast} cannot be used here: {why_not}. Leave it out to take the fastest that works.")
+    if wanted != "auto":
+        return Choice(wanted, flag, {})
+    if why_not:
+        return Choice(plain, "the only one that works", {})
+    return Choice(recorded, "as before the resume", {}) if recorded else None
 
 
 def fastest(seconds: dict[str, float]) -> str:

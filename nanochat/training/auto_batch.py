@@ -11,10 +11,15 @@ from nanochat.training.state import RunPlan, TrainState
 from nanochat.training.step import trial_step
 
 
+SCARCE = 2**28  # bytes of main memory; where less is left, an error that does not say why is put down to that
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is one of the ways in which devices, the C++ side and Python say that memory is used up."""
     cause = cause_of(error)
     said = str(cause).lower()
+    if isinstance(cause, RuntimeError) and "could not create a primitive" in said:  # oneDNN, for this reason and for others
+        return memory_estimate.host_memory(available=True) < SCARCE
     return isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(cause, (RuntimeError, OSError)) and any(words in said for words in (
             "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",

@@ -12,7 +12,10 @@ from nanochat.dataloader import PackedRows, TrainLoader
 from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
+from nanochat.gpt import GPT, QK_SCALE
+from nanochat.kernels.inference import use_inference_kernels
 from nanochat.kernels.linear import Linear, use_own_weight_gradient
+from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
 from nanochat.kernels.weight_gradient import choose_weight_gradient
 from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
 from nanochat.runtime.clock import Clock
@@ -192,18 +195,10 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         recorded=before.get("attention"))
     print0(str(attention))
     features.on_model(model, plan.horizon)
-    layers = [layer for layer in model.linears().values() if isinstance(layer, Linear)]
-    gradient = choose_weight_gradient(
-        [layer.weight for layer in layers], plan.micro_batch_size * plan.shape.sequence_len, plan.dtype, tuner=tuner,
-        wanted=config.run.weight_gradient, recorded=saved and before.get("weight gradient", "torch"))
-    if gradient.milliseconds:
-        print0(f"weight gradients: {gradient}")
-    if gradient.name == "brgemm":
-        use_own_weight_gradient(layers)
-    plan = replace(plan, kernel_choices={"attention": attention.describe(), "weight gradient": gradient._asdict()})
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):
         print0(f"going on without torch.compile, slower: {reason}")
         plan = plan.without_compiler()
+    plan = replace(plan, kernel_choices={"attention": attention.describe(), **choose_kernels(plan, model, tuner, before)})
     flags, factor = config.optim, plan.horizon.lr_factor
     optimizer = model.setup_optimizer(
         flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
@@ -220,6 +215,31 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     loader = TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
                          rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
     return Trainer(plan, state, forward, loader, Signals())
+
+
+def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dict[str, dict]:
+    """Let the model take the kernels, attention aside, that are the fastest here; what was measured is printed.
+
+    before: the `numerics_environment` of the run to be resumed, or {}. Returns the choices that decide about rounding: name ->
+    name, reason and times.
+    """
+    flags, T = plan.config.run, plan.shape.sequence_len
+    layers = [layer for layer in model.linears().values() if isinstance(layer, Linear)]
+    gradient = choose_weight_gradient(
+        [layer.weight for layer in layers], plan.micro_batch_size * T, plan.dtype, tuner=tuner, wanted=flags.weight_gradient,
+        recorded=before and before.get("weight gradient", "torch"))  # runs of before this choice had torch's
+    if gradient.name == "brgemm":
+        use_own_weight_gradient(layers)
+    rotary = choose_rotary_norm(
+        plan.micro_batch_size, T, plan.shape.n_head, *model.rotary_tables(0, T), QK_SCALE, compiled=plan.compile, tuner=tuner,
+        wanted=flags.rotary_norm, recorded=before and before.get("rotary norm", "torch"))
+    if rotary.name == "cpp":
+        model.kernels.rotary_norm = rotary_norm_cpp
+    inference = use_inference_kernels(model, plan.micro_batch_size * T, tuner)
+    for what, choice in {"weight gradients": gradient, "rotary and norm": rotary, "evaluation's passes": inference}.items():
+        if choice.milliseconds:
+            print0(f"{what}: {choice}")
+    return {"weight gradient": gradient._asdict(), "rotary norm": rotary._asdict()}
 
 
 def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Trainer:

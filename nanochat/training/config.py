@@ -39,6 +39,9 @@ class RunFlags(DeviceFlags):
     weight_gradient: str = flag("auto", "how the gradients of linear layers' weights are computed on a CPU in bf16 "
                                 "(nanochat/kernels/weight_gradient.py); auto takes the faster way here",
                                 choices=("auto", "torch", "brgemm"), affects_results=False)
+    rotary_norm: str = flag("auto", "how rotary positions and norms of queries and keys are computed on a CPU in bf16 "
+                            "(nanochat/kernels/rotary.py); auto takes the faster way here",
+                            choices=("auto", "torch", "cpp"), affects_results=False)
     compile: bool = flag(True, "compile the model and the optimizer", affects_results=False)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
                                "its steps take up to 3 % longer", affects_results=False, requires={"compile": True})

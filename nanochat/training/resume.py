@@ -131,7 +131,7 @@ def numerics_environment(plan: RunPlan) -> dict:
     return {"device": device_name(plan.device), "torch": torch.__version__,
             "compiled": plan.compile and ("whole" if plan.compile_whole else "in parts"),
             "attention": {window: choice["name"] for window, choice in plan.kernel_choices["attention"].items()},
-            "weight gradient": plan.kernel_choices["weight gradient"]["name"],
+            **{kernel: plan.kernel_choices[kernel]["name"] for kernel in ("weight gradient", "rotary norm")},
             "rows per micro-batch": plan.micro_batch_size, "ranks": plan.ranks.world_size}
 
 

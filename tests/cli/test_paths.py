@@ -115,7 +115,6 @@ def test_the_default_folder_is_shared_which_is_said_once(base, tmp_path):
     (6_000_000, ["--depth=40", "--aspect-ratio=128"]),       # found by counting, before anything is built
     (None, ["--depth=400", "--aspect-ratio=512"]),           # more than any machine has
     (2_500_000, ["--depth=12", "--aspect-ratio=64"]),        # found in the first step
-    (None, ["--max-seq-len=16777216", "--total-batch-size=-1", "--device-batch-size=4096"]),
 ])
 def test_memory_that_cannot_suffice_is_an_oom_with_advice(base, tmp_path, limit_kib, extra):
     limit = f"ulimit -v {limit_kib}; " if limit_kib else ""

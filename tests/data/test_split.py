@@ -76,7 +76,8 @@ def test_copies_and_text_that_repeats_itself(texts):
         assert wanted(kept - copies) / 2 <= sum(map(len, val)) <= 2 * wanted(kept)
         assert not {text for text in set(val) & set(train) if ord(text[0]) >= 0x4E00}
     lost = sum(map(len, set(texts))) - kept
-    assert lost <= kept / 19 + 1, "a document that is no copy is kept, but for a twentieth"
+    held = min(kept, 2000)  # at the start, a document that equals a section of an earlier one is left out too
+    assert lost <= kept / 19 + held, "a document that is no copy is kept, but for a twentieth"
 
 
 def test_what_validates_is_not_trained_on_in_a_second_copy():

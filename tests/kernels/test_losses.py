@@ -240,7 +240,10 @@ for vocab, width in ((40, 48), (BLOCK, BLOCK), (2 * BLOCK + 7, 2 * BLOCK + 64)):
         logits[:, vocab:], logits[1, 3] = float("nan"), 3e4
         targets = torch.tensor([0, vocab - 1, -1, vocab // 2, 3])
         mine, plain = logits.clone(), logits.clone()
+        alone = loss_triton(mine, targets, vocab, gradient=False)
+        assert torch.equal(mine.view(torch.uint8), logits.view(torch.uint8))
         losses = [loss_triton(mine, targets, vocab, 16.0), loss_reference(plain, targets, vocab, 16.0)]
+        assert torch.equal(losses[0], alone)
         torch.testing.assert_close(*losses, rtol=2e-6, atol=5e-6)
         rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(mine, plain, rtol=rounding, atol=2e-5)
@@ -258,7 +261,7 @@ def test_the_triton_kernel_in_the_interpreter():
 PTX = """
 from nanochat.kernels.cross_entropy import BLOCK, _loss_kernel
 types = dict(logits="*bf16", targets="*i64", losses="*fp32", width="i32", vocab="i32", cap="fp32", scale="fp32")
-source = ASTSource(_loss_kernel, {**types, "BLOCK": "constexpr"}, {"BLOCK": BLOCK},
+source = ASTSource(_loss_kernel, {**types, "GRADIENT": "constexpr", "BLOCK": "constexpr"}, {"GRADIENT": True, "BLOCK": BLOCK},
                    {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 3, 4)})
 print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm["ptx"])
 """
