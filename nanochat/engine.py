@@ -16,7 +16,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.flash_attention import make_attention
-from nanochat.kernels.inference import use_inference_kernels
+from nanochat.kernels.inference import use_inference_kernels, use_inference_linears
 from nanochat.runtime.tuner import Tuner
 
 SAMPLE_TOKENS = 48    # length of the samples that training and evaluation print
@@ -38,8 +38,7 @@ def prepare_for_inference(model, attention: dict[str, str] | None = None) -> Non
     attention: the backends of the run that trained it (`Attention.names`), taken where they work; others are measured.
     """
     shape, tuner, tokens = model.config, Tuner(model.get_device()), model.config.sequence_len
-    for layer in model.linears().values():
-        layer.weight = torch.nn.Parameter(layer.weight.to(model.compute_dtype), requires_grad=False)
+    use_inference_linears(model, tuner)
     model.kernels.attention = make_attention(
         model.get_device(), model.compute_dtype, shape.head_dim, tokens, model.window_sizes, heads=shape.n_head,
         kv_heads=shape.n_kv_head, tuner=tuner, recorded=attention)

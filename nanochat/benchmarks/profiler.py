@@ -20,7 +20,8 @@ CATEGORIES = ("gemms", "attention", "loss", "norms_elementwise", "embedding", "m
 KERNELS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in (
     ("muon", rf"^{UPDATE}muon$"),
     ("adamw", rf"^{UPDATE}adamw$"),
-    ("gemms", r"^aten::(_scaled_|_int_)?(add)?mm(_|\.|$)|^aten::(linear|mkldnn_linear)|^mkldnn::|^onednn::|^mkl::"),
+    ("gemms", r"^aten::(_scaled_|_int_)?(add)?mm(_|\.|$)|^aten::(linear|mkldnn_linear)|^mkldnn::|^onednn::|^mkl::"
+              r"|^nanochat::(add_)?weight_gradient$"),
     ("loss", r"log_?softmax|softmax_online|nll|loss|cross_?entropy|softcap|tanh|logit"),
     ("attention", r"softmax|attention|attn|flash|fmha|sdpa?_|bmm|masked_fill"),
     ("gemms", r"gemm|nvjet|xmma|cutlass|^triton_tem_|splitkreduce"),

@@ -10,6 +10,8 @@ import ctypes
 from collections.abc import Callable
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
@@ -20,6 +22,7 @@ from nanochat.kernels.rotary import MULTIPLE, rotary_norm_cpp
 from nanochat.runtime.tuner import Choice, Tuner
 
 MOST_TIMED = 4096  # tokens: of a larger batch a part is timed
+MOST_VECTORS = 4   # that `matvec_cpp` takes at once
 
 
 def use_inference_kernels(model, tokens: int, tuner: Tuner | None = None) -> Choice:
@@ -55,6 +58,56 @@ def _without_gradient(fast: Callable, otherwise: Callable) -> Callable:
             return otherwise(x, *more)
         return fast(x, *more)
     return function
+
+
+class InferenceLinear(Linear):
+    """A Linear whose weight has the compute dtype already and gets no gradient. Few tokens at a time are multiplied in C++ where
+    that is `fast`."""
+    fast = False
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, dtype: torch.dtype) -> "InferenceLinear":
+        with torch.device("meta"):
+            new = cls(linear.in_features, linear.out_features)
+        new.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fast and x.dtype == torch.bfloat16 and x.numel() <= MOST_VECTORS * x.size(-1):
+            return matvec_cpp(x, self.weight)
+        return F.linear(x, self.weight)
+
+
+def use_inference_linears(model, tuner: Tuner | None = None) -> Choice:
+    """Cast the weights of linear layers to the compute dtype, once, and choose how few tokens at a time are multiplied: by
+    `torch`, or `cpp` where that is faster on the model's shapes. The model can no longer be trained."""
+    for name, layer in model.linears().items():
+        model.set_submodule(name, InferenceLinear.from_linear(layer, model.compute_dtype))
+    layers = list(model.linears().values())
+    if model.get_device().type != "cpu" or model.compute_dtype != torch.bfloat16 or cpp_unavailable_reason("matvec"):
+        return Choice("torch", "the only one that works", {})
+    shapes = {tuple(layer.weight.shape): layer.weight for layer in layers}
+
+    def all_shapes(function):
+        def make():
+            inputs = [(torch.ones(rows, w.size(1), dtype=w.dtype), w) for w in shapes.values() for rows in (1, MOST_VECTORS)]
+            return lambda: [function(x, w) for x, w in inputs]
+        return make
+    problem = f"products of 1 and {MOST_VECTORS} tokens, " + " ".join(f"{n}x{k}" for n, k in sorted(shapes))
+    with torch.no_grad():
+        choice = (tuner or Tuner(model.get_device(), folder=None)).choose(
+            problem, {"torch": all_shapes(F.linear), "cpp": all_shapes(matvec_cpp)}, times_in_use=len(layers) / len(shapes))
+    for layer in layers:
+        layer.fast = choice.name == "cpp"
+    return choice
+
+
+def matvec_cpp(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) weight^T -> (..., N), for at most MOST_VECTORS vectors in all; weight (N, K) contiguous, bf16."""
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(weight))
+    library("matvec").matvec(*map(ctypes.c_int64, (x.numel() // max(x.size(-1), 1), *weight.shape)), pointer(x), pointer(weight),
+                             pointer(y))
+    return y
 
 
 def norm_cpp(x: Tensor) -> Tensor:

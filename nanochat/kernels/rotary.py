@@ -39,7 +39,9 @@ def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
 
 def rotary_norm_cpp(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """`rotary_norm` in C++, for bf16 on a CPU with D a multiple of 32. cos and sin get no gradient."""
-    return rotary_norm_forward(x, cos, sin, scale)[0]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return rotary_norm_forward(x, cos, sin, scale)[0]
+    return _forward(x, cos, sin, scale)[0]  # a custom operator takes longer to call than this to compute a token
 
 
 def unavailable_reason(dtype: torch.dtype, device_type: str, head_dim: int) -> str | None:
@@ -54,6 +56,10 @@ def unavailable_reason(dtype: torch.dtype, device_type: str, head_dim: int) -> s
 @torch.library.custom_op("nanochat::rotary_norm", mutates_args=(), device_types="cpu")
 def rotary_norm_forward(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """y (B, T, H, D) bf16 and r (B, T, H) fp32, both contiguous."""
+    return _forward(x, cos, sin, scale)
+
+
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     y, r = _empty_output(x)
     x = _strided_by_token(x)
     sizes = (x.size(0) * x.size(1), *x.shape[1:])

@@ -28,8 +28,9 @@ def add_weight_gradient_cpp(dw: Tensor, g: Tensor, x: Tensor, add: bool = True) 
     """dw (N, K) fp32, contiguous, += g^T x, or = where not `add`. g (tokens, N) and x (tokens, K) bf16, any strides."""
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     sizes = map(ctypes.c_int64, (len(g), *dw.shape))
-    library("weight_gradient").weight_gradient(*sizes, pointer(g), ctypes.c_int64(g.stride(0)), pointer(x),
-                                               ctypes.c_int64(x.stride(0)), pointer(dw), ctypes.c_int64(add))
+    with torch.profiler.record_function("nanochat::add_weight_gradient"):  # inside the loss too it counts as a product
+        library("weight_gradient").weight_gradient(*sizes, pointer(g), ctypes.c_int64(g.stride(0)), pointer(x),
+                                                   ctypes.c_int64(x.stride(0)), pointer(dw), ctypes.c_int64(add))
 
 
 def unavailable_reason(dtype: torch.dtype, device_type: str) -> str | None:

@@ -10,7 +10,6 @@ from nanochat.runtime.toolchain import cause_of
 from nanochat.training.state import RunPlan, TrainState
 from nanochat.training.step import trial_step
 
-
 SCARCE = 2**28  # bytes of main memory; where less is left, an error that does not say why is put down to that
 
 

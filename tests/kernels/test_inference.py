@@ -8,7 +8,15 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.engine import KVCache, prepare_for_inference
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
-from nanochat.kernels.inference import add_norm_cpp, mix_norm_cpp, norm_cpp, relu_square_cpp, use_inference_kernels
+from nanochat.kernels.inference import (
+    MOST_VECTORS,
+    add_norm_cpp,
+    matvec_cpp,
+    mix_norm_cpp,
+    norm_cpp,
+    relu_square_cpp,
+    use_inference_kernels,
+)
 from nanochat.kernels.norms import EPS
 from nanochat.runtime.tuner import Tuner
 from test_gpt import TINY, batch, tiny_model
@@ -39,6 +47,33 @@ def test_equals_the_definition(rows, width, a, b, seed):
                                            (a * x.float()).abs() + (b * y.float()).abs()),
                                           (add_norm_cpp(x, y), x.double() + y.double(), x.float().abs() + y.float().abs())):
         assert near(mixed, exact, extra=2.0**-14 * terms) and near(normed, norm(mixed))
+
+
+@needs_kernel
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(rows=st.integers(0, MOST_VECTORS), N=st.integers(1, 70), K=st.integers(1, 140) | st.sampled_from([768, 4100, 9000]),
+       seed=st.integers(0, 9))
+def test_the_product_of_few_tokens(rows, N, K, seed):
+    """fp32 sums of exact products, rounded once. Small numbers among large ones are as exact as the sum allows."""
+    random = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(n, K, generator=random).bfloat16() for n in (rows, N))
+    exact, terms = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+    y = matvec_cpp(x, w)
+    assert y.shape == (rows, N) and ((y - exact).abs() <= 1.001 * BF16 * exact.abs() + 2.0**-24 * (K + 2) * terms).all()
+    assert all(torch.equal(y[i:i + 1], matvec_cpp(x[i:i + 1], w)) for i in range(rows))
+
+
+@needs_kernel
+def test_a_large_product_has_the_same_bits_on_any_number_of_threads():
+    x, w = torch.randn(3, 1000).bfloat16(), torch.randn(900, 1000).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            results.append(matvec_cpp(x, w))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @needs_kernel

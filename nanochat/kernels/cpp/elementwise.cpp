@@ -17,9 +17,9 @@ inline __mmask16 first(int64_t n) { return n >= LANES ? 0xffff : (1u << std::max
 // f(row) for all rows on all threads, in tasks that whoever is free takes: a busy neighbour delays one task, not half of them.
 template <class F>
 void for_rows(int64_t rows, int64_t width, F f) {
-    const int64_t each = std::max<int64_t>(1, TASK * LANES / std::max<int64_t>(width, 1));
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t task = 0; task < (rows + each - 1) / each; task++)
+    const int64_t each = std::max<int64_t>(1, TASK * LANES / std::max<int64_t>(width, 1)), tasks = (rows + each - 1) / each;
+#pragma omp parallel for schedule(dynamic, 1) if (tasks > 1)
+    for (int64_t task = 0; task < tasks; task++)
         for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); row++) f(row);
 }
 
