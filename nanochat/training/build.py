@@ -13,6 +13,7 @@ from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
 from nanochat.gpt import GPT, QK_SCALE
+from nanochat.kernels.embedding import choose_embedding_gradient
 from nanochat.kernels.inference import use_inference_kernels
 from nanochat.kernels.linear import Linear, use_own_weight_gradient
 from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
@@ -223,10 +224,10 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
     before: the `numerics_environment` of the run to be resumed, or {}. Returns the choices that decide about rounding: name ->
     name, reason and times.
     """
-    flags, T = plan.config.run, plan.shape.sequence_len
+    flags, T, tokens = plan.config.run, plan.shape.sequence_len, plan.micro_batch_size * plan.shape.sequence_len
     layers = [layer for layer in model.linears().values() if isinstance(layer, Linear)]
     gradient = choose_weight_gradient(
-        [layer.weight for layer in layers], plan.micro_batch_size * T, plan.dtype, tuner=tuner, wanted=flags.weight_gradient,
+        [layer.weight for layer in layers], tokens, plan.dtype, tuner=tuner, wanted=flags.weight_gradient,
         recorded=before and before.get("weight gradient", "torch"))  # runs of before this choice had torch's
     if gradient.name == "brgemm":
         use_own_weight_gradient(layers)
@@ -235,8 +236,11 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
         wanted=flags.rotary_norm, recorded=before and before.get("rotary norm", "torch"))
     if rotary.name == "cpp":
         model.kernels.rotary_norm = rotary_norm_cpp
-    inference = use_inference_kernels(model, plan.micro_batch_size * T, tuner)
-    for what, choice in {"weight gradients": gradient, "rotary and norm": rotary, "evaluation's passes": inference}.items():
+    chosen = {
+        "weight gradients": gradient, "rotary and norm": rotary,
+        "embedding gradients": choose_embedding_gradient([model.transformer.wte, *model.value_embeds.values()], tokens, tuner),
+        "evaluation's passes": use_inference_kernels(model, tokens, tuner)}
+    for what, choice in chosen.items():
         if choice.milliseconds:
             print0(f"{what}: {choice}")
     return {"weight gradient": gradient._asdict(), "rotary norm": rotary._asdict()}

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # dev/ is not installed
 
-from dev.bench import train_step
+from dev.bench import inference, train_step
 from nanochat.benchmarks import profiler
 from nanochat.benchmarks.yardsticks import external_rate
 from nanochat.common import UserError
@@ -53,6 +53,19 @@ def measured(base):
         result = run_bench(monkeypatch, base, "--variants", "eager", "--with", SMALLER, "--repeats=2", "--rounds=2",
                            "--against", other, *TINY, f"--data={base / 'text'}")
     return result, printed.getvalue(), (base / "starts").read_text().split()
+
+
+@pytest.mark.slow
+def test_evaluation_and_sampling_beside_a_step(base, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))  # the bench changes it
+    monkeypatch.setattr(sys, "argv", ["inference", f"--json-out={base / 'inference.json'}", "--repeats=2", *TINY, "--no-compile",
+                                      f"--data={base / 'text'}"])
+    inference.main()
+    results, printed = json.loads((base / "inference.json").read_text())["results"], capsys.readouterr().out
+    names = "training step", "evaluation, PyTorch's", "evaluation", "sampling, as built", "sampling", "reading the weights"
+    assert all(results[name]["seconds"]["n"] == 2 and results[name]["tok_per_sec"] > 0 and name in printed for name in names)
+    assert [results[name]["tokens"] for name in names] == [512, 256, 256, 1, 1, 1]
+    assert results["weights_bytes"] == 4 * 2 * (12 * 32**2) + 4 * (12 * 2) + 4 * 320 * 32
 
 
 # --- the breakdown ----------------------------------------------------------------------------------------------------
