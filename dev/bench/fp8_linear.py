@@ -26,9 +26,10 @@ PRESETS = {  # depth, head_dim, vocabulary, tokens of a micro-batch
     "gpu-d12": (12, 128, 32768, 32768), "gpu-d20": (20, 128, 32768, 32768),
     "gpu-d24": (24, 128, 32768, 16384), "gpu-d26": (26, 128, 32768, 16384),
 }
-# Memory bandwidth in bytes/s by a part of the device's name, from the vendors' datasheets.
-BANDWIDTH = {"B200": 8e12, "GH200": 4.9e12, "H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12,
-             "L40S": 864e9, "L4": 300e9, "5090": 1792e9, "4090": 1008e9, "4080": 717e9, "4070 Ti": 504e9}
+# Memory bandwidth in bytes/s by a card's whole name (nanochat/runtime/nvidia.py), from NVIDIA's datasheets.
+BANDWIDTH = {"B200": 8e12, "GH200 144G HBM3e": 4.9e12, "H200": 4.8e12, "H200 NVL": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12,
+             "H100 80GB HBM3": 3.35e12, "L40S": 864e9, "L40": 864e9, "L4": 300e9, "GeForce RTX 5090": 1792e9,
+             "GeForce RTX 4090": 1008e9, "GeForce RTX 4080": 717e9}
 CALLS = ("forward", "forward_backward")
 
 
@@ -76,13 +77,14 @@ def main() -> None:
     from nanochat.fp8 import refresh_weights
     from nanochat.runtime import timing
     from nanochat.runtime.device import device_name, init_device, peak_flops, pick_compute_dtype
+    from nanochat.runtime.nvidia import words
     started = time.monotonic()
     device, _ = init_device(flags.device_type)
     dtype, _ = pick_compute_dtype(device, flags.dtype)
     backends = ["custom"] + (["torchao"] if importlib.util.find_spec("torchao") else [])
     if "torchao" not in backends:
         print0("torchao is not installed, so it is not timed (pip install torchao)")
-    peak, bandwidth = peak_flops(device), next((b for part, b in BANDWIDTH.items() if part in device_name(device)), None)
+    peak, bandwidth = peak_flops(device), {words(card): b for card, b in BANDWIDTH.items()}.get(words(device_name(device)))
     results, rows = {}, []
 
     def measure(inputs, outputs, tokens, compiled):

@@ -33,5 +33,5 @@ class FusedRmsnorm(Feature):
             model.kernels.mix_norm, model.kernels.add_norm = fused_mix_norm, fused_add_norm
             print0(f"RMSNorm: fused with the addition before it, kernel: {language}")
         else:
-            why = "Triton is not installed" if device == "cuda" else f"there is no kernel for {device}"
+            why = "Triton cannot be used" if device == "cuda" else f"there is no kernel for {device}"
             print0(f"--fused-rmsnorm does nothing here: {why}. RMSNorm is left to torch.compile")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 from nanochat.kernels.weight_gradient import add_weight_gradient_cpp
+from nanochat.runtime.toolchain import triton_runs_on
 
 try:
     import triton
@@ -210,7 +211,7 @@ def loss_without_gradient(logits: Tensor, targets: Tensor, vocab_size: int) -> T
 
 def kernel_name(device_type: str, dtype: torch.dtype) -> str:
     """Implementation that runs on this device for logits of this dtype: `Triton`, `C++` or `PyTorch`."""
-    if device_type == "cuda" and triton:
+    if triton_runs_on(device_type):
         return "Triton"
     return "C++" if device_type == "cpu" and dtype in CPP_KERNELS and cpp_unavailable_reason("loss") is None else "PyTorch"
 

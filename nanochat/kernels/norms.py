@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.runtime.toolchain import triton_runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -66,7 +68,7 @@ def fused_add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def kernels_for(device_type: str) -> str | None:
     """Language of the fused kernels for this device: "Triton", or None where there are none."""
-    return "Triton" if device_type == "cuda" and triton else None
+    return "Triton" if triton_runs_on(device_type) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

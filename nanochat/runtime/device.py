@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import RankError, UserError
+from nanochat.common import RankError, UserError, print0
 from nanochat.runtime.distributed import Ranks, join_process_group
+from nanochat.runtime.nvidia import peak_bf16_flops, unseen_gpu_reason
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -24,14 +25,18 @@ def autodetect_device_type() -> str:
 
 
 def check_device_type(device_type: str) -> str:
-    """The device type to use for `--device-type` ('' = autodetect). UserError where the machine has no such device."""
-    if not device_type:
-        return autodetect_device_type()
+    """The device type to use for `--device-type` ('' = autodetect). UserError where the machine has no such device. A GPU that
+    is there and cannot be used is never passed over in silence."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    unseen = unseen_gpu_reason(torch.version.cuda) if device_type in ("", "cuda") and not available["cuda"] else None
+    if not device_type:
+        if unseen:
+            print0(f"the GPU is not used: {unseen}")
+        return autodetect_device_type()
     if not available[device_type]:
         have = ", ".join(name for name, there in available.items() if there)
-        raise UserError(f"--device-type {device_type}: this machine (or this build of torch) has no such device. "
-                        f"Available: {have}; leave the flag out to take the best one.")
+        why = unseen or "this machine (or this build of torch) has no such device"
+        raise UserError(f"--device-type {device_type}: {why}. Available: {have}; leave the flag out to take the best one.")
     return device_type
 
 
@@ -66,11 +71,20 @@ def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     return None
 
 
-def let_segments_grow() -> None:
+def let_segments_grow(os_release: Path = Path("/proc/sys/kernel/osrelease")) -> None:
     """Let torch's CUDA allocator lengthen what it has instead of taking new pieces that leave holes: 8 % less memory held in a
-    d12 run (dev/LOG.md). Before the first allocation; settings of the user's own stay."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    d12 run (dev/LOG.md). Before the first allocation; settings of the user's own stay. Not under WSL, where the first
+    allocation may fail that way (pytorch/pytorch#192330)."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() and not is_wsl(os_release):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def is_wsl(os_release: Path) -> bool:
+    """Whether this is the Windows Subsystem for Linux: Microsoft's kernels have its name in their release."""
+    try:
+        return "microsoft" in os_release.read_text().lower()
+    except OSError:
+        return False
 
 
 def keep_large_buffers() -> None:
@@ -136,21 +150,11 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-# Dense bf16 tensor-core peak in FLOP/s by a part of the device's name, from the vendors' datasheets.
-# 4090: the rate with fp32 accumulation, which is what training uses.
-PEAK_BF16_FLOPS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "5090": 209.5e12, "4090": 165.2e12,
-    "4080": 97.5e12, "4070 Ti": 80.2e12, "3090": 71e12, "A6000": 154.8e12,
-}
-
-
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 datasheet peak in FLOP/s; None where it is not known (every CPU), so no MFU is claimed."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_BF16_FLOPS.items() if part in name), None)
+    return peak_bf16_flops(torch.cuda.get_device_name(device))
 
 
 def synchronize(device: torch.device) -> None:

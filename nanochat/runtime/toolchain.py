@@ -1,5 +1,5 @@
-"""The C++ compiler behind torch.compile and our own kernels: folders that it can write in, paths that it can take, and the reason
-when it fails.
+"""The compilers behind torch.compile and our own kernels, C++'s and Triton's: folders that they can write in, paths that they can
+take, and the reason when they fail.
 
 When a compiler fails, the user sees its own first error and what to do about it. torch joins the words of the C++ compiler's
 command with spaces and splits them again, so a path with a space in it would fall apart; such paths are replaced by links.
@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from nanochat.common import UserError, print0
 
-CACHE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+CACHE_FOLDER, TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 INSTALL = "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
 WHAT_TO_DO = {  # by what is found in a compiler's output or in an error of the system
     r"Python\.h": "Install the headers of this Python (apt install python3-dev)",
@@ -27,6 +28,7 @@ WHAT_TO_DO = {  # by what is found in a compiler's output or in an error of the 
     r"-?std=(c|gnu)\+\+": "The compiler is too old: torch needs one that knows C++20, g++ 11 or later",
     r"omp\.h|-l[gio]*omp": "Install OpenMP (apt install libgomp1, or brew install libomp)",
     r"C compiler": "Install one (apt install gcc), or set CC to one",
+    r"No module named 'triton'": "Install Triton (pip install triton)",
     r"Killed|out of memory": "There is too little memory for the compiler: close other programs",
 }
 
@@ -133,13 +135,56 @@ def reason(error: Exception) -> str:
         said = first_error(cause.output)
         return f"{compiler}: {said}. " + (what_to_do(cause.output) or f"Install a C++ compiler that works ({INSTALL}), or set "
                                           "CXX to one")
+    if isinstance(cause, OSError) and cause.filename is not None and cause.filename == os.environ.get("CC"):  # Triton calls it
+        return f"CC={cause.filename!r} is no C compiler that runs. Set it to the path of one, without options, or unset it"
     if isinstance(cause, OSError) and cause.filename:
         return (f"the compiler's files cannot be kept in {cause.filename} ({cause.strerror}). "
-                + (what_to_do(str(cause)) or "Set TORCHINDUCTOR_CACHE_DIR to a folder that you can write to"))
+                + (what_to_do(str(cause)) or f"Set {folder_variable(cause.filename)} to a folder that you can write to"))
     if isinstance(cause, subprocess.CalledProcessError):  # Triton's compiler, whose words are not caught
         return f"{cause.cmd[0]} failed, and has said why above. Where Python.h is missing, apt install python3-dev"
     advice = what_to_do(str(cause))
     return first_line(cause) + (f". {advice}" if advice else "")
+
+
+def folder_variable(path: str) -> str:
+    """The variable that moves the folder where this file of a compiler was to be kept: Triton has one of its own."""
+    folders = [path, *map(str, Path(path).parents)]
+    of_triton = os.environ.get(TRITON_FOLDER) in folders or ".triton" in Path(path).parts
+    return TRITON_FOLDER if of_triton else CACHE_FOLDER
+
+
+def failure_reason(attempt: Callable[[], object]) -> str | None:
+    """Why an attempt to compile something fails, in a line, with what to do; None where it does not."""
+    try:
+        attempt()
+    except Exception as e:  # a missing or broken tool chain may raise anything
+        return reason(e)
+
+
+def triton_runs_on(device_type: str) -> bool:
+    """Whether our kernels in Triton run on devices of this type. It may be asked at every call: the answer is kept."""
+    return device_type == "cuda" and triton_unavailable_reason() is None
+
+
+@functools.cache
+def triton_unavailable_reason() -> str | None:
+    """Why kernels in Triton do not run on the GPU, with what to do; None where they do. The reason is printed, once."""
+    if why := failure_reason(launch_triton_kernel):
+        print0(f"kernels in Triton cannot be used, PyTorch takes their place, slower: {why}")
+    return why
+
+
+def launch_triton_kernel() -> None:
+    """Launch a kernel that does nothing. That Triton can be imported does not say that it works: at the first launch on a machine
+    it compiles C code of its own, with a C compiler and Python.h, which small containers lack."""
+    import torch
+    import triton
+
+    @triton.jit
+    def nothing(x):
+        pass
+    nothing[1,](torch.empty(1, device="cuda"))
+    torch.cuda.synchronize()
 
 
 def makes_nothing(compiler: str) -> bool:

@@ -15,7 +15,6 @@ from nanochat.kernels.norms import (
     add_norm_backward,
     fused_add_norm,
     fused_mix_norm,
-    kernels_for,
     mix_norm,
     mix_norm_backward,
     rms_norm,
@@ -206,7 +205,6 @@ def test_compiled_it_is_one_graph_and_the_same(backend, mixes):
     assert all(map(torch.equal, outcome(compiled, *case), outcome(fused(mixes), *case)))
 
 
-@pytest.mark.skipif(kernels_for("cuda") is not None and torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_the_feature_leaves_the_model_alone_and_says_so(capsys):
     config = parse_config(FEATURES, ["--fused-rmsnorm", "--device-type=cpu"])
     model = tiny_model()
