@@ -31,6 +31,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from nanochat.runtime.toolchain import triton_runs_on
+
 try:
     import triton
     import triton.language as tl
@@ -50,7 +52,7 @@ class Float8LinearConfig:
     weight_grad_bf16: bool = False  # round the weight gradient of a micro-batch to bf16
     cache_weights: bool = False     # use the weights cast by the last `refresh_weights` instead of casting in every forward
     allow_in_graph: bool = True     # opaque to Dynamo, torch.compile's front end, but not to its back end
-    emulate: bool = False           # multiply the rounded operands in fp32, on GPUs without FP8 tensor cores
+    emulate: bool = False           # multiply the rounded operands in fp32, on GPUs without FP8 tensor cores; CPUs always do
 
     @staticmethod
     def from_recipe_name(recipe: str) -> "Float8LinearConfig":
@@ -89,7 +91,7 @@ def _empty_cast(x: Tensor, dtype: torch.dtype, transpose: bool) -> tuple[Tensor,
 
 def cast_into(x: Tensor, largest: Tensor, q: Tensor, q_t: Tensor, inverse: Tensor) -> None:
     """`fp8_cast` into existing tensors: by the Triton kernel on GPUs with FP8, by the reference elsewhere."""
-    cast = cast_triton if triton and fp8_unavailable_reason(x.device) is None else cast_reference
+    cast = cast_triton if triton_runs_on(x.device.type) and fp8_unavailable_reason(x.device) is None else cast_reference
     cast(x.contiguous(), largest, q, q_t, inverse)
 
 
@@ -130,10 +132,27 @@ if triton:
 
 def scaled_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, out_dtype: torch.dtype,
               fast_accum: bool = False, emulate: bool = False) -> Tensor:
-    """Product of a (m, k) row-major and b (k, n) column-major in FP8, divided by their scales: (m, n) in `out_dtype`."""
-    if emulate:
-        return (a.float() @ b.float() * (inverse_a * inverse_b)).to(out_dtype)
+    """Product of a (m, k) row-major and b (k, n) column-major in FP8, times `inverse_a` and `inverse_b` (1/scale, 0-d fp32):
+    (m, n) in `out_dtype`, summed and scaled in fp32 and rounded once. A CPU always emulates FP8 units."""
+    if emulate or a.device.type == "cpu":
+        return emulated_mm(a, b, inverse_a, inverse_b, out_dtype)
     return torch._scaled_mm(a, b, inverse_a, inverse_b, out_dtype=out_dtype, use_fast_accum=fast_accum)
+
+
+@torch.library.custom_op("nanochat::fp8_emulated_mm", mutates_args=())
+def emulated_mm(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """`scaled_mm` by a product in fp32, into which FP8 numbers and the product of two of them fit exactly: so the result is that
+    of FP8 units but for rounding in fp32. On CPUs with AMX torch._scaled_mm takes a thousand times as long. A product in
+    bf16, as exact in its terms and faster, returns sums that are rounded to bf16 before they are scaled and rounded again.
+
+    An operator opaque to the compiler, which would fuse the last rounding with what follows and leave it out.
+    """
+    return (a.float() @ b.float()).mul_(inverse_a * inverse_b).to(out_dtype)
+
+
+@emulated_mm.register_fake
+def _(a, b, inverse_a, inverse_b, out_dtype):
+    return a.new_empty(a.size(0), b.size(1), dtype=out_dtype)
 
 
 class _Float8Product(torch.autograd.Function):

@@ -207,16 +207,60 @@ def test_what_changes_speed_changes_no_bit_on_a_cpu(config):
         assert torch.equal(a, b)
 
 
-def test_emulated_products_differ_in_the_order_of_summation_alone():
-    plain, x, g = Linear(64, 48), torch.randn(32, 64), torch.randn(32, 48)
-    for a, b in zip(products(fp8_copy(plain), x, g), products(fp8_copy(plain, emulate=True), x, g), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+def scaled_mm_of_torch(a, b, inverse_a, inverse_b, out_dtype, fast_accum=False, emulate=False):
+    """`scaled_mm` as on GPUs with FP8 units. Torch can do it on CPUs too; on some of them it takes very long."""
+    return torch._scaled_mm(a, b, inverse_a, inverse_b, out_dtype=out_dtype, use_fast_accum=fast_accum)
+
+
+def all_numbers(dtype: torch.dtype) -> torch.Tensor:
+    """The 256 codes of a format, with 0 for those that are infinite or NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return torch.where(codes.view(dtype).float().isfinite(), codes, 0).view(dtype)
+
+
+FORMATS = pytest.mark.parametrize("a_dtype, b_dtype", [(E4M3, E4M3), (E5M2, E4M3)], ids=["e4m3", "e5m2"])
+
+
+@FORMATS
+@settings(max_examples=40)
+@given(m=sixteens, k=sixteens, n=sixteens, seed=st.integers(0, 2**20), out_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+       powers=st.tuples(st.floats(-14, 14), st.floats(-14, 14)))
+def test_emulated_products_differ_from_those_of_torch_by_rounding_alone(a_dtype, b_dtype, m, k, n, seed, out_dtype, powers):
+    """Both are within the errors of fp32 and one rounding to the dtype of the output. Each of the k terms of a sum goes through
+    at most k - 1 additions, and through three more roundings: of the product of the scales or of the scaled operands, and of
+    their product. (For scales that bring nothing near the limits of fp32.)"""
+    random = torch.Generator().manual_seed(seed)
+    a, b = (all_numbers(dtype).view(torch.uint8)[torch.randint(256, size, generator=random)].view(dtype)
+            for dtype, size in ((a_dtype, (m, k)), (b_dtype, (n, k))))
+    inverse_a, inverse_b = (torch.tensor(10.0**power) for power in powers)
+    scale = inverse_a.double() * inverse_b.double()
+    exact, magnitude = (x @ y.t() * scale for x, y in ((a.double(), b.double()), (a.double().abs(), b.double().abs())))
+    roundings = (k + 2) * 2.0**-24
+    bound = roundings / (1 - roundings) * magnitude
+    if out_dtype == torch.bfloat16:
+        bound = bound + 2.0**-8 * (exact.abs() + bound)
+    for function in (scaled_mm, scaled_mm_of_torch):
+        got = function(a, b.t(), inverse_a, inverse_b, out_dtype)
+        assert got.shape == (m, n) and got.dtype == out_dtype
+        assert ((got.double() - exact).abs() <= bound).all(), function.__name__
+
+
+@FORMATS
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_emulated_products_of_all_numbers(a_dtype, b_dtype, out_dtype):
+    """The products of any two numbers, from the smallest subnormals to the largest (57 344 and 448), have at most seven bits:
+    they are exact, and stay so when scaled by powers of two, in bf16 too."""
+    a, b = (torch.zeros(256, 16).to(dtype) for dtype in (a_dtype, b_dtype))
+    a[:, 0], b[:, 0] = all_numbers(a_dtype), all_numbers(b_dtype)
+    got = scaled_mm(a, b.t(), torch.tensor(2.0**-20), torch.tensor(2.0**7), out_dtype)
+    assert torch.equal(got.double(), a.double() @ b.double().t() * 2.0**-13) and got.dtype == out_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_same_bits_as_torchao(dtype):
-    """Tensorwise, with torchao's weight gradient, which is rounded to the dtype of x."""
+def test_the_same_bits_as_torchao(dtype, monkeypatch):
+    """Tensorwise, with torchao's weight gradient, which is rounded to the dtype of x, and the product that it uses."""
     torchao = pytest.importorskip("torchao.float8")
+    monkeypatch.setattr(fp8, "scaled_mm", scaled_mm_of_torch)
     for seed in range(4):
         torch.manual_seed(seed)
         ours, theirs = (torch.nn.Sequential(Linear(64, 96)) for _ in range(2))
@@ -234,32 +278,41 @@ def test_the_same_bits_as_torchao(dtype):
 
 # --- what the hardware wants ----------------------------------------------------------------------------------------
 
-class Products(TorchDispatchMode):
-    """Notes sizes, strides and dtypes of the operands of every scaled product."""
+class ScaledProducts(TorchDispatchMode):
+    """Notes dtype of the output and use of fast accumulation in every call of torch's scaled product."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.options = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._scaled_mm.default:
-            self.seen.append(([(t.shape, t.stride(), t.dtype) for t in args[:4]], kwargs))
+            self.options.append((*args, False)[6:8])  # the last is left out where it is False
         return function(*args, **(kwargs or {}))
 
 
-def test_operands_have_the_layout_that_a_gpu_wants():
+def test_operands_have_the_layout_that_a_gpu_wants(monkeypatch):
     """Fake CUDA tensors of the same layout pass torch's own checks of the CUDA product; others do not."""
-    for config in (CACHED, Float8LinearConfig(weight_grad_bf16=True)):
+    calls = []
+
+    def noting(a, b, inverse_a, inverse_b, *options, **named):
+        calls.append((a, b, inverse_a, inverse_b, options, named))
+        return scaled_mm(a, b, inverse_a, inverse_b, *options, **named)
+    monkeypatch.setattr(fp8, "scaled_mm", noting)
+    for config, dw in ((CACHED, torch.float32), (Float8LinearConfig(fast_accum=True, weight_grad_bf16=True), torch.bfloat16)):
+        calls.clear()
         layer = fp8_linear(64, 96, config)
-        with Products() as noted:
-            products(layer, torch.randn(2, 16, 64).bfloat16(), torch.randn(2, 16, 96).bfloat16())
-        with torch.no_grad(), noted:
+        products(layer, torch.randn(2, 16, 64).bfloat16(), torch.randn(2, 16, 96).bfloat16())
+        with torch.no_grad():
             layer(torch.randn(3, 64).bfloat16())
-        assert len(noted.seen) == 4
-        with FakeTensorMode():
-            for operands, options in noted.seen:
-                fake = [torch.empty_strided(size, stride, dtype=dtype, device="cuda") for size, stride, dtype in operands]
-                torch._scaled_mm(*fake, **options)
+        with FakeTensorMode(), ScaledProducts() as seen:
+            for *operands, options, named in calls:
+                fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in operands]
+                product = scaled_mm(*fake, *options, **named)
+                emulated = scaled_mm(*fake, product.dtype, emulate=True)
+                assert (emulated.shape, emulated.dtype, emulated.device) == (product.shape, product.dtype, product.device)
+        y = torch.bfloat16, config.fast_accum  # with gradients, and without
+        assert seen.options == [y, (torch.bfloat16, False), (dw, False), y]
     with FakeTensorMode():
         one = torch.ones((), device="cuda")
         for size, stride, size_b, stride_b, complaint in (
@@ -403,6 +456,14 @@ def test_compiled_by_inductor_it_follows_eager():
     exact = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
     with torch._inductor.config.patch(emulate_precision_casts=True):
         steps_agree("inductor", 2, same_bits if exact else close)
+
+
+def test_compiled_by_inductor_an_output_is_rounded_before_it_is_used():
+    """As one that comes from FP8 units. The compiler leaves out roundings that it sees."""
+    torch._dynamo.reset()
+    layer, x = fp8_linear(64, 96, CACHED), torch.randn(16, 64).bfloat16()
+    compiled = torch.compile(lambda x: layer(x).float(), fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(x), layer(x).float())
 
 
 # --- a model --------------------------------------------------------------------------------------------------------

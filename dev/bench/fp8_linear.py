@@ -27,8 +27,8 @@ PRESETS = {  # depth, head_dim, vocabulary, tokens of a micro-batch
     "gpu-d24": (24, 128, 32768, 16384), "gpu-d26": (26, 128, 32768, 16384),
 }
 # Memory bandwidth in bytes/s by a card's whole name (nanochat/runtime/nvidia.py), from NVIDIA's datasheets.
-BANDWIDTH = {"B200": 8e12, "GH200 144G HBM3e": 4.9e12, "H200": 4.8e12, "H200 NVL": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12,
-             "H100 80GB HBM3": 3.35e12, "L40S": 864e9, "L40": 864e9, "L4": 300e9, "GeForce RTX 5090": 1792e9,
+BANDWIDTH = {"B200": 8e12, "GH200 144G HBM3e": 4.9e12, "H200": 4.8e12, "H200 NVL": 4.8e12, "H100 NVL": 3.9e12,
+             "H100 PCIe": 2.0e12, "H100 80GB HBM3": 3.35e12, "L40S": 864e9, "L40": 864e9, "L4": 300e9, "GeForce RTX 5090": 1792e9,
              "GeForce RTX 4090": 1008e9, "GeForce RTX 4080": 717e9}
 CALLS = ("forward", "forward_backward")
 

@@ -21,7 +21,7 @@ KERNELS = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in 
     ("muon", rf"^{UPDATE}muon$"),
     ("adamw", rf"^{UPDATE}adamw$"),
     ("gemms", r"^aten::(_scaled_|_int_)?(add)?mm(_|\.|$)|^aten::(linear|mkldnn_linear)|^mkldnn::|^onednn::|^mkl::"
-              r"|^nanochat::(add_)?weight_gradient$"),
+              r"|^nanochat::((add_)?weight_gradient|fp8_emulated_mm)$"),
     ("loss", r"log_?softmax|softmax_online|nll|loss|cross_?entropy|softcap|tanh|logit"),
     ("attention", r"softmax|attention|attn|flash|fmha|sdpa?_|bmm|masked_fill"),
     ("gemms", r"gemm|nvjet|xmma|cutlass|^triton_tem_|splitkreduce"),

@@ -250,9 +250,9 @@ def fp8_flag_unavailable_reason(device_type: str, emulate: bool) -> str | None:
 
 
 def convert(model, names: list[str], flags: Fp8Flags, device) -> None:
-    """Replace the layers of these names by FP8 layers of the backend. A GPU without FP8 units multiplies in fp32."""
+    """Replace the layers of these names by FP8 layers of the backend. A device without FP8 units multiplies in fp32."""
     from nanochat import fp8
-    emulate = device.type == "cuda" and fp8.fp8_unavailable_reason(device) is not None
+    emulate = fp8.fp8_unavailable_reason(device) is not None
     if flags.fp8_backend == "custom":
         config = replace(fp8.Float8LinearConfig.from_recipe_name(flags.fp8_recipe), fast_accum=flags.fp8_fast_accum,
                          weight_grad_bf16=flags.fp8_weight_grad_bf16, cache_weights=True,
