@@ -220,7 +220,8 @@ def backend_unavailable_reason(name: str, windowed: bool, device_type: str, dtyp
                 results.append([x.float() for x in (y, *torch.autograd.grad(y, inputs, grad.to(y.dtype)))])
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
     except Exception as e:  # a kernel on an unsupported device may raise anything
-        return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else 'no message'}"
+        said = str(e).strip().splitlines()[0][:160] if str(e).strip() else "no message"
+        return said if type(e) is RuntimeError else f"{type(e).__name__}: {said}"
     return None if error < 0.03 else f"ran, but its results are wrong (relative error {error:.2g})"
 
 
@@ -289,11 +290,12 @@ def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
 class Attention:
     """The attention function of one model: `attention(q, k, v, window) -> (B, T, H, D)`, with all backends chosen.
 
-    T may differ from the `seq_len` it was made for; an unknown window uses `blocks`. `str()` is a line for the log.
+    T may differ from the `seq_len` it was made for; an unknown window uses `blocks`. `str()` is for the log.
+    passed_over: candidates that do not work here -> the reason.
     """
 
-    def __init__(self, choices: dict[int, Choice], windows: list[int], seq_len: int):
-        self.choices, self.windows, self.seq_len = choices, windows, seq_len
+    def __init__(self, choices: dict[int, Choice], windows: list[int], seq_len: int, passed_over: dict[str, str]):
+        self.choices, self.windows, self.seq_len, self.passed_over = choices, windows, seq_len, passed_over
         self.functions = {window: BACKENDS[choice.name][0]() for window, choice in choices.items()}
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -316,7 +318,11 @@ class Attention:
         return {_in_words(window): choice._asdict() for window, choice in self.choices.items()}
 
     def __str__(self) -> str:
-        return "attention: " + "; ".join(f"{_in_words(window)}: {self.choices[window]}" for window in self.windows)
+        chosen = "; ".join(f"{_in_words(window)}: {self.choices[window]}" for window in self.windows)
+        names: dict[str, list[str]] = {}  # by reason
+        for name, reason in self.passed_over.items():
+            names.setdefault(reason, []).append(name)
+        return f"attention: {chosen}" + "".join(f"\n  not {' or '.join(of)}: {reason}" for reason, of in names.items())
 
 
 def _in_words(window: int) -> str:
@@ -340,7 +346,10 @@ def make_attention(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
             choices[w] = Choice(name, "as before the resume", {})
         else:
             choices[w] = choose_backend(device, dtype, head_dim, seq_len, w, **problem)
-    return Attention(choices, distinct, seq_len)
+    tried = {name: backend_unavailable_reason(name, w >= 0, kind, dtype, head_dim)
+             for w, choice in choices.items() if choice.reason != "--attention-backend"
+             for name in _candidates(kind, dtype, seq_len, w)}
+    return Attention(choices, distinct, seq_len, {name: reason for name, reason in tried.items() if reason})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -113,9 +113,9 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
         q, k = (self.kernels.rotary_norm(x, cos, sin, QK_SCALE) for x in (q, k))
         k_cache, v_cache, length = cache or (None, None, 0)
-        if cache and length == 0:
-            k_cache[:, :T], v_cache[:, :T] = k, v
-        if length == 0:
+        if length == 0:  # training, or the beginning of a text: there are no earlier keys
+            if cache:
+                k_cache[:, :T], v_cache[:, :T] = k, v
             y = self.kernels.attention(q, k, v, window)
         else:
             y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=length,

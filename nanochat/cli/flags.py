@@ -105,6 +105,8 @@ class _Parser(argparse.ArgumentParser):
         for word in argv:
             is_value = takes_value and word.startswith("-") and word.split("=")[0] not in flags
             takes_value = not is_value and word in flags and flags[word].nargs != 0
+            if word.endswith("=--") and word[:-3] in flags:  # argparse would take the value for its end of flags, and drop it
+                word = f"{word[:-2]}{TAKEN}--"
             words.append(TAKEN + word if is_value else word)
         return words
 

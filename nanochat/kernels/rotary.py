@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 from nanochat.kernels.norms import EPS, rms_norm
-from nanochat.runtime.tuner import Choice, Tuner, settled
+from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
 
 MULTIPLE = 32       # features of a head must be a multiple of this: two halves of whole vectors
 MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
@@ -124,7 +124,7 @@ def choose_rotary_norm(rows: int, seq_len: int, heads: int, cos: Tensor, sin: Te
     """
     device, dtype, head_dim = cos.device, cos.dtype, 2 * cos.size(-1)
     why_not = unavailable_reason(dtype, device.type, head_dim)
-    if choice := settled("--rotary-norm", wanted, "torch", "cpp", why_not, recorded):
+    if choice := untimed_choice("--rotary-norm", wanted, "torch", "cpp", why_not, recorded):
         return choice
     in_use, rows = rows, min(rows, max(1, MOST_TIMED // seq_len))
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change

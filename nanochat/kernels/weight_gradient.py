@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
-from nanochat.runtime.tuner import Choice, Tuner, settled
+from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
 
 ROWS, COLUMNS = 16, 32  # the kernel takes multiples of these
 MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
@@ -86,7 +86,7 @@ def choose_weight_gradient(weights: Iterable[Tensor], tokens: int, dtype: torch.
     shapes = {tuple(w.shape) for w in weights if fits(w)}  # each is timed once: large layers weigh most, as in a step
     device = next((w.device for w in weights), torch.device("cpu"))
     why_not = unavailable_reason(dtype, device.type) or (None if shapes else "no layer has a size that the kernel takes")
-    if choice := settled("--weight-gradient", wanted, "torch", "brgemm", why_not, recorded):
+    if choice := untimed_choice("--weight-gradient", wanted, "torch", "brgemm", why_not, recorded):
         return choice
     functions = {"torch": weight_gradient_reference, "brgemm": weight_gradient_cpp}
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change

@@ -92,7 +92,7 @@ class Tuner:
             pass
 
 
-def settled(flag: str, wanted: str, plain: str, fast: str, why_not: str | None, recorded: str | None) -> Choice | None:
+def untimed_choice(flag: str, wanted: str, plain: str, fast: str, why_not: str | None, recorded: str | None) -> Choice | None:
     """The choice between `plain`, which always works, and `fast` where it needs no measurement; None where it does.
 
     flag: the option that says which, `wanted` its value (`auto`, plain or fast).   why_not: the reason why `fast` does not work

@@ -60,6 +60,7 @@ def refusal(*argv, groups=(Words,)) -> str:
     (["--prompt", "--not-a-flag", "--depth", "7"], dict(prompt=["--not-a-flag"], depth=7)),
     (["--prompt", "--not=a", "more", "- words"], dict(prompt=["--not=a", "more", "- words"])),
     (["-p", "--"], dict(prompt=["--"])),
+    (["--prompt=--", "-p=--"], dict(prompt=["--", "--"])),
     (["-p", "-"], dict(prompt=["-"])),
     (["-p=-x", "--name=--fast"], dict(prompt=["-x"], name="--fast")),
     (["-p", "-x", "-p", "-y"], dict(prompt=["-x", "-y"])),

@@ -126,7 +126,7 @@ def test_in_a_model_loss_and_gradients_are_those_of_pytorch():
     assert 0 < distance["cpp"] < 2 * distance["torch"]
 
 
-def test_a_wish_that_cannot_be_met_is_one_line():
+def test_a_choice_that_does_not_work_is_refused_in_one_line():
     _, _, cos, sin = problem(1, 4, 1, 32)
     with pytest.raises(UserError, match="--rotary-norm cpp cannot be used here: .*float32"):
         choose_rotary_norm(1, 4, 1, cos.float(), sin.float(), QK_SCALE, compiled=False, wanted="cpp")

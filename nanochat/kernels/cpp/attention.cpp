@@ -191,16 +191,6 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 
-struct Gradients {
-    bf16 *q, *k, *v;
-};
-
-inline void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf16* y, int64_t stride) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t d = 0; d < D; d += LANES)
-            store(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
-}
-
 // WANT_KV: dK and dV of the key blocks; `query_blocks` must be all that see them. WANT_Q: dQ of the query blocks; `key_blocks`
 // must be all that they see.
 template <bool WANT_KV, bool WANT_Q>

@@ -156,10 +156,6 @@ void forward_blocks(const Problem& p, int64_t b, int64_t kv_head, Range query_bl
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. With y = P V and delta = sum of dY * Y over the features: dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 
-struct Gradients {
-    bf16 *q, *k, *v;
-};
-
 struct Rectangle {  // of scores and what is made of them; from a row to the next: `pitch`
     float *S, *dP;
     bf16 *P, *dS;
@@ -199,12 +195,6 @@ inline void square_of_zeros(const Rectangle& x, int64_t row, int64_t column) {
         if (WANT_Q && r % 2 == 0)
             memset(x.dS_interleaved + (row + r) / 2 * Rectangle::pitch + column, 0, BLOCK * sizeof(pair));
     }
-}
-
-void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf16* y, int64_t stride) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t d = 0; d < D; d += LANES)
-            store(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
 }
 
 // WANT_KV: dK and dV of a range of key units, of 128 keys; `query_units`, of 256 queries, must have all that see them. WANT_Q: dQ

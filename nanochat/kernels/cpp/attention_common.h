@@ -58,6 +58,17 @@ struct Mask {
 
 inline Range block(int64_t i) { return {i * BLOCK, (i + 1) * BLOCK}; }
 
+struct Gradients {
+    bf16 *q, *k, *v;
+};
+
+// y = x * factor, rows of D: fp32 to bf16.
+inline void store_rows(const float* x, int64_t rows, int64_t D, float factor, bf16* y, int64_t stride) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < D; d += LANES)
+            store(y + r * stride + d, _mm512_mul_ps(_mm512_loadu_ps(x + r * D + d), _mm512_set1_ps(factor)));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 
