@@ -13,9 +13,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
-from nanochat.runtime.tuner import Choice, Tuner
-
-MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
+from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner
 
 
 @torch.library.custom_op("nanochat::embedding_gradient", mutates_args=())
@@ -73,7 +71,7 @@ def choose_embedding_gradient(tables: list[Embedding], tokens: int, tuner: Tuner
     if not table.is_cpu or table.dtype != torch.bfloat16 or cpp_unavailable_reason("embedding"):
         return Choice("torch", "the only one that works", {})
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
-    in_use, tokens = tokens, min(tokens, MOST_TIMED)
+    in_use, tokens = tokens, min(tokens, MOST_TOKENS)
     grad = torch.randn(tokens, table.size(1), generator=random).bfloat16()
     idx = torch.randint(len(table), (tokens,), generator=random)
     choice = (tuner or Tuner(table.device, folder=None)).choose(

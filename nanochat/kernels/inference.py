@@ -19,9 +19,8 @@ from nanochat.kernels.cross_entropy import ChunkedCrossEntropy
 from nanochat.kernels.linear import Linear
 from nanochat.kernels.norms import EPS
 from nanochat.kernels.rotary import MULTIPLE, rotary_norm_cpp
-from nanochat.runtime.tuner import Choice, Tuner
+from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner
 
-MOST_TIMED = 4096  # tokens: of a larger batch a part is timed
 MOST_VECTORS = 4   # that `matvec_cpp` takes at once
 
 
@@ -32,7 +31,7 @@ def use_inference_kernels(model, tokens: int, tuner: Tuner | None = None) -> Cho
     if device.type != "cpu" or model.compute_dtype != torch.bfloat16 or cpp_unavailable_reason("elementwise"):
         return Choice("torch", "the only one that works", {})
     fast = {"norm": norm_cpp, "mix_norm": mix_norm_cpp, "add_norm": add_norm_cpp, "relu_square": relu_square_cpp}
-    plain, one, tokens = {name: getattr(kernels, name) for name in fast}, torch.ones(()), min(tokens, MOST_TIMED)
+    plain, one, tokens = {name: getattr(kernels, name) for name in fast}, torch.ones(()), min(tokens, MOST_TOKENS)
 
     def passes_of_a_block(functions):
         def make():

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
 from nanochat.kernels.norms import EPS, rms_norm
-from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
+from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner, untimed_choice
 
 MULTIPLE = 32       # features of a head must be a multiple of this: two halves of whole vectors
-MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -126,7 +125,7 @@ def choose_rotary_norm(rows: int, seq_len: int, heads: int, cos: Tensor, sin: Te
     why_not = unavailable_reason(dtype, device.type, head_dim)
     if choice := untimed_choice("--rotary-norm", wanted, "torch", "cpp", why_not, recorded):
         return choice
-    in_use, rows = rows, min(rows, max(1, MOST_TIMED // seq_len))
+    in_use, rows = rows, min(rows, max(1, MOST_TOKENS // seq_len))
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
     functions = {"torch": torch.compile(rotary_norm, dynamic=False) if compiled else rotary_norm, "cpp": rotary_norm_cpp}
 

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
-from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
+from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner, untimed_choice
 
 ROWS, COLUMNS = 16, 32  # the kernel takes multiples of these
-MOST_TIMED = 2**14  # tokens: of a larger micro-batch a part is timed
 
 
 def weight_gradient_reference(g: Tensor, x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def choose_weight_gradient(weights: Iterable[Tensor], tokens: int, dtype: torch.
     functions = {"torch": weight_gradient_reference, "brgemm": weight_gradient_cpp}
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
 
-    in_use, tokens = tokens, min(tokens, MOST_TIMED)
+    in_use, tokens = tokens, min(tokens, MOST_TOKENS)
 
     def all_shapes(function):
         def make():

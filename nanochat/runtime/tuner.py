@@ -26,6 +26,7 @@ ROUNDS = 3, 15      # at least and at most
 SHORT = 0.002       # seconds: shorter calls are timed several at once
 NEGLIGIBLE = 0.0005  # seconds of the whole problem: below, the first candidate is taken, as the choice would be noise
 TIE = 0.03          # a candidate has to be this much faster than those before it: noise must not decide
+MOST_TOKENS = 2**14  # of a larger micro-batch a part is timed
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 
