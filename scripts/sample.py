@@ -4,6 +4,7 @@ Without `-p` the prompt is read from standard input. A single sample is streamed
 """
 
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from nanochat.cli.flags import LARGEST_SEED, flag, parse
@@ -22,9 +23,10 @@ class ModelFlags(DeviceFlags):
         from nanochat.checkpoint_manager import load_model
         from nanochat.engine import prepare_for_inference
         from nanochat.runtime.device import init_device
-        device, ranks = init_device(self.device_type)
-        model, tokenizer, state = load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype)
-        prepare_for_inference(model, state.get("numerics_environment", {}).get("attention"))
+        with redirect_stdout(sys.stderr):  # what devices and kernels have to say is no part of a text
+            device, ranks = init_device(self.device_type)
+            model, tokenizer, state = load_model("base", device, "eval", self.model_tag, self.step, dtype=self.dtype)
+            prepare_for_inference(model, state.get("numerics_environment", {}).get("attention"))
         return model, tokenizer, state, ranks
 
 
