@@ -28,5 +28,29 @@ def base(tmp_path_factory):
     os.environ["NANOCHAT_BASE_DIR"] = before
 
 
+@pytest.fixture(scope="session")
+def device():
+    """Where the numbers of a kernel are tested: the GPU, if there is one, else the CPU. `pytest -m device` runs the tests that ask
+    for it, and so proves the kernels of a machine."""
+    import torch
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def large_device(device):
+    """A GPU with 40 GB, for tensors of more than 2^31 elements."""
+    import torch
+    if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 40e9:
+        pytest.skip("needs a GPU with 40 GB")
+    yield device
+    torch.cuda.empty_cache()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(os.environ["NANOCHAT_BASE_DIR"], ignore_errors=True)
