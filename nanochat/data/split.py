@@ -61,6 +61,8 @@ def split_documents(texts: Iterable[str], counts: Counts | None = None) -> Itera
                 split.holding = False
                 yield from held
                 held.clear()
+    if not split.holding:
+        return
     if split.enough:
         yield from held
     elif documents:

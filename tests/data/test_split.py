@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from nanochat.common import UserError
 from nanochat.data import split as splitting
@@ -63,6 +63,7 @@ def test_any_lengths(documents):
 
 
 @settings(max_examples=100)
+@example([text_of(1, 309, "lines"), text_of(0, 9, "lines"), "word " * 961, "word " * 1305, text_of(1, 309, "lines")])
 @given(st.lists(st.one_of(REPEATS, st.integers(0, 5).map(lambda i: text_of(i, 300 * i + 9, "lines"))), min_size=1, max_size=30))
 def test_copies_and_text_that_repeats_itself(texts):
     """Validation has its share all the same. No document of it is trained on, but for such as others consist of."""
