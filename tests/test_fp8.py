@@ -1,4 +1,4 @@
-"""FP8: the arithmetic against an independent reference, layouts, compilation, and the feature in real runs, all on a CPU."""
+"""FP8: the arithmetic against an independent reference, layouts, compilation, and the feature in real runs."""
 
 import copy
 import json
@@ -6,12 +6,15 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch._functorch.aot_autograd import aot_function, make_boxed_compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,14 +27,17 @@ from nanochat.fp8 import (
     E5M2,
     Float8Linear,
     Float8LinearConfig,
+    cast_reference,
     convert_to_float8_training,
+    emulated_mm,
     fp8_cast,
     fp8_unavailable_reason,
     largest_magnitude,
+    largest_to_square,
     refresh_weights,
     scaled_mm,
 )
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT, Linear, relu_square
 from nanochat.recipe.shape import GPTConfig, shape_of_depth
 from nanochat.runtime.compilation import CompiledModel
 from nanochat.training.build import build_run
@@ -40,9 +46,9 @@ from nanochat.training.loop import close, fit
 from nanochat.training.records import read_metrics
 from processes import compile_with
 from test_gpt import TINY, batch, tiny_model
-from triton_kernels import compiled_for_hopper, interpreted
+from triton_kernels import compiled_for, interpreted
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 PLAIN, CACHED = Float8LinearConfig(), Float8LinearConfig(cache_weights=True)
 
 
@@ -70,7 +76,7 @@ def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 def quantized(x: torch.Tensor, dtype: torch.dtype) -> tuple[np.ndarray, float]:
     """x scaled in fp32 and rounded, and 1/scale, as float64."""
-    x = x.detach().float().numpy()
+    x = x.detach().cpu().float().numpy()
     scale = np.float32(GRIDS[dtype][-1]) / np.float32(max(np.abs(x).max(), 1e-20))
     return rounded((x * scale).astype(np.float64), dtype), float(np.float32(1) / scale)
 
@@ -82,8 +88,13 @@ def reference(x, w, g):
     return [(a @ b * s, np.abs(a) @ np.abs(b) * s) for a, b, s in pairs]
 
 
-def fp8_linear(inputs, outputs, config=PLAIN):
-    layer = Float8Linear.from_float(Linear(inputs, outputs), config)
+def lacks_fp8(device):
+    """Whether it is a GPU that has to be told to emulate, as a CPU does by itself."""
+    return device.type == "cuda" and fp8_unavailable_reason(device) is not None
+
+
+def fp8_linear(inputs, outputs, config=PLAIN, device=CPU):
+    layer = Float8Linear.from_float(Linear(inputs, outputs).to(device), replace(config, emulate=lacks_fp8(device)))
     if config.cache_weights:
         refresh_weights([layer])
     return layer
@@ -96,13 +107,19 @@ def products(layer, x, g):
     return y.detach(), *torch.autograd.grad(y, (x, layer.weight), g)
 
 
+# By how much a sum may be off, as a share of the sum of magnitudes. FP8 tensor cores align the 32 products of a step with the
+# largest and drop what lies more than 13 bits below it (arXiv 2412.19437, section 3.3.2): 33 times 2^-13 of it at most.
+SUM_ERROR = {"cpu": 1e-5, "cuda": 2.0**-7}
+
+
 def assert_close_to_reference(layer, x, g):
-    out = products(layer, x, g)
+    device = layer.weight.device
+    out = products(layer, x.to(device), g.to(device))
     wanted = reference(x.reshape(-1, x.size(-1)), layer.weight, g.reshape(-1, g.size(-1)))
     for got, (exact, magnitude) in zip(out, wanted, strict=True):
         unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-24
-        error = np.abs(got.double().numpy().reshape(exact.shape) - exact)
-        assert (error <= unit * np.abs(exact) + 1e-5 * magnitude + 1e-37).all()
+        error = np.abs(got.double().cpu().numpy().reshape(exact.shape) - exact)
+        assert (error <= unit * np.abs(exact) + SUM_ERROR[device.type] * magnitude + 1e-37).all()
 
 
 def of_numbers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,16 +127,47 @@ def of_numbers(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_a_cast_rounds_to_the_nearest_number_and_transposes(dtype):
+def test_a_cast_rounds_to_the_nearest_number_and_transposes(device, dtype):
     values = torch.tensor(GRIDS[dtype])
     between = (values[1:] + values[:-1]) / 2  # ties
     x = torch.cat([values, between, between * 1.001, between * 0.999, torch.randn(4000).double() * 30])
     x = torch.cat([x, -x]).float()
     x = torch.nn.functional.pad(x, (0, -len(x) % 16)).view(16, -1)
-    q, q_t, inverse = of_numbers(x, dtype)
+    q, q_t, inverse = of_numbers(x.to(device), dtype)
     expected, inverse_expected = quantized(x, dtype)
-    assert np.array_equal(q.double().numpy(), expected) and inverse.item() == inverse_expected
+    assert np.array_equal(q.double().cpu().numpy(), expected) and inverse.item() == inverse_expected
     assert torch.equal(q_t.view(torch.uint8), q.view(torch.uint8).t()) and q_t.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cast_of_a_square_rounds_it_to_the_dtype_first(device, dtype):
+    torch.manual_seed(0)
+    h = torch.randn(144, 272).to(dtype)
+    q, q_t, inverse = fp8_cast(h.to(device), largest_to_square(h.to(device)), E4M3, True, True)
+    expected, inverse_expected = quantized(h.double().clamp_min(0).square().to(dtype), E4M3)  # of 24 bits, exact in float64
+    assert np.array_equal(q.double().cpu().numpy(), expected) and inverse.item() == inverse_expected
+    assert torch.equal(q_t.view(torch.uint8), q.view(torch.uint8).t())
+
+
+def check_both_ends(device, rows, columns):
+    """A cast of many numbers: the first and last rows of the cast, and of its transpose, are those of the reference."""
+    x = torch.empty(rows, columns, dtype=torch.bfloat16, device=device).normal_()
+    x, largest = x.clamp_(-6, 6), torch.tensor(6.0, device=device)  # known without a search for it
+    q, q_t, inverse = fp8_cast(x, largest, E4M3, True)
+    row_ends, column_ends = (torch.tensor([0, 1, n - 2, n - 1], device=device) for n in (rows, columns))
+    for part, got in ((x[row_ends], q.view(torch.uint8)[row_ends]),
+                      (x[:, column_ends].t().contiguous(), q_t.view(torch.uint8)[column_ends])):
+        expected, empty, inverse_expected = torch.empty(part.shape, dtype=E4M3, device=device), x.new_empty(0), inverse.clone()
+        cast_reference(part, largest, expected, empty, inverse_expected)
+        assert torch.equal(got, expected.view(torch.uint8)) and torch.equal(inverse, inverse_expected)
+
+
+def test_the_first_and_the_last_numbers(device):
+    check_both_ends(device, 144, 272)
+
+
+def test_more_numbers_than_32_bits_count(large_device):
+    check_both_ends(large_device, 2**31 // 32768 + 16, 32768)
 
 
 sixteens = st.integers(1, 5).map(lambda n: 16 * n)
@@ -127,9 +175,9 @@ sixteens = st.integers(1, 5).map(lambda n: 16 * n)
 
 @settings(max_examples=40)
 @given(m=sixteens, k=sixteens, n=sixteens, seed=st.integers(0, 2**20), wide=st.booleans(), spread=st.floats(-12, 12))
-def test_products_match_the_reference(m, k, n, seed, wide, spread):
+def test_products_match_the_reference(device, m, k, n, seed, wide, spread):
     torch.manual_seed(seed)
-    layer = fp8_linear(k, n)
+    layer = fp8_linear(k, n, device=device)
     dtype = torch.float32 if wide else torch.bfloat16
     assert_close_to_reference(layer, (torch.randn(m, k) * 10**spread).to(dtype), (torch.randn(m, n) * 10**-spread).to(dtype))
 
@@ -145,20 +193,20 @@ def odd_tensors():
 
 
 @pytest.mark.parametrize("name", odd_tensors())
-def test_odd_inputs_and_gradients(name):
+def test_odd_inputs_and_gradients(device, name):
     odd = odd_tensors()[name]
-    layer = fp8_linear(48, 48)
+    layer = fp8_linear(48, 48, device=device)
     normal = torch.randn(odd.shape)
     assert_close_to_reference(layer, odd, normal)
     assert_close_to_reference(layer, normal, odd)
 
 
-def test_errors_are_those_that_rounding_predicts():
+def test_errors_are_those_that_rounding_predicts(device):
     """Relative to exact products. A value m 2^e, m in [1, 2), is rounded by up to half of a step 2^e/8 (e4m3): in the root
     mean square 2^-4/sqrt(3) of 2^e. With mantissas log-uniform, the mean of m^2 is 1.5/ln 2: 0.0245 of the value; e5m2 has
     twice the step. Errors of the two operands add up as squares. Subnormals add a little."""
     torch.manual_seed(0)
-    layer, x, g = fp8_linear(256, 256), torch.randn(256, 256), torch.randn(256, 256) * 1e-5
+    layer, (x, g) = fp8_linear(256, 256, device=device), (scale * torch.randn(256, 256).to(device) for scale in (1, 1e-5))
     torch.nn.init.normal_(layer.weight)
     e4m3 = 2**-4 / math.sqrt(3) / math.sqrt(1.5 / math.log(2))
     exact = x.double() @ layer.weight.double().T, g.double() @ layer.weight.double(), g.double().T @ x.double()
@@ -167,14 +215,13 @@ def test_errors_are_those_that_rounding_predicts():
         assert 0.9 < ((got - true).norm() / true.norm()).item() / error < 1.15
 
 
-def test_nothing_overflows_and_nothing_is_hidden():
-    layer = fp8_linear(32, 32)
+def test_nothing_overflows_and_nothing_is_hidden(device):
+    layer, x, g = fp8_linear(32, 32, device=device), torch.randn(16, 32).to(device), torch.randn(16, 32).to(device)
     for scale in (0.0, 1e-30, 1e-12, 1e30):  # of a gradient
-        assert all(t.isfinite().all() for t in products(layer, torch.randn(16, 32), scale * torch.randn(16, 32)))
+        assert all(t.isfinite().all() for t in products(layer, x, scale * g))
     for bad in (math.nan, math.inf):
-        g = torch.randn(16, 32)
         g[2, 3] = bad
-        _, dx, dw = products(layer, torch.randn(16, 32), g)
+        _, dx, dw = products(layer, x, g)
         assert not dx.isfinite().all() and not dw.isfinite().all()
 
 
@@ -207,6 +254,41 @@ def test_what_changes_speed_changes_no_bit_on_a_cpu(config):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["random", "negative", "zeros", "nan", "inf", "large"])
+def test_a_joined_relu_square_is_the_separate_one_bit_for_bit(device, dtype, kind):
+    """Output and both gradients, and the output without gradients."""
+    torch.manual_seed(3)
+    plain = Linear(64, 96).to(device)
+    joined, separate = (fp8_copy(plain, joins_relu_square=join, emulate=lacks_fp8(device)) for join in (True, False))
+    h, g = torch.randn(2, 16, 64), torch.randn(2, 16, 96, device=device).to(dtype)
+    h = {"negative": -h.abs(), "zeros": 0 * h, "large": 1e15 * h}.get(kind, h)
+    if kind in ("nan", "inf"):
+        h[1, 2, 3] = float(kind)
+    h = h.to(device, dtype).requires_grad_()
+    outputs = joined(h), separate(relu_square(h))
+    grads = [torch.autograd.grad(y, (h, layer.weight), g) for y, layer in zip(outputs, (joined, separate), strict=True)]
+    with torch.no_grad():
+        outputs += joined(h), separate(relu_square(h))
+    for a, b in ((outputs[0], outputs[1]), (outputs[2], outputs[3]), *zip(*grads, strict=True)):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert outputs[0].isfinite().all() == (kind not in ("nan", "inf")), "what is not finite is seen"
+    assert kind != "random" or grads[0][0].any()
+
+
+def test_an_mlp_leaves_the_square_to_a_layer_that_joins_it():
+    """The MLP of a model: the same bits, and its own square is not computed."""
+    model, x = tiny_model(TINY, dtype=torch.float32), torch.randn(2, 16, TINY.n_embd)
+    mlp = model.transformer.h[0].mlp
+    torch.nn.init.normal_(mlp.c_proj.weight)
+    plain = mlp.c_proj
+    mlp.c_proj = fp8_copy(plain)
+    expected = mlp(x)
+    mlp.c_proj = fp8_copy(plain, joins_relu_square=True)
+    mlp.kernels.relu_square = None
+    assert torch.equal(mlp(x), expected)
+
+
 def scaled_mm_of_torch(a, b, inverse_a, inverse_b, out_dtype, fast_accum=False, emulate=False):
     """`scaled_mm` as on GPUs with FP8 units. Torch can do it on CPUs too; on some of them it takes very long."""
     return torch._scaled_mm(a, b, inverse_a, inverse_b, out_dtype=out_dtype, use_fast_accum=fast_accum)
@@ -225,34 +307,38 @@ FORMATS = pytest.mark.parametrize("a_dtype, b_dtype", [(E4M3, E4M3), (E5M2, E4M3
 @settings(max_examples=40)
 @given(m=sixteens, k=sixteens, n=sixteens, seed=st.integers(0, 2**20), out_dtype=st.sampled_from([torch.bfloat16, torch.float32]),
        powers=st.tuples(st.floats(-14, 14), st.floats(-14, 14)))
-def test_emulated_products_differ_from_those_of_torch_by_rounding_alone(a_dtype, b_dtype, m, k, n, seed, out_dtype, powers):
+def test_emulated_products_differ_from_those_of_torch_by_rounding_alone(device, a_dtype, b_dtype, m, k, n, seed, out_dtype,
+                                                                        powers):
     """Both are within the errors of fp32 and one rounding to the dtype of the output. Each of the k terms of a sum goes through
     at most k - 1 additions, and through three more roundings: of the product of the scales or of the scaled operands, and of
-    their product. (For scales that bring nothing near the limits of fp32.)"""
+    their product. (For scales that bring nothing near the limits of fp32.) FP8 units add up fewer bits, as SUM_ERROR says."""
     random = torch.Generator().manual_seed(seed)
-    a, b = (all_numbers(dtype).view(torch.uint8)[torch.randint(256, size, generator=random)].view(dtype)
+    a, b = (all_numbers(dtype).view(torch.uint8)[torch.randint(256, size, generator=random)].view(dtype).to(device)
             for dtype, size in ((a_dtype, (m, k)), (b_dtype, (n, k))))
-    inverse_a, inverse_b = (torch.tensor(10.0**power) for power in powers)
+    inverse_a, inverse_b = (torch.tensor(10.0**power, device=device) for power in powers)
     scale = inverse_a.double() * inverse_b.double()
     exact, magnitude = (x @ y.t() * scale for x, y in ((a.double(), b.double()), (a.double().abs(), b.double().abs())))
     roundings = (k + 2) * 2.0**-24
-    bound = roundings / (1 - roundings) * magnitude
-    if out_dtype == torch.bfloat16:
-        bound = bound + 2.0**-8 * (exact.abs() + bound)
-    for function in (scaled_mm, scaled_mm_of_torch):
+    bounds = {emulated_mm: roundings / (1 - roundings) * magnitude}
+    if not lacks_fp8(device):
+        bounds[scaled_mm_of_torch] = bounds[emulated_mm] + (SUM_ERROR["cuda"] * magnitude if device.type == "cuda" else 0)
+    for function, bound in bounds.items():
         got = function(a, b.t(), inverse_a, inverse_b, out_dtype)
         assert got.shape == (m, n) and got.dtype == out_dtype
-        assert ((got.double() - exact).abs() <= bound).all(), function.__name__
+        if out_dtype == torch.bfloat16:
+            bound = bound + 2.0**-8 * (exact.abs() + bound)
+        assert ((got.double() - exact).abs() <= bound).all(), function
 
 
 @FORMATS
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_emulated_products_of_all_numbers(a_dtype, b_dtype, out_dtype):
+def test_emulated_products_of_all_numbers(device, a_dtype, b_dtype, out_dtype):
     """The products of any two numbers, from the smallest subnormals to the largest (57 344 and 448), have at most seven bits:
     they are exact, and stay so when scaled by powers of two, in bf16 too."""
     a, b = (torch.zeros(256, 16).to(dtype) for dtype in (a_dtype, b_dtype))
     a[:, 0], b[:, 0] = all_numbers(a_dtype), all_numbers(b_dtype)
-    got = scaled_mm(a, b.t(), torch.tensor(2.0**-20), torch.tensor(2.0**7), out_dtype)
+    a, b, inverse_a, inverse_b = (t.to(device) for t in (a, b, torch.tensor(2.0**-20), torch.tensor(2.0**7)))
+    got = scaled_mm(a, b.t(), inverse_a, inverse_b, out_dtype, emulate=True)
     assert torch.equal(got.double(), a.double() @ b.double().t() * 2.0**-13) and got.dtype == out_dtype
 
 
@@ -338,15 +424,23 @@ def test_tokens_come_in_sixteens_only_where_gradients_are_wanted():
         assert layer(torch.randn(1, 32)).shape == (1, 32)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_cpu_has_no_fp8():
     assert "cpu" in fp8_unavailable_reason(torch.device("cpu"))
 
 
 TRITON = """
 import torch
-from nanochat.fp8 import E4M3, E5M2, cast_reference, cast_triton
+from nanochat.fp8 import E4M3, E5M2, cast_reference, cast_triton, largest_magnitude, largest_to_square
 torch.manual_seed(0)
+
+def both(x, largest, dtype, transpose, relu_square):
+    rows, columns = x.shape
+    for cast in (cast_reference, cast_triton):
+        q, q_t = (torch.zeros(s, dtype=dtype) for s in ((rows, columns), (columns, rows) if transpose else 0))
+        inverse = torch.zeros(())
+        cast(x, largest, q, q_t, inverse, relu_square)
+        yield q.view(torch.uint8), q_t.view(torch.uint8), inverse
+
 for dtype in (E4M3, E5M2):
     for rows, columns in ((16, 16), (144, 272), (128, 256)):
         codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8).view(dtype).float()
@@ -355,16 +449,19 @@ for dtype in (E4M3, E5M2):
         codes[0, 0] = torch.finfo(dtype).max
         for transpose in (True, False):
             for x in (codes * 2.0**-20, (codes * 2.0**7).bfloat16()):
-                results = []
-                for cast in (cast_reference, cast_triton):
-                    q, q_t = (torch.zeros(s, dtype=dtype) for s in ((rows, columns), (columns, rows) if transpose else 0))
-                    inverse = torch.zeros(())
-                    cast(x, x.abs().amax().float(), q, q_t, inverse)
-                    results.append([q.view(torch.uint8), q_t.view(torch.uint8), inverse])
+                results = both(x, largest_magnitude(x), dtype, transpose, False)
                 assert all(torch.equal(a, b) for a, b in zip(*results)), (dtype, rows, columns, transpose)
     x, q, q_t, inverse = torch.zeros(16, 16), torch.ones(16, 16).to(dtype), torch.ones(16, 16).to(dtype), torch.zeros(())
-    cast_triton(x, x.amax(), q, q_t, inverse)
-    assert not q.float().any() and not q_t.float().any() and inverse.isfinite()
+    for relu_square in (False, True):
+        cast_triton(x, x.amax(), q, q_t, inverse, relu_square)
+        assert not q.float().any() and not q_t.float().any() and inverse.isfinite()
+h = torch.randn(144, 272)
+short = torch.randint(-15, 16, (144, 272)) / 8  # their squares are exact in bf16, which the interpreter rounds toward zero
+for h in (h, short.bfloat16()):  # into fp32, which rounds nothing
+    results = both(h, largest_to_square(h), torch.float32, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(*results)), (h.dtype, h.max())
+h = torch.full((16, 16), -3.0)  # the ReLU leaves nothing
+assert all(torch.equal(a, b) for a, b in zip(*both(h, largest_to_square(h), E4M3, True, True)))
 print("equal")
 """
 
@@ -374,21 +471,91 @@ def test_the_triton_kernel_in_the_interpreter():
     interpreted(TRITON)
 
 
-PTX = """
-from nanochat.fp8 import _cast_kernel
-types = dict(x="*bf16", largest="*fp32", q="*fp8e5", q_t="*fp8e5", inverse="*fp32", M="i32", N="i32", format_max="fp32",
-             floor="fp32")
-source = ASTSource(_cast_kernel, {**types, "TRANSPOSE": "constexpr", "TILE": "constexpr"}, {"TRANSPOSE": True, "TILE": 128},
-                   {(place,): [["tt.divisibility", 16]] for place in (0, 2, 3, 5, 6)})
-print(compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 8}).asm["ptx"])
+LOSS_TRITON = """
+import torch
+from nanochat.fp8 import cast_loss_gradient_triton
+from nanochat.kernels.cross_entropy import loss_reference, loss_triton
+torch.manual_seed(0)
+for rows, columns, vocab in ((16, 48, 40), (144, 272, 272)):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (torch.randn(rows, columns) * 8).to(dtype)
+        logits[:, vocab:], logits[1, 3] = float("nan"), 3e4
+        targets = torch.randint(-1, vocab, (rows,))
+        targets[2] = -1
+        gradient, sums = logits.float().clone(), torch.zeros(rows)
+        losses = loss_reference(gradient, targets, vocab)
+        mine = loss_triton(logits, targets, vocab, gradient=False, sums=sums)
+        torch.testing.assert_close(mine, losses, rtol=2e-6, atol=5e-6)
+        q, q_t = torch.ones(rows, columns), torch.ones(columns, rows)  # in fp32: nothing is rounded but fp32
+        cast_loss_gradient_triton(logits, targets, sums, vocab, q, q_t)
+        torch.testing.assert_close(q, gradient * 57344, rtol=1e-5, atol=2e-5 * 57344)
+        assert torch.equal(q_t, q.t()) and not q[:, vocab:].any() and not q[targets < 0].any()
+print("equal")
 """
 
 
-def test_the_triton_kernel_compiles_for_hopper():
-    """It rounds to nearest, divides exactly, and reads and writes 16 bytes at a time, the transposed copy too."""
-    ptx = compiled_for_hopper(PTX)
-    assert "cvt.rn.satfinite.e5m2x2.f32" in ptx and "div.rn.f32" in ptx
-    assert ptx.count("ld.global.v4.b32") == ptx.count("st.global.v4.b32") == 128 * 128 * 2 // (256 * 16)
+def test_the_triton_kernel_of_the_loss_in_the_interpreter():
+    """Losses, and the gradient as it is before it is rounded to FP8."""
+    interpreted(LOSS_TRITON)
+
+
+PTX = """
+import json
+from nanochat.fp8 import FLOOR, _cast_kernel, _cast_loss_gradient_kernel
+cast = dict(x="*bf16", largest="*fp32", q="*fp8e4nv", q_t="*fp8e4nv", inverse="*fp32", M="i32", N="i32")
+constants = dict(MAX=448.0, MIN=FLOOR, RELU_SQUARE=False, TRANSPOSE=True, PTX=True, TILE=128)
+e5m2 = dict(q="*fp8e5", q_t="*fp8e5")
+loss = dict(logits="*bf16", targets="*i64", sums="*fp32", **e5m2, M="i32", N="i32", vocab="i32", cap="fp32", scale="fp32")
+ptx = {}
+for name, kernel, types, constants in (
+        ("e4m3", _cast_kernel, cast, constants), ("e4m3 of a square", _cast_kernel, cast, constants | dict(RELU_SQUARE=True)),
+        ("e5m2", _cast_kernel, cast | e5m2, constants | dict(MAX=57344.0)),
+        ("e5m2 of the loss", _cast_loss_gradient_kernel, loss, dict(PTX=True, TILE=128))):
+    aligned = [place for place, argument in enumerate(types) if argument not in ("vocab", "cap", "scale")]
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants,
+                       {(place,): [["tt.divisibility", 16]] for place in aligned})
+    ptx[name] = compile(source, target, {"num_warps": 8}).asm["ptx"]
+print(json.dumps(ptx))
+"""
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100])
+def test_compiled_for_a_gpu_the_kernels_round_once_to_nearest(capability):
+    """From fp32, by the one instruction, and never through fp16; and they read and write 16 bytes at a time, the transposed copy
+    too."""
+    compiled = json.loads(compiled_for(capability, PTX))
+    assert list(compiled) == ["e4m3", "e4m3 of a square", "e5m2", "e5m2 of the loss"]
+    words = 128 * 128 * 2 // (256 * 16)  # of a thread; targets and sums may be read so, too
+    for name, ptx in compiled.items():
+        assert set(re.findall(r"cvt\.\S*(?:e4m3|e5m2)\S*", ptx)) == {f"cvt.rn.satfinite.{name[:4]}x2.f32"}, name
+        assert not re.search(r"cvt\.\S*\bf16(?:x2)?\b", ptx), f"{name}: through fp16"
+        assert ("cvt.rn.bf16" in ptx) == ("square" in name), "the square is rounded to the dtype of x, and nothing else is"
+        assert "loss" in name or "div.rn.f32" in ptx, f"{name}: scales are divided exactly"
+        assert ".f64" not in ptx, f"{name}: in double precision"
+        assert ptx.count("ld.global.v4.b32") >= words and ptx.count("st.global.v4.b32") == words, name
+        assert not re.search(r"(ld|st)\.global\S*\.b(8|16)\b", ptx), name
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from nanochat.fp8 import Float8Linear, Float8LinearConfig, fp8_cast
+from nanochat.kernels.linear import Linear
+for joins in (False, True):
+    layer = Float8Linear.from_float(Linear(32, 48), Float8LinearConfig(joins_relu_square=joins))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(16, 32).requires_grad_()
+    eager, traced = (torch.autograd.grad(f(x).square().sum(), (x, layer.weight)) for f in (layer, compiled))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(eager, traced))
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_it_needs_no_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -447,6 +614,49 @@ def test_compiled_it_keeps_fp8_for_the_backward(allow_in_graph):
     assert sorted(t.numel() for t in saved if t.dtype == E4M3) == [32 * 64, 32 * 128, 64 * 128, 64 * 128], "inputs and weights"
     assert sorted(t.numel() for t in saved if t.dtype == torch.bfloat16) == [32 * 64, 32 * 128], "for norm and non-linearity"
     assert max(t.numel() for t in saved if t.dtype == torch.float32) <= 32, "scales, and the norm's"
+
+
+class FakeDriver:
+    """A GPU for Triton's front end, which asks for nothing but its kind."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+        return GPUTarget("cuda", 89, 32)
+
+
+@pytest.mark.parametrize("join", [False, True], ids=["plain", "joined"])
+def test_where_triton_casts_compiled_code_launches_the_kernel_once_and_keeps_fp8(monkeypatch, join):
+    """What torch.compile's back end gets on a GPU, traced without one: for each cast one launch, which writes the casts alone and
+    copies nothing first; and of the input only the transposed FP8 copy is kept for the backward pass."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(fp8, "casts_in_triton", lambda device: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", FakeDriver())
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def forward(x, weight, *cast):
+        return fp8.float8_product(torch.nn.functional.rms_norm(x, (64,)), weight, *cast, False, False, False, join)
+    with FakeTensorMode():
+        x = torch.empty(32, 64, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(96, 64, requires_grad=True)
+        cast = torch.empty(96, 64, dtype=E4M3), torch.empty(64, 96, dtype=E4M3), torch.empty(())
+        compiled = aot_function(forward, make_boxed_compiler(note), partition_fn=min_cut_rematerialization_partition)
+        compiled(x, weight, *cast).sum().backward()
+    of_kernel = {p.name: p for p in fp8._cast_kernel.params}
+    for graph in graphs:  # forward: the input's cast; backward: the gradient's
+        launch, = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional)
+        assert sorted(launch.kwargs["tensors_to_clone"]) == ["inverse", "q", "q_t"]
+        for name in launch.kwargs["tensors_to_clone"]:  # and as they are new and empty, the back end copies nothing
+            assert "new_empty" in str(launch.kwargs["kwargs"][name].target)
+        for name, value in launch.kwargs["kwargs"].items():
+            assert not isinstance(value, float) or of_kernel[name].is_constexpr, "it would be passed in double precision"
+    output, *saved = (node.meta["val"] for node in graphs[0].graph.output_node().args[0] if node is not None)
+    assert (output.shape, output.dtype) == ((32, 96), torch.bfloat16)
+    kept = sorted((t.numel(), str(t.dtype)) for t in saved if t.numel() > 32)
+    assert kept == [(32 * 64, "torch.bfloat16"), (32 * 64, str(E4M3)), (64 * 96, str(E4M3))], "for the norm; input and weight"
 
 
 def test_compiled_by_inductor_it_follows_eager():

@@ -1,4 +1,4 @@
-"""Test Triton kernels without a GPU: run them in Triton's interpreter, and compile them to PTX for Hopper.
+"""Test Triton kernels without a GPU: run them in Triton's interpreter, and compile them to PTX.
 
 Each in its own process, as Triton reads its environment variables when it is first imported.
 """
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 COMPILER = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+target = GPUTarget("cuda", {capability}, 32)
 """
 
 
@@ -24,10 +25,10 @@ def interpreted(code: str) -> None:
     assert done.stdout == "equal\n", done.stderr
 
 
-def compiled_for_hopper(code: str) -> str:
-    """Output of `code`, which runs after the imports of COMPILER."""
+def compiled_for(capability: int, code: str) -> str:
+    """Output of `code`, which runs after the lines of COMPILER. capability: of the GPU `target`, 89 for sm_89 and so on."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
-    done = _python(COMPILER + code)
+    done = _python(COMPILER.format(capability=capability) + code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,10 +3,11 @@
     python -m dev.bench.fp8_linear --preset gpu-d12 gpu-d20 gpu-d26 --modes eager compiled --json-out fp8.json
 
 For each shape of the presets' models: forward, and forward and backward, as ratios of bf16's median time (above 1 is
-faster). Layers are as in training: fp32 weights, which the bf16 layer and torchao's cast at every call. The custom layer casts
-them once per optimizer step, in `cast ms` milliseconds. `roofline` is the ratio, forward and backward, that the datasheet allows
-if every product and every cast runs at the device's peak or bandwidth, with a separate pass for the largest magnitudes (amax);
-`fused` is the ratio if amax costs nothing, as a compiler can fuse it into the operation before.
+faster). On a GPU its own time counts, without the program's for launching, as in a step whose queue is full. Layers are as in
+training: fp32 weights, which the bf16 layer and torchao's cast at every call. The custom layer casts them once per optimizer
+step, in `cast ms` milliseconds. `roofline` is the ratio, forward and backward, that the datasheet allows if every product and
+every cast runs at the device's peak or bandwidth, with a separate pass for the largest magnitudes (amax); `fused` is the ratio if
+amax costs nothing, as a compiler can fuse it into the operation before.
 """
 
 import importlib.util
@@ -40,7 +41,7 @@ class BenchFlags(OutputFlags, DeviceFlags):
     modes: list[str] = flag(["eager"], "how the layers are run", choices=("eager", "compiled"))
     tokens: list[int] = flag([], "tokens of a micro-batch instead of the preset's, one or several", low=16)
     fast_accum: bool = flag(False, "accumulate the forward products with fewer bits")
-    calls: int = flag(10, "calls in one timing, so that the time is not that of launching", low=1)
+    calls: int = flag(10, "calls in one timing", low=1)
     repeats: int = flag(10, "timings per variant", low=2)
 
     def validate(self) -> list[str]:
@@ -102,7 +103,7 @@ def main() -> None:
             variants[name, "forward"] = lambda f=forward: [f(x) for _ in range(flags.calls)] and None
             variants[name, "forward_backward"] = lambda f=forward, w=layer.weight: [
                 torch.autograd.grad(f(x), (x, w), g) for _ in range(flags.calls)] and None
-        times = timing.time_in_turn(variants, device, flags.repeats)
+        times = timing.time_in_turn(variants, device, flags.repeats, queued=True)
         seconds = {key: timing.spread([t / flags.calls for t in spent]) for key, spent in times.items()}
         cast = seconds.pop("cast")
         return {name: {call: seconds[name, call] for call in CALLS} for name in layers}, cast

@@ -68,7 +68,8 @@ class ChunkedCrossEntropy:
 
     chunk_tokens: tokens per chunk; 0 chooses by the size of their logits.
     plain: the class of linear layers whose forward is x W^T and nothing else, with W from `weight_in(dtype)`. For those the
-    products are computed here. Any other lm_head (FP8 for example) is called on each chunk.
+    products are computed here. An lm_head with a method `chunked_gradients` (FP8) computes them itself; any other is called on
+    each chunk, which torch.compile cannot see through.
 
     With gradients and `reduction="none"` the reference implementation runs instead: the gradient that arrives at each single
     loss is not known in the forward pass.
@@ -88,6 +89,8 @@ class ChunkedCrossEntropy:
                 weight = lm_head.weight_in(x.dtype).detach()
                 gradients = chunked_gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled,
                                               lm_head.own_weight_gradient)
+            elif hasattr(lm_head, "chunked_gradients"):
+                gradients = lm_head.chunked_gradients(rows.detach(), flat_targets, vocab_size, chunk, compiled)
             else:
                 gradients = gradients_through(lm_head, rows.detach(), flat_targets, vocab_size, chunk, compiled)
             total = _WithGradients.apply(rows, lm_head.weight, *gradients)
@@ -249,21 +252,26 @@ def loss_cpp(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.
     return losses
 
 
-def loss_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0, gradient: bool = True) -> Tensor:
-    """`loss_and_gradient` in Triton, one program per row; without `gradient` the logits stay as they are."""
+def loss_triton(logits: Tensor, targets: Tensor, vocab_size: int, scale: float = 1.0, gradient: bool = True,
+                sums: Tensor | None = None) -> Tensor:
+    """`loss_and_gradient` in Triton, one program per row; without `gradient` the logits stay as they are.
+
+    sums: (n,) fp32, receives the sum of exp(s) of each row; None where it is not wanted.
+    """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    _loss_kernel[len(logits),](logits, targets.contiguous(), losses, logits.size(1), vocab_size, SOFTCAP, scale,
-                               GRADIENT=gradient, BLOCK=BLOCK, num_warps=8)
+    _loss_kernel[len(logits),](logits, targets.contiguous(), losses, losses if sums is None else sums, logits.size(1), vocab_size,
+                               SOFTCAP, scale, GRADIENT=gradient, SUMS=sums is not None, BLOCK=BLOCK, num_warps=8)
     return losses
 
 
 if triton:
     @triton.jit
-    def _loss_kernel(logits, targets, losses, width, vocab, cap, scale, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    def _loss_kernel(logits, targets, losses, row_sums, width, vocab, cap, scale, GRADIENT: tl.constexpr, SUMS: tl.constexpr,
+                     BLOCK: tl.constexpr):
         """One row of logits (n, width): read once for the sum, then again from the cache, and overwritten by the gradient.
 
-        With r = 1 / (1 + exp(2 z / cap)) the capped logit is cap (1 - 2 r) and its derivative 4 r (1 - r). A target that is
-        neither in the vocabulary nor -1 makes the loss NaN.
+        With r = 1 / (1 + exp(2 z / cap)) the capped logit is cap (1 - 2 r). A target that is neither in the vocabulary nor -1
+        makes the loss NaN.
         """
         row = tl.program_id(0)
         target = tl.load(targets + row)
@@ -278,11 +286,19 @@ if triton:
         total = tl.sum(sums)
         loss = tl.where(target == -1, 0.0, tl.log(total) - tl.sum(hits))
         tl.store(losses + row, tl.where((target >= -1) & (target < vocab), loss, float("nan")))
+        if SUMS:
+            tl.store(row_sums + row, total)
         if GRADIENT:
             scale = tl.where(target == -1, 0.0, scale)
             for start in range(0, width, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 z = tl.load(logits + columns, mask=columns < vocab, other=0.0).to(tl.float32)
-                r = 1 / (1 + tl.exp(z * (2 / cap)))
-                dz = (tl.exp(cap - 2 * cap * r) / total - tl.where(columns == target, 1.0, 0.0)) * (4 * r * (1 - r) * scale)
+                dz = gradient_of_logits(z, total, columns == target, cap) * scale
                 tl.store(logits + columns, tl.where(columns < vocab, dz, 0.0), mask=columns < width)
+
+    @triton.jit
+    def gradient_of_logits(z, total, is_target, cap):
+        """Gradient of a loss for its logits z (fp32), with `total`, the sum of exp(s) of the row: the probability, less one at
+        the target, times the soft cap's derivative 4 r (1 - r)."""
+        r = 1 / (1 + tl.exp(z * (2 / cap)))
+        return (tl.exp(cap - 2 * cap * r) / total - tl.where(is_target, 1.0, 0.0)) * (4 * r * (1 - r))
