@@ -3,12 +3,15 @@
 Attention is softmax(q k^T / sqrt(D)) v, where query t sees key s if s <= t and, in a layer with a window of W tokens,
 t - s <= W. Computed literally it needs a (T, T) matrix of scores per head. The backends avoid that:
 
-    fa3      FlashAttention-3 (arXiv 2407.08608), a separate package for Hopper GPUs
+    fa3      FlashAttention-3 (arXiv 2407.08608), a separate package for Hopper GPUs (nanochat/kernels/gpu_attention.py)
+    fa4      FlashAttention-4, a separate package for GPUs from Hopper on (the same file)
     varlen   FlashAttention-2 (arXiv 2307.08691) from PyTorch, CUDA only, through the function that supports windows
+    flash    the same through SDPA: full context only. On a CPU, SDPA's flash kernel for CPUs
+    cudnn    cuDNN's kernel through SDPA, CUDA only: full context only
     native   FlashAttention-2 in C++ for CPUs with AVX512-BF16 (nanochat/kernels/cpp/attention.cpp); needs a compiler
     brgemm   the same through PyTorch's brgemm, which uses AMX where there is one (nanochat/kernels/cpp/attention_brgemm.cpp)
     chunked  a loop over chunks of queries, each multiplied with the keys that it can see. Ordinary matrix products, on CPUs
-    sdpa     PyTorch's scaled_dot_product_attention on any device: full context only, no windows
+    sdpa     PyTorch's scaled_dot_product_attention (SDPA) on any device, by the kernel that it chooses: full context only
     blocks   windows on any device: queries in blocks of W see the keys of their own and the previous block, all blocks in one
              batched SDPA with a fixed mask, so the cost is proportional to T*W
     masked   SDPA with a (T, T) mask: slow, always available, the reference implementation for the others
@@ -25,19 +28,22 @@ full context.
 
 import inspect
 import math
+import warnings
 from functools import cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.common import UserError
-from nanochat.runtime.tuner import Choice, Tuner
+from nanochat.kernels.gpu_attention import GENERATIONS, gpu_generation, load_fa3, load_fa4
+from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner
 
 FULL = -1  # window of a layer with full context
 MOST_CHUNKED = 2048  # keys that a query of the backend `chunked` may see
 LONGEST_TIMED = 4096  # tokens: of a longer context a proportional part is timed
+SHORT = 128  # tokens: not every kernel takes shorter sequences, so SDPA chooses one itself
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,8 +63,8 @@ def _expand_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.T
 
 def _sdp(q, k, v, mask=None, is_causal=False):
     """SDPA on (B, T, H, D); `mask` is bool (Tq, Tk)."""
-    # Only the CUDA flash kernel supports grouped queries; on other devices and with masks SDPA would take its slowest path.
-    native_groups = q.is_cuda and mask is None and q.size(2) != k.size(2)
+    # Only CUDA's flash and cuDNN kernels, for 16 bits, support grouped queries; elsewhere SDPA would take its slowest path.
+    native_groups = q.is_cuda and q.element_size() == 2 and mask is None and q.size(2) != k.size(2)
     if not native_groups:
         k, v = _expand_heads(k, v, q.size(2))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -76,6 +82,14 @@ def _sdpa(q, k, v, window):
     """Backend `sdpa`."""
     assert window < 0 or window >= q.size(1) - 1, "sdpa has no windows"
     return _sdp(q, k, v, is_causal=True)
+
+
+def _sdpa_by(q, k, v, window, *, kernel):
+    """Backends `flash` and `cudnn`: SDPA by this kernel and no other."""
+    if q.size(1) < SHORT:
+        return _sdpa(q, k, v, window)
+    with sdpa_kernel(kernel):  # torch.compile records which kernel was chosen, the backward pass follows
+        return _sdpa(q, k, v, window)
 
 
 def _blocks(q, k, v, window):
@@ -139,12 +153,6 @@ def _varlen(q, k, v, window, *, kernel, native_groups):
     return y.view(B, T, H, D)
 
 
-def _fa3(q, k, v, window, *, kernel):
-    """Backend `fa3`."""
-    y = kernel(q, k, v, causal=True, window_size=(window, 0) if window < q.size(1) - 1 else (-1, -1))
-    return y[0] if isinstance(y, tuple) else y  # some releases also return the log-sum-exp
-
-
 def _load_varlen():
     from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
@@ -153,18 +161,10 @@ def _load_varlen():
     return partial(_varlen, kernel=varlen_attn, native_groups="enable_gqa" in known)
 
 
-def _load_fa3():
-    try:
-        import flash_attn_interface
-    except ImportError:
-        from huggingface_hub import snapshot_download
-
-        import kernels
-        # local_files_only: a training run must not download code without being asked; `kernels download` does.
-        folder = Path(snapshot_download("kernels-community/flash-attn3", local_files_only=True))
-        named = "package_name" in inspect.signature(kernels.get_local_kernel).parameters  # until release 0.10 or so
-        flash_attn_interface = kernels.get_local_kernel(folder, *(["flash_attn3"] if named else []))
-    return partial(_fa3, kernel=flash_attn_interface.flash_attn_func)
+def _load_cudnn():
+    if not torch.backends.cudnn.is_available():
+        raise RuntimeError("this machine, or this build of torch, has no cuDNN")
+    return partial(_sdpa_by, kernel=SDPBackend.CUDNN_ATTENTION)
 
 
 def _load_cpp(kernel):
@@ -174,8 +174,11 @@ def _load_cpp(kernel):
 
 # name -> (function that loads the backend, supports full context, supports windows)
 BACKENDS = {
-    "fa3": (_load_fa3, True, True),
+    "fa3": (load_fa3, True, True),
+    "fa4": (load_fa4, True, True),
     "varlen": (_load_varlen, True, True),
+    "flash": (lambda: partial(_sdpa_by, kernel=SDPBackend.FLASH_ATTENTION), True, False),
+    "cudnn": (_load_cudnn, True, False),
     "native": (partial(_load_cpp, "attention"), True, True),
     "brgemm": (partial(_load_cpp, "attention_brgemm"), True, True),
     "chunked": (lambda: _chunked, True, True),
@@ -207,9 +210,11 @@ def backend_unavailable_reason(name: str, windowed: bool, device_type: str, dtyp
     load, full, windows = BACKENDS[name]
     if not (windows if windowed else full):
         return "does not do windows" if windowed else "does windows only"
+    warned: list[warnings.WarningMessage] = []  # where SDPA tells why a kernel does not take a problem
     try:
         function, window = load(), 70 if windowed else FULL
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
             shapes = [(2, 150, heads, head_dim) for heads in (4, 2, 2, 4)]  # T and window are no multiples of a block size
             *inputs, grad = (torch.randn(s, generator=random).to(device_type, dtype) for s in shapes)
@@ -220,9 +225,18 @@ def backend_unavailable_reason(name: str, windowed: bool, device_type: str, dtyp
                 results.append([x.float() for x in (y, *torch.autograd.grad(y, inputs, grad.to(y.dtype)))])
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
     except Exception as e:  # a kernel on an unsupported device may raise anything
-        said = str(e).strip().splitlines()[0][:160] if str(e).strip() else "no message"
-        return said if type(e) is RuntimeError else f"{type(e).__name__}: {said}"
+        said = (str(e).strip() or "no message").splitlines()[0]
+        if said.startswith("No available kernel"):
+            said = _refusal([str(warning.message) for warning in warned]) or said
+        return said[:160] if type(e) is RuntimeError else f"{type(e).__name__}: {said}"[:160]
     return None if error < 0.03 else f"ran, but its results are wrong (relative error {error:.2g})"
+
+
+def _refusal(warned: list[str]) -> str | None:
+    """Why SDPA does not take a kernel, from its warnings: a heading and a reason for each kernel, those switched off included."""
+    said = [message.partition(" (Triggered internally")[0].strip() for message in warned]
+    reasons = [message for message in said if not message.endswith("because:") and "disabled" not in message]
+    return reasons[0] if reasons else None
 
 
 def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, window: int) -> list[str]:
@@ -230,8 +244,10 @@ def _candidates(device_type: str, dtype: torch.dtype, seq_len: int, window: int)
     windowed = 0 <= window < seq_len - 1
     plain = "blocks" if windowed else "sdpa"
     if device_type == "cuda":
-        # For full context SDPA itself selects the best of PyTorch's flash kernels and cuDNN's, so varlen adds nothing.
-        return ["fa3", "varlen", plain] if windowed else ["fa3", plain]
+        # For full context varlen is what `flash` is. SDPA itself chooses one of these two, not always the faster; it comes before
+        # them because it wins ties: it takes any problem, and torch keeps its compiled graphs for the next start.
+        packages = [name for name, (generations, _) in GENERATIONS.items() if gpu_generation() in generations]
+        return [*packages, *(["varlen", plain] if windowed else [plain, "flash", "cudnn"])]
     if device_type == "cpu":
         # chunked saves the probabilities for the backward pass: with more visible keys they take more memory than all else
         fits = dtype in (torch.bfloat16, torch.float32) and (window if windowed else seq_len) <= MOST_CHUNKED
@@ -245,14 +261,14 @@ def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
     that remembers nothing). It runs backends, so do not call it in compiled code.
 
     window: tokens before the query; -1 or anything >= seq_len - 1 is full context.
-    rows, heads, kv_heads: B, H and H_kv of the problem; fewer rows are timed where these give every core enough to do.
-    backend: a name that the user has chosen. `sdpa` stands for `blocks` in layers with a window.
+    rows, heads, kv_heads: B, H and H_kv of the problem; fewer rows are timed where these give the device enough to do.
+    backend: a name that the user has chosen. One that has no windows stands for `blocks` in layers with a window.
     Raises: UserError if none works, or not the one that was chosen.
     """
     device, windowed = torch.device(device), 0 <= window < seq_len - 1
     names = _candidates(device.type, dtype, seq_len, window)
     if backend != "auto":
-        names = ["blocks" if windowed and backend == "sdpa" else backend]
+        names = ["blocks" if windowed and not BACKENDS[backend][2] else backend]
     reasons = {name: backend_unavailable_reason(name, windowed, device.type, dtype, head_dim) for name in names}
     works = [name for name in names if reasons[name] is None]
     if backend != "auto":
@@ -270,7 +286,9 @@ def choose_backend(device, dtype: torch.dtype, head_dim: int, seq_len: int, wind
     kv_heads, window = kv_heads or heads, window if windowed else FULL
     if seq_len > LONGEST_TIMED:
         window, seq_len = window * LONGEST_TIMED // seq_len, LONGEST_TIMED  # FULL stays -1
-    in_use, rows = rows, min(rows, -(-2 * torch.get_num_threads() // heads))  # timed: two heads for each thread
+    # timed: two heads for each thread of a CPU; a GPU is only busy with many tokens
+    enough = -(-2 * torch.get_num_threads() // heads) if device.type == "cpu" else MOST_TOKENS // seq_len
+    in_use, rows = rows, min(rows, enough)
     problem = (f"attention {rows}x{seq_len}x{heads}/{kv_heads}x{head_dim} {str(dtype).removeprefix('torch.')}, "
                + (f"window {window}" if windowed else "full context"))
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change

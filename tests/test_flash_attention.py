@@ -1,4 +1,5 @@
-"""Every attention backend against the definition in float64, the windows' edges, the cost, the cache, the compiler."""
+"""Every attention backend against the definition in float64, on the CPU and on a GPU, the windows' edges, the cost, the cache,
+the compiler."""
 
 import math
 import os
@@ -8,7 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings, strategies as st
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +23,8 @@ from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
 # What the choice can come to on this machine, and the general one that needs no set-up.
 WORKING = [name for name in fa.BACKENDS
            if any(fa.backend_unavailable_reason(name, windowed, "cpu", torch.float32, 8) is None for windowed in (False, True))]
+WITH_WINDOWS = [name for name, (_, _, windows) in fa.BACKENDS.items() if windows]
+NOT_CPP = [name for name in fa.BACKENDS if name not in ("native", "brgemm")]  # which have tests of their own
 
 
 def reference(q, k, v, grad, window):
@@ -31,7 +36,8 @@ def reference(q, k, v, grad, window):
     q, k, v, grad = (x.detach().double().transpose(1, 2) for x in (q, k, v, grad))
     groups, T, scale = q.size(1) // k.size(1), q.size(2), 1 / math.sqrt(q.size(3))
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    distance = torch.arange(T)[:, None] - torch.arange(T)
+    t = torch.arange(T, device=q.device)
+    distance = t[:, None] - t
     seen = (distance >= 0) & ((distance <= window) | (window < 0))
     s = q @ k.mT * scale
     p = s.masked_fill(~seen, -math.inf).softmax(-1)
@@ -48,17 +54,23 @@ def reference(q, k, v, grad, window):
         [x.abs().masked_fill(~seen, 0).max().item() for x in (s, s_size)]
 
 
-def draw(B, T, H, H_kv, D, dtype, seed=0):
+def draw(B, T, H, H_kv, D, dtype, seed=0, device="cpu"):
     random = torch.Generator().manual_seed(seed)
     shapes = (B, T, H, D), (B, T, H_kv, D), (B, T, H_kv, D), (B, T, H, D)
-    *inputs, grad = (torch.randn(s, generator=random).to(dtype) for s in shapes)
+    *inputs, grad = (torch.randn(s, generator=random).to(device, dtype) for s in shapes)
     return [x.requires_grad_() for x in inputs], grad
 
 
 def check(function, inputs, grad, window):
     """Output and the three gradients of `function(q, k, v, window)` are within rounding of the float64 reference."""
     y = function(*inputs, window)
-    assert y.shape == inputs[0].shape and y.dtype == inputs[0].dtype
+    agree((y, *torch.autograd.grad(y, inputs, grad)), inputs, grad, window)
+
+
+def agree(found, inputs, grad, window):
+    """`found`, the output and the three gradients, are within rounding of the float64 reference."""
+    y = found[0]
+    assert [x.shape for x in found] == [x.shape for x in (inputs[0], *inputs)] and y.dtype == inputs[0].dtype
     exact, sizes, (score, score_size) = reference(*inputs, grad, window)
     T, D = inputs[0].shape[1], inputs[0].shape[3]
     u = torch.finfo(y.dtype).eps / 2
@@ -67,7 +79,7 @@ def check(function, inputs, grad, window):
     # n roundings.
     factor = u * (8 + 2 * score if y.dtype == torch.bfloat16 else 8 + T + D + 2 * D * score_size)
     names = "output", "dq", "dk", "dv"
-    for name, got, want, size in zip(names, (y, *torch.autograd.grad(y, inputs, grad)), exact, sizes, strict=True):
+    for name, got, want, size in zip(names, found, exact, sizes, strict=True):
         bound = factor * size + 1e-30
         worst = ((got.double() - want).abs() / bound).max().item()
         assert worst <= 1, f"{name} is off by {worst:.3g} times the bound"
@@ -87,22 +99,88 @@ def problems(draw_):
 @given(problem=problems())
 def test_backend_equals_definition(name, problem):
     window = problem.pop("window")
-    if name == "sdpa":
+    if name not in WITH_WINDOWS:
         window = fa.FULL
     check(fa.BACKENDS[name][0](), *draw(**problem), window)
 
 
 def test_expected_backends_work_here():
-    assert {"chunked", "sdpa", "blocks", "masked"} <= set(WORKING)
+    assert {"chunked", "flash", "sdpa", "blocks", "masked"} <= set(WORKING)
 
 
-@pytest.mark.parametrize("name", [n for n in WORKING if n != "sdpa"])
+@pytest.mark.parametrize("name", [n for n in WORKING if n in WITH_WINDOWS])
 @pytest.mark.parametrize("T, window", [(1, 0), (1, 1), (2, 0), (7, 0), (9, 1), (16, 1), (16, 8), (17, 8), (15, 16),
                                        (16, 15), (16, 14), (16, 16), (5, 100), (130, 1), (257, 128), (256, 128),
                                        (129, 128)])
 def test_window_edges(name, T, window):
     check(fa.BACKENDS[name][0](), *draw(1, T, 2, 1, 8, torch.float32), window)
 
+
+# --- on a GPU, where there is one; in bf16, as in training ----------------------------------------------------------------
+
+def backend_or_skip(name, windowed, device, D):
+    if reason := fa.backend_unavailable_reason(name, windowed, device.type, torch.bfloat16, D):
+        pytest.skip(f"{name}: {reason}")
+    return fa.BACKENDS[name][0]()
+
+
+def test_the_backends_of_this_device_work(device):
+    """Those that need no package of their own: a reason is a fault."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("a GPU without bf16")
+    names = ["varlen", "flash", "sdpa", "blocks", "masked"] if device.type == "cuda" else ["chunked", "flash", "sdpa", "blocks"]
+    for name in names:
+        _, full, windows = fa.BACKENDS[name]
+        reasons = [fa.backend_unavailable_reason(name, windowed, device.type, torch.bfloat16, 128)
+                   for windowed, can in ((False, full), (True, windows)) if can]
+        assert reasons == [None] * len(reasons), f"{name}: {reasons}"
+
+
+LENGTHS = [(333, 4, 4, -1), (517, 6, 2, -1), (333, 4, 2, 70), (517, 2, 1, 300)]  # T, H, H_kv, window: multiples of no block
+
+
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("name, T, H, H_kv, window", [
+    (name, *problem) for name in NOT_CPP for problem in LENGTHS if fa.BACKENDS[name][1 if problem[-1] < 0 else 2]])
+def test_backend_equals_definition_on_this_device(device, name, T, H, H_kv, window, D):
+    check(backend_or_skip(name, window >= 0, device, D), *draw(2, T, H, H_kv, D, torch.bfloat16, device=device), window)
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_CPP if name in WITH_WINDOWS])
+@pytest.mark.parametrize("T", [129, 256, 321])
+def test_window_edges_on_this_device(device, name, T):
+    """At and around the sizes of a kernel's blocks, the first row of each included."""
+    function = backend_or_skip(name, True, device, 64)
+    inputs, grad = draw(1, T, 2, 1, 64, torch.bfloat16, device=device)
+    for window in (1, 63, 64, 65, 127, 128, 129, 191, 192, 254, 255, 256):
+        check(function, inputs, grad, window)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4", "varlen", "flash", "cudnn", "sdpa", "blocks"])
+def test_more_elements_than_int32_counts(large_device, name):
+    """Rows at both ends of 2^31 elements and more. A kernel that counts them in 32 bits reads and writes elsewhere."""
+    B, T, H, H_kv, D = 65, 2048, 128, 8, 128
+    window = 128 if name == "blocks" else fa.FULL
+    function = backend_or_skip(name, window >= 0, large_device, D)
+    (q, k, v), grad = draw(1, T, H, H_kv, D, torch.bfloat16, device=large_device)
+    assert B * q.numel() > 2**31
+    apart = torch.linspace(0.5, 1, B, device=large_device, dtype=torch.bfloat16)[:, None, None, None]  # no two rows are the same
+    inputs, grad = [(x.detach() * apart).requires_grad_() for x in (q, k, v)], grad * apart
+    try:
+        y = function(*inputs, window)
+        found = y.detach(), *torch.autograd.grad(y, inputs, grad)
+    except torch.OutOfMemoryError:
+        pytest.skip("not enough memory")
+    for row in (0, B - 1):
+        for group in (0, H_kv - 1):
+            queries, keys = slice(group * H // H_kv, (group + 1) * H // H_kv), slice(group, group + 1)
+            part = lambda x, heads, row=row: x.detach()[row:row + 1, :, heads]
+            heads = queries, keys, keys
+            agree([part(x, h) for x, h in zip(found, (queries, *heads), strict=True)],
+                  [part(x, h) for x, h in zip(inputs, heads, strict=True)], part(grad, queries), window)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
 
 def test_window_counts_tokens_before_the_query():
     """Values that spell out positions: with equal scores the output is the mean position of what is seen."""
@@ -210,6 +288,22 @@ def test_compiles_to_one_graph_and_agrees(attention, compiler):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel, operator", [(SDPBackend.FLASH_ATTENTION, "flash_attention"), (SDPBackend.MATH, "softmax")])
+def test_one_kernel_of_sdpa_stays_the_one_when_compiled(kernel, operator):
+    """One graph, with the operator of that kernel forward and backward, and SDPA chooses freely again afterwards."""
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(str(graph.code))
+        return make_boxed_func(graph.forward)
+    compiled = torch.compile(partial(fa._sdpa_by, kernel=kernel), fullgraph=True, dynamic=False,
+                             backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    allowed = torch.nn.attention._cur_sdpa_kernel_backends()
+    check(compiled, *draw(1, fa.SHORT + 5, 2, 1, 16, torch.float32), fa.FULL)
+    assert len(graphs) == 2 and all(operator in code for code in graphs)
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == allowed
+
+
 def test_attention_routes_every_window():
     """Also windows and lengths that the set-up did not name."""
     attention = make_attention("cpu", torch.float32, 8, 64, [16, 16, -1])
@@ -253,6 +347,8 @@ def test_of_a_long_context_a_part_is_timed(window, timed, tmp_path, monkeypatch)
 def test_the_user_chooses():
     attention = make_attention("cpu", torch.float32, 64, 512, [128, -1], backend="sdpa")
     assert attention.names() == {"full context": "sdpa", "window 128": "blocks"}
+    attention = make_attention("cpu", torch.float32, 64, 512, [128, -1], backend="flash")
+    assert attention.names() == {"full context": "flash", "window 128": "blocks"}
     assert make_attention("cpu", torch.float32, 64, 512, [128], backend="chunked").backend_for(128) == "chunked"
     with pytest.raises(fa.UserError, match="--attention-backend native"):
         make_attention("cpu", torch.float32, 64, 512, [-1], backend="native")  # which is for bf16
@@ -268,6 +364,12 @@ def test_a_backend_that_raises_is_left_out_and_its_reason_told():
     reason = fa.backend_unavailable_reason("varlen", True, "cpu", torch.float16, 64)  # a CUDA kernel, asked for on a CPU
     assert reason is not None and "CPU" in reason
     assert fa.backend_unavailable_reason("sdpa", True, "cpu", torch.float16, 64) == "does not do windows"
+
+
+def test_the_reason_is_what_sdpa_warns_of():
+    """Its error says that there is no kernel. The flash kernel for CPUs takes floating-point numbers only."""
+    reason = fa.backend_unavailable_reason("flash", False, "cpu", torch.complex64, 64)
+    assert "complex" in reason.lower() or "dtype" in reason, reason
 
 
 def test_no_backend_at_all_is_a_user_error():

@@ -29,7 +29,7 @@ from nanochat.common import format_table
 from nanochat.runtime import timing
 
 SCRIPT = "attempts/container_b_effective_flops/attention_backend_bench.py"
-LIBRARY = ("fa3", "varlen", "native", "brgemm", "chunked", "sdpa", "blocks", "masked")
+LIBRARY = ("fa3", "fa4", "varlen", "flash", "cudnn", "native", "brgemm", "chunked", "sdpa", "blocks", "masked")
 SDPA = {"sdpa_math": "MATH", "sdpa_flash": "FLASH_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION",
           "sdpa_cudnn": "CUDNN_ATTENTION"}
 UNCOMPILED = (*LIBRARY, *SDPA)

@@ -1,8 +1,9 @@
 """Choose among implementations of one function by running them on the machine and the sizes at hand.
 
 What is fastest on one processor is often not on another, so nothing here is chosen by a rule. Candidates run interleaved for some
-tens of milliseconds, and the least time of each decides: what other programs add is left out. The choice is kept under the base
-directory, by machine and problem: the next start takes it without timing, and trains to the same bits.
+tens of milliseconds, and the least time of each decides: what other programs add is left out. On a GPU its own time counts,
+without the program's for launching. The choice is kept under the base directory, by machine and problem: the next start takes it
+without timing, and trains to the same bits.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ from nanochat.common import UserError, get_base_dir, is_main_rank
 from nanochat.runtime.device import device_name
 from nanochat.runtime.distributed import broadcast_object
 from nanochat.runtime.files import read_json, write_atomic
-from nanochat.runtime.timing import timed
+from nanochat.runtime.timing import device_timer
 
 BUDGET = 0.2        # seconds for the rounds of one problem, after a first call of each candidate
 ROUNDS = 3, 15      # at least and at most
-SHORT = 0.002       # seconds: shorter calls are timed several at once
-NEGLIGIBLE = 0.0005  # seconds of the whole problem: below, the first candidate is taken, as the choice would be noise
+# On a CPU and on a GPU, whose clock tells single microseconds and which does ten times as much in a second, or more:
+SHORT, SHORT_ON_GPU = 0.002, 0.0002  # seconds: shorter calls are timed several at once
+NEGLIGIBLE, NEGLIGIBLE_ON_GPU = 0.0005, 0.00005  # seconds of the whole problem: below, the first candidate is taken, as noise
 TIE = 0.03          # a candidate has to be this much faster than those before it: noise must not decide
 MOST_TOKENS = 2**14  # of a larger micro-batch a part is timed
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -68,7 +70,7 @@ class Tuner:
             return Choice(known["name"], "measured before", known["milliseconds"])
         times = measure({name: make() for name, make in candidates.items()}, self.device)
         first = next(iter(times))
-        short = times[first] * times_in_use < NEGLIGIBLE
+        short = times[first] * times_in_use < (NEGLIGIBLE_ON_GPU if self.device.type == "cuda" else NEGLIGIBLE)
         choice = Choice(first if short else fastest(times), "too short to matter" if short else "measured",
                         {name: float(f"{1000 * s:.4g}") for name, s in times.items()})
         self._remember(problem, choice)
@@ -117,21 +119,22 @@ def fastest(seconds: dict[str, float]) -> str:
 
 def measure(calls: dict[str, Callable], device: torch.device) -> dict[str, float]:
     """The least seconds of each call, all of them run in turn. A call that takes three times the fastest is timed twice only."""
+    seconds_of = device_timer(device)
+
+    def seconds(call: Callable, repeats: int = 1) -> float:
+        return seconds_of(lambda: [call() for _ in range(repeats)]) / repeats
     for call in calls.values():
         call()  # the first run may allocate and compile
-    least = {name: min(_seconds(call, device) for _ in range(2)) for name, call in calls.items()}
+    least = {name: min(seconds(call) for _ in range(2)) for name, call in calls.items()}
     in_question = {name: call for name, call in calls.items() if least[name] < 3 * min(least.values())}
-    repeats = {name: max(1, ceil(SHORT / max(least[name], 1e-9))) for name in in_question}
+    short = SHORT_ON_GPU if device.type == "cuda" else SHORT
+    repeats = {name: max(1, ceil(short / max(least[name], 1e-9))) for name in in_question}
     a_round = sum(least[name] * repeats[name] for name in in_question)
     rounds = min(max(int(BUDGET / a_round), ROUNDS[0]), ROUNDS[1])
     for _ in range(rounds):
         for name, call in in_question.items():
-            least[name] = min(least[name], _seconds(call, device, repeats[name]))
+            least[name] = min(least[name], seconds(call, repeats[name]))
     return least
-
-
-def _seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:
-    return timed(device, lambda: [call() for _ in range(repeats)])[0] / repeats
 
 
 def _machine(device: torch.device) -> dict:

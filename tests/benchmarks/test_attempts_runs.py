@@ -309,7 +309,7 @@ def test_a_speedup_is_taken_pair_by_pair():
     (attention, "--groups 3 --heads 4", "--groups"),
     (attention, "--seq-lens 64 --tokens 32", "--tokens"),
     (attention, "--seq-lens 8 --windows 100", "--seq-lens"),
-    (attention, "--backends fa4", "--backends"),
+    (attention, "--backends fa5", "--backends"),
 ])
 def test_wrong_flags_are_refused_before_anything_is_done(script, wrong, names, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(AttemptFlags, "open_device", lambda self: pytest.fail("it went on"))

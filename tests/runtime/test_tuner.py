@@ -55,6 +55,17 @@ def test_what_is_short_counts_by_how_much_of_it_there_is(tmp_path):
     assert (choose(100).name, choose(100).reason) == ("quicker", "measured")
 
 
+def test_a_gpu_s_own_time_decides(device):
+    """A candidate that takes the program longer to launch, and the GPU less to run, is the faster one in a step."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+
+    def candidate(launching, cycles):
+        return lambda: lambda: (time.sleep(launching), torch.cuda._sleep(cycles))
+    candidates = {"soon launched": candidate(0, 2_000_000), "soon done": candidate(0.005, 500_000)}
+    assert Tuner(device, folder=None).choose("p", candidates).name == "soon done"
+
+
 def test_one_candidate_is_taken_without_a_call(tmp_path):
     calls = []
     assert Tuner(CPU, tmp_path).choose("p", {"a": sleeper(0.1, calls)}).name == "a" and not calls
