@@ -32,9 +32,10 @@ import torch.nn.functional as F
 
 from nanochat.flash_attention import flash_attn
 from nanochat.kernels.cross_entropy import softcapped_cross_entropy, softcapped_logits
-from nanochat.kernels.embedding import Embedding
+from nanochat.kernels.embedding import Embedding, sort_tokens
 from nanochat.kernels.linear import Linear
 from nanochat.kernels.norms import add_norm, mix_norm, rms_norm
+from nanochat.kernels.qkv import separate_qkv
 from nanochat.kernels.rotary import rotary_norm
 from nanochat.optim import MuonAdamW
 from nanochat.recipe.shape import (
@@ -76,6 +77,7 @@ class Kernels:
     norm: Callable = rms_norm                    # x (..., C) -> (..., C)
     mix_norm: Callable = mix_norm                # x, x0, a, b -> x' = a x + b x0, norm(x'): before attention
     add_norm: Callable = add_norm                # x, y -> x' = x + y, norm(x'): before the MLP
+    project_qkv: Callable = separate_qkv         # x (B, T, C), c_q, c_k, c_v -> their outputs: q, k, v before the split in heads
     rotary_norm: Callable = rotary_norm          # x (B, T, H, D), cos, sin, s -> s norm(rotary(x)): of q and k
     relu_square: Callable = relu_square          # x (..., 4 C) -> max(x, 0)^2: in the MLP
     attention: Callable = windowed_attention     # q (B, T, H, D), k and v (B, T, H_kv, D), window -> (B, T, H, D)
@@ -105,9 +107,8 @@ class CausalSelfAttention(nn.Module):
         tokens in it, to which k and v are appended.
         """
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, -1, self.head_dim)   # (B, T, H, D)
-        k = self.c_k(x).view(B, T, -1, self.head_dim)   # (B, T, H_kv, D)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)   # (B, T, H_kv, D)
+        qkv = self.kernels.project_qkv(x, self.c_q, self.c_k, self.c_v)
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in qkv)   # (B, T, H, D), and (B, T, H_kv, D) twice
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, H_kv), in (0, 3), one per head
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
@@ -133,7 +134,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(self.kernels.relu_square(self.c_fc(x)))
+        h = self.c_fc(x)
+        return self.c_proj(h if getattr(self.c_proj, "joins_relu_square", False) else self.kernels.relu_square(h))
 
 
 class Block(nn.Module):
@@ -269,15 +271,18 @@ class GPT(nn.Module):
         lambdas = self.resid_lambdas, self.x0_lambdas                          # (n_layer,) each
         if active_start > 0:
             lambdas = tuple(map(_StopGradient.apply, lambdas))
+        by_token = None  # positions sorted by token, once for the gradients of all tables
+        if self.transformer.wte.gradient_by == "sorted" and torch.is_grad_enabled() and kv_cache is None:
+            by_token = sort_tokens(idx, self.transformer.wte.num_embeddings)
         # 1. The embedding: x0 (B, T, C).
         with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
-            x0 = self._embed(idx, kv_cache, train_smear=active_start == 0)
+            x0 = self._embed(idx, by_token, kv_cache, train_smear=active_start == 0)
         # 2. The frozen blocks [0, a), of which there are none in full training.
         with torch.no_grad() if active_start > 0 else nullcontext():
-            x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, cos, sin, kv_cache, start)
+            x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, by_token, cos, sin, kv_cache, start)
         # 3. The trained blocks [a, n_layer).
         suffix = range(active_start, self.config.n_layer)
-        x, mid = self._run_blocks(suffix, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start)
+        x, mid = self._run_blocks(suffix, x, x0, mid, lambdas, idx, by_token, cos, sin, kv_cache, start)
         if kv_cache is not None:
             kv_cache.advance(T)
         # 4. The head.
@@ -286,10 +291,10 @@ class GPT(nn.Module):
             return softcapped_logits(x, self.lm_head, self.config.vocab_size)
         return self.kernels.loss(x, self.lm_head, targets, self.config.vocab_size, loss_reduction)
 
-    def _embed(self, idx, kv_cache, train_smear=True):
+    def _embed(self, idx, by_token, kv_cache, train_smear=True):
         """x0 (B, T, C) of idx (B, T): the normed embedding of each token, plus a gated share of the previous token's."""
         smear_gate, smear_lambda = (p if train_smear else p.detach() for p in (self.smear_gate, self.smear_lambda))
-        x = self.kernels.norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = self.kernels.norm(self.transformer.wte(idx, by_token).to(self.compute_dtype))
         before = None if kv_cache is None else kv_cache.prev_embedding  # (B, 1, C): the last token of the cached text
         if kv_cache is not None:
             kv_cache.prev_embedding = x[:, -1:]
@@ -298,11 +303,11 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(x[..., :SMEAR_GATE_CHANNELS], smear_gate.to(x.dtype)))  # (B, T, 1)
         return x + smear_lambda.to(x.dtype) * gate * previous
 
-    def _run_blocks(self, layers, x, x0, mid, lambdas, idx, cos, sin, kv_cache, start):
+    def _run_blocks(self, layers, x, x0, mid, lambdas, idx, by_token, cos, sin, kv_cache, start):
         """Run these layers on x (B, T, C). Returns x, and mid (B, T, C): x after layer n_layer // 2, or what was given for it."""
         resid_lambdas, x0_lambdas = lambdas
         for i in layers:
-            ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
+            ve = self.value_embeds[str(i)](idx, by_token).to(x.dtype) if str(i) in self.value_embeds else None
             cache = None if kv_cache is None else (*kv_cache.get_layer_cache(i), start)
             x = self.transformer.h[i](x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin, self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:

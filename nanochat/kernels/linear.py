@@ -20,8 +20,11 @@ class Linear(nn.Linear):
     x (..., K) -> (..., N) in the dtype of x.
 
     own_weight_gradient: compute the weight's gradient in C++ (nanochat/kernels/weight_gradient.py).
+    joins_relu_square: whether the layer computes max(x, 0)^2 of its input itself, so that the MLP leaves it out. False here; an
+    FP8 layer can square the ReLU while it quantizes its input.
     """
     own_weight_gradient = False
+    joins_relu_square = False
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -33,7 +36,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight_in(x.dtype)
         if self.own_weight_gradient:
-            return LinearWithWeightGradient.apply(x, self.weight, weight.detach())
+            return LinearWithWeightGradient.apply(x, weight.detach(), self.weight)
         return F.linear(x, weight)
 
 

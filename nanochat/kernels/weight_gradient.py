@@ -58,20 +58,22 @@ def _(g, x):
 
 
 class LinearWithWeightGradient(torch.autograd.Function):
-    """x (..., K), master (N, K) fp32, cast (N, K): the master's value in the dtype of x -> x cast^T (..., N). The gradient of the
-    master is computed by the C++ kernel; `cast` gets none."""
+    """x (..., K), cast (N, K), masters: fp32 weights (N_i, K), which one over the other are `cast` in the dtype of x, so that
+    N = sum N_i -> x cast^T (..., N). The gradient of the masters is computed by the C++ kernel; `cast` gets none."""
 
     @staticmethod
-    def forward(ctx, x, master, cast):
+    def forward(ctx, x, cast, *masters):
         ctx.save_for_backward(x, cast)
+        ctx.rows = [len(master) for master in masters]
         return F.linear(x, cast)
 
     @staticmethod
     def backward(ctx, g):
         x, cast = ctx.saved_tensors
         dx = g @ cast if ctx.needs_input_grad[0] else None
-        dw = weight_gradient_cpp(g.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return dx, dw, None
+        if not any(ctx.needs_input_grad[2:]):
+            return dx, None, *[None] * len(ctx.rows)
+        return dx, None, *weight_gradient_cpp(g.flatten(0, -2), x.flatten(0, -2)).split(ctx.rows)
 
 
 def choose_weight_gradient(weights: Iterable[Tensor], tokens: int, dtype: torch.dtype, *, tuner: Tuner | None = None,

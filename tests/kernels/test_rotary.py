@@ -56,6 +56,22 @@ def test_equals_the_definition(B, T, H, D, seed):
     assert ((dx - dx_exact).norm(dim=-1, keepdim=True) <= 3 * BF16 * largest).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_follows_the_definition(device, dtype, compiled):
+    """In the norm of a head: two products, their sum, the norm and the factor are rounded on the way, and the same again on the
+    way back."""
+    torch._dynamo.reset()
+    x, dy, cos, sin = (t.detach().to(device, dtype) for t in problem(2, 40, 3, 64))
+    case, rounding = (x.requires_grad_(), dy, cos, sin), {torch.float32: 2.0**-24, torch.bfloat16: BF16}[dtype]
+    function = torch.compile(rotary_norm, fullgraph=True, dynamic=False) if compiled else rotary_norm
+    (y, dx), (y_exact, dx_exact) = outcome(function, *case), exact(*case)
+    z = x.detach().double().norm(dim=-1, keepdim=True)
+    largest = QK_SCALE * 64**0.5 / z * dy.double().norm(dim=-1, keepdim=True)  # no head's gradient is longer
+    assert ((y - y_exact).norm(dim=-1) <= 4 * rounding * y_exact.norm(dim=-1)).all()
+    assert ((dx - dx_exact).norm(dim=-1, keepdim=True) <= 8 * rounding * largest).all()
+
+
 @needs_kernel
 def test_is_no_less_exact_than_pytorch():
     case = problem(2, 64, 4, 64)
