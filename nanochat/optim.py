@@ -19,6 +19,8 @@ host does not have to wait for the device to find out. In a compiled update the 
 data and costs nothing.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,8 @@ class MuonAdamW(torch.optim.Optimizer):
     names: parameter -> name, for `named_state`.
     muon_dtype: dtype of Muon's matrix products.
     momentum_dtype: dtype in which first moments are stored; they are computed in fp32. Second moments are always fp32.
-    compile: fuse each update rule with torch.compile. The size of the stack is dynamic, so all stacks of a shape share a graph.
+    compile: fuse each update rule with torch.compile. The size of a stack is dynamic, so all stacks of two or more matrices of a
+    shape share a graph; the sizes of the matrices are fixed in it.
     """
 
     def __init__(self, param_groups: list[dict], names: dict[Tensor, str] | None = None,
@@ -115,7 +118,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon_dtype, self.momentum_dtype = muon_dtype, momentum_dtype
         self.compile = compile
         self._compiled_adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)  # lazy: compiled at the first call
-        self._compiled_muon = torch.compile(muon_update, fullgraph=True)
+        self._compiled_muon = torch.compile(muon_update, dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def step(self, closure=None, finite: Tensor | None = None):
@@ -128,8 +131,29 @@ class MuonAdamW(torch.optim.Optimizer):
             if active and group["kind"] == "adamw":
                 self._step_adamw(group, active, finite)
             elif active:
-                for part in even_parts(active, max(1, MUON_BATCH // active[0].numel())):
+                for part in even_parts(active, self._most_at_once(active[0])):
                     self._step_muon(group, part, finite)
+
+    @torch.no_grad()
+    def warm_up(self, trained: Iterable[Tensor]) -> None:
+        """Compile and run, on zeros, every graph that a step needs in which these parameters have a gradient, so that no step
+        waits for the compiler. No parameter, moment or step count changes."""
+        trained = {id(p) for p in trained}
+        for group in self.param_groups:
+            active = [p for p in group["params"] if id(p) in trained and self._is_compiled(p)]
+            if active and group["kind"] == "adamw":
+                for p in {(p.shape, p.dtype): p for p in active}.values():
+                    zeros = torch.nn.Parameter(torch.zeros_like(p))  # torch.compile tells parameters from other tensors
+                    state = self._new_state(p, group)
+                    self._compiled_adamw(zeros, torch.zeros_like(p), state["exp_avg"], state["exp_avg_sq"], _no(p),
+                                         *_host_tensors((0.0,) * 6))
+            elif active:
+                sizes = {len(part) for part in even_parts(active, self._most_at_once(active[0]))}
+                for size in {min(sizes), max(sizes)}:  # a single matrix has a graph of its own
+                    state = self._new_state(active[0], group)
+                    stacks = [torch.zeros((size, *t.shape), dtype=t.dtype, device=t.device) for t in (
+                        active[0], active[0].float(), state["momentum_buffer"], state["second_momentum"])]
+                    self._compiled_muon_update(stacks, _no(active[0]), (0.0,) * 4)
 
     def _step_adamw(self, group: dict, active: list[Tensor], finite: Tensor) -> None:
         lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
@@ -154,27 +178,40 @@ class MuonAdamW(torch.optim.Optimizer):
         stacks = [torch.stack(list(t)) for t in (active, [p.grad.float() for p in active], momenta, seconds)]
         scalars = group["momentum"], lr, group["weight_decay"], group["beta2"]
         if self._is_compiled(active[0]):
-            for stack in stacks:
-                torch._dynamo.maybe_mark_dynamic(stack, 0)
-            updated = self._compiled_muon(*stacks, finite, *_host_tensors(scalars), self.muon_dtype)
+            updated = self._compiled_muon_update(stacks, finite, scalars)
         else:
             updated = muon_update(*stacks, finite, *scalars, self.muon_dtype)
         for tensors, new in zip((active, momenta, seconds), updated, strict=True):
             torch._foreach_copy_(tensors, list(new.unbind()))
 
+    def _compiled_muon_update(self, stacks: list[Tensor], finite: Tensor, scalars: tuple[float, ...]):
+        """`muon_update` of stacks (K, ...), compiled for any K."""
+        for stack in stacks:
+            torch._dynamo.maybe_mark_dynamic(stack, 0)
+        return self._compiled_muon(*stacks, finite, *_host_tensors(scalars), self.muon_dtype)
+
+    def _most_at_once(self, p: Tensor) -> int:
+        """How many matrices of the size of p Muon stacks at most."""
+        return max(1, MUON_BATCH // p.numel())
+
     def _state(self, p: Tensor, group: dict) -> dict:
         """The optimizer state of one parameter, created at its first update."""
         state = self.state[p]
-        momentum_dtype = self.momentum_dtype if p.numel() >= FP32_BELOW else torch.float32
-        if not state and group["kind"] == "adamw":
-            state["step"] = torch.zeros((), dtype=torch.int64)  # on the host: reading it does not synchronize with the device
-            state["exp_avg"] = torch.zeros_like(p, dtype=momentum_dtype)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        elif not state:
-            rows, cols = p.shape
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=momentum_dtype)
-            state["second_momentum"] = p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)
+        if not state:
+            state.update(self._new_state(p, group))
         return state
+
+    def _new_state(self, p: Tensor, group: dict) -> dict:
+        """The optimizer state that a parameter begins with: zeros."""
+        momentum_dtype = self.momentum_dtype if p.numel() >= FP32_BELOW else torch.float32
+        first = torch.zeros_like(p, dtype=momentum_dtype)
+        if group["kind"] == "adamw":
+            # the count is on the host: reading it does not synchronize with the device
+            return {"step": torch.zeros((), dtype=torch.int64), "exp_avg": first,
+                    "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
+        rows, cols = p.shape
+        return {"momentum_buffer": first,
+                "second_momentum": p.new_zeros((rows, 1) if rows >= cols else (1, cols), dtype=torch.float32)}
 
     def _is_compiled(self, p: Tensor) -> bool:
         return self.compile and p.numel() >= COMPILE_FROM
@@ -201,6 +238,11 @@ def even_parts(items: list, most: int) -> list[list]:
     """Split a list into as few parts of at most `most` items as possible; their lengths differ by at most one."""
     count = -(-len(items) // most)
     return [items[len(items) * i // count:len(items) * (i + 1) // count] for i in range(count)]
+
+
+def _no(p: Tensor) -> Tensor:
+    """False on the device of p."""
+    return torch.zeros((), dtype=torch.bool, device=p.device)
 
 
 def _host_tensors(scalars: tuple[float, ...]) -> list[Tensor]:

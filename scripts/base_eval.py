@@ -59,7 +59,8 @@ def evaluate_splits(flags: EvalFlags, model, tokenizer, state: dict, ranks) -> d
                         "Give the text with --data to tokenize it again.")
     config, device = state["user_config"], model.get_device()
     num_tokens = config["eval_tokens"] if flags.split_tokens == -1 else flags.split_tokens
-    rows = flags.device_batch_size or config["device_batch_size"]
+    in_training = state.get("numerics_environment", {}).get("rows per micro-batch", config["device_batch_size"])
+    rows = flags.device_batch_size or in_training
     result = {"data": flags.data or state["tokens"], "split_tokens": num_tokens}
     for name in ("train", "val"):
         split = tokens.split(name)

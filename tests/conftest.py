@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,10 +31,19 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def device():
-    """Where the numbers of a kernel are tested: the GPU, if there is one, else the CPU. `pytest -m device` runs the tests that ask
-    for it, and so proves the kernels of a machine."""
+    """Where the numbers of a kernel are tested: the GPU, if there is one, else the CPU. `pytest -m device` runs the tests that
+    ask for it, and so proves the kernels of a machine."""
     import torch
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Whatever a run in an earlier test has set: on a GPU, products of fp32 in TF32 have three digits, and sums of bf16 may be
+    rounded on the way."""
+    if torch := sys.modules.get("torch"):
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """MuonAdamW against torch.optim.AdamW, against an exact SVD, and on parameters that have no gradient."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -10,7 +11,6 @@ from hypothesis import given, settings, strategies as st
 from nanochat import optim
 from nanochat.optim import MuonAdamW, muon_update, polar_factor
 
-YES = torch.tensor(True)
 COMPILE = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 
 
@@ -27,20 +27,43 @@ def adamw_group(params, **kw):
     return dict(kind="adamw", params=params, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1) | kw
 
 
-def parameters(*shapes, seed=0):
+def normal(*shape, seed, device="cpu"):
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def parameters(*shapes, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
 
 
 def give_gradients(params, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+
+
+def graphs_of(monkeypatch):
+    """The list to which every graph goes that is compiled from now on; it then runs as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+def input_shapes(graph):
+    """The shapes of the tensors that go into a graph."""
+    values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
 
 @COMPILE
-def test_adamw_agrees_with_torch(compile):
-    ours, theirs = parameters((7, 5), (3,), ()), parameters((7, 5), (3,), ())
+def test_adamw_agrees_with_torch(compile, device):
+    ours, theirs = (parameters((7, 5), (3,), (), device=device) for _ in range(2))
     mine = MuonAdamW([adamw_group(ours)], compile=compile)
     reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
     for step in range(20):
@@ -51,8 +74,8 @@ def test_adamw_agrees_with_torch(compile):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
 
 
-def test_adamw_keeps_fp32_moments_of_a_bf16_table():
-    table = torch.nn.Parameter(torch.randn(8, 4).bfloat16())
+def test_adamw_keeps_fp32_moments_of_a_bf16_table(device):
+    table = torch.nn.Parameter(normal(8, 4, seed=0, device=device).bfloat16())
     optimizer = MuonAdamW([adamw_group([table])], names={table: "wte"})
     for step in range(3):
         give_gradients([table], step)
@@ -63,10 +86,10 @@ def test_adamw_keeps_fp32_moments_of_a_bf16_table():
 
 @settings(max_examples=40)
 @given(rows=st.integers(2, 24), cols=st.integers(2, 24), scale=st.sampled_from([1e-12, 1.0, 1e8]), seed=st.integers(0, 999))
-def test_polar_factor_is_orthogonal_at_any_scale(rows, cols, scale, seed):
+def test_polar_factor_is_orthogonal_at_any_scale(device, rows, cols, scale, seed):
     """Five iterations bring every singular value that is not tiny to within 0.7 .. 1.3; the paper's bound is tighter for
     well conditioned input, but a random square matrix has a small one now and then."""
-    g = torch.randn(1, rows, cols, generator=torch.Generator().manual_seed(seed)) * scale
+    g = normal(1, rows, cols, seed=seed, device=device) * scale
     equilibrated = (g / g.norm(dim=-1, keepdim=True))[0].double()
     u, s, vh = torch.linalg.svd(equilibrated, full_matrices=False)
     ours = polar_factor(g, torch.float32)[0].double()
@@ -77,21 +100,22 @@ def test_polar_factor_is_orthogonal_at_any_scale(rows, cols, scale, seed):
     assert off_diagonal.abs().max() < 1e-3
 
 
-def test_polar_factor_of_zeros_is_zero():
-    assert torch.equal(polar_factor(torch.zeros(2, 3, 5), torch.bfloat16), torch.zeros(2, 3, 5))
+def test_polar_factor_of_zeros_is_zero(device):
+    zeros = torch.zeros(2, 3, 5, device=device)
+    assert torch.equal(polar_factor(zeros, torch.bfloat16), zeros)
 
 
-def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient():
-    g = torch.randn(1, 32, 64)
-    new, _, _ = muon_update(torch.zeros(1, 32, 64), g, torch.zeros(1, 32, 64), torch.zeros(1, 1, 64), YES,
+def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient(device):
+    g, yes = normal(1, 32, 64, seed=0, device=device), torch.tensor(True, device=device)
+    new, _, _ = muon_update(torch.zeros_like(g), g, torch.zeros_like(g), g.new_zeros(1, 1, 64), yes,
                             0.0, 1.0, 0.0, 0.9, torch.float32)
     assert abs(new.norm().item() / 32**0.5 - 1) < 0.05          # Frobenius norm sqrt(min(m, n)), kept by NorMuon
     assert (new * g).sum() < 0                                  # downhill
 
 
-def test_weight_decay_is_cautious():
-    p, g = torch.randn(1, 16, 16), torch.randn(1, 16, 16)
-    args = (g, torch.zeros_like(g), torch.zeros(1, 16, 1), YES, 0.0, 0.1)
+def test_weight_decay_is_cautious(device):
+    p, g = (normal(1, 16, 16, seed=seed, device=device) for seed in range(2))
+    args = (g, torch.zeros_like(g), g.new_zeros(1, 16, 1), torch.tensor(True, device=device), 0.0, 0.1)
     plain, _, _ = muon_update(p, *args, 0.0, 0.9, torch.float32)
     decayed, _, _ = muon_update(p, *args, 0.5, 0.9, torch.float32)
     update = p - plain
@@ -101,8 +125,8 @@ def test_weight_decay_is_cautious():
 
 
 @COMPILE
-def test_a_batch_is_updated_as_its_members_would_be(compile):
-    together, alone = parameters((6, 4), (6, 4), (6, 4)), parameters((6, 4), (6, 4), (6, 4))
+def test_a_batch_is_updated_as_its_members_would_be(compile, device):
+    together, alone = (parameters((6, 4), (6, 4), (6, 4), device=device) for _ in range(2))
     optimizers = [MuonAdamW([muon_group(together)], compile=compile)] + [MuonAdamW([muon_group([p])]) for p in alone]
     for step in range(4):
         for params in (together, alone):
@@ -114,9 +138,9 @@ def test_a_batch_is_updated_as_its_members_would_be(compile):
 
 
 @COMPILE
-def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
+def test_batches_of_a_size_are_updated_as_all_at_once(compile, device, monkeypatch):
     """Five matrices at once, and by two or one, while some of them have no gradient."""
-    sets, sizes = [parameters(*[(6, 4)] * 5) for _ in range(3)], []
+    sets, sizes = [parameters(*[(6, 4)] * 5, device=device) for _ in range(3)], []
     if not compile:
         monkeypatch.setattr(optim, "muon_update", lambda *args: sizes.append(len(args[0])) or muon_update(*args))
     optimizers = [MuonAdamW([muon_group(params)], compile=compile) for params in sets]
@@ -134,12 +158,12 @@ def test_batches_of_a_size_are_updated_as_all_at_once(compile, monkeypatch):
 
 
 @COMPILE
-def test_momentum_in_bf16_is_rounded_only_between_steps(compile, monkeypatch):
+def test_momentum_in_bf16_is_rounded_only_between_steps(compile, device, monkeypatch):
     """The first step is that of fp32 to the bit, what it keeps is rounded; after twenty the paths differ by rounding. Small
     parameters keep fp32, and so does every second moment."""
     monkeypatch.setattr(optim, "FP32_BELOW", 20)
     shapes = (6, 4), (6, 4), (5, 7), (3,)
-    exact, rounded = parameters(*shapes), parameters(*shapes)
+    exact, rounded = (parameters(*shapes, device=device) for _ in range(2))
     optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:3]), adamw_group(ps[3:])],
                             names=dict(zip(ps, "abcd", strict=True)), momentum_dtype=dtype, compile=compile)
                   for ps, dtype in ((exact, torch.float32), (rounded, torch.bfloat16))]
@@ -168,9 +192,9 @@ def test_batches_are_few_and_even():
 @COMPILE
 @settings(max_examples=12)
 @given(present=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_without_a_gradient_nothing_moves(compile, present):
+def test_without_a_gradient_nothing_moves(compile, device, present):
     """Whatever subset has gradients: the others keep value and state to the bit; those with one go on as if alone."""
-    params = parameters((6, 4), (6, 4), (5,), (3, 2))
+    params = parameters((6, 4), (6, 4), (5,), (3, 2), device=device)
     optimizer = MuonAdamW([muon_group(params[:2]), adamw_group(params[2:])],
                           names=dict(zip(params, "abcd", strict=True)), compile=compile)
     give_gradients(params, 100)
@@ -190,39 +214,77 @@ def test_without_a_gradient_nothing_moves(compile, present):
 
 
 @COMPILE
-def test_what_is_not_finite_changes_nothing(compile):
+def test_what_is_not_finite_changes_nothing(compile, device):
     """Values and moments stay to the bit under NaN gradients, and the next step is as if there had been no such one."""
-    params, others = parameters((6, 4), (6, 4), (5,), (3, 2)), parameters((6, 4), (6, 4), (5,), (3, 2))
+    params, others = (parameters((6, 4), (6, 4), (5,), (3, 2), device=device) for _ in range(2))
+    yes = torch.tensor(True, device=device)
     optimizers = [MuonAdamW([muon_group(ps[:2]), adamw_group(ps[2:])],
                             names=dict(zip(ps, "abcd", strict=True)), compile=compile) for ps in (params, others)]
     for ps, optimizer in zip((params, others), optimizers, strict=True):
         give_gradients(ps, 0)
-        optimizer.step(finite=YES)
+        optimizer.step(finite=yes)
     before, state = copy.deepcopy(params), {k: v.clone() for k, v in optimizers[0].named_state().items()}
     give_gradients(params, 1)
     for p in params:
         p.grad.view(-1)[0] = torch.nan
-    optimizers[0].step(finite=~YES)
+    optimizers[0].step(finite=~yes)
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
     assert all(torch.equal(v, state[k]) for k, v in optimizers[0].named_state().items() if not k.endswith("/step"))
     for ps, optimizer in zip((params, others), optimizers, strict=True):
         give_gradients(ps, 2)
-        optimizer.step(finite=YES)
+        optimizer.step(finite=yes)
     assert all(torch.equal(p, q) for p, q in zip(params[:2], others[:2], strict=True))  # AdamW's count of steps has gone on
 
 
-def test_subsets_do_not_recompile():
-    """Ten parameters, subsets of every size: at most two graphs of the Muon rule, one of them for a single matrix."""
-    params = parameters(*[(6, 4)] * 10)
-    optimizer = MuonAdamW([muon_group(params)], compile=True)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+def test_a_graph_has_the_sizes_of_the_matrices_and_any_number_of_them(monkeypatch):
+    """Ten matrices of each of three shapes, subsets of every size: a graph for one matrix and one for more, in which only the
+    number of matrices is symbolic. Symbolic sizes of matrices would make slower products."""
+    graphs, shapes = graphs_of(monkeypatch), [(6, 4), (4, 12), (8, 8)]
+    groups = [parameters(*[shape] * 10) for shape in shapes]
+    optimizer = MuonAdamW([muon_group(params) for params in groups], compile=True)
     for size in (10, 7, 1, 3, 9, 2, 5, 8, 6, 4):
-        give_gradients(params, size)
-        for p in params[size:]:
+        for params in groups:
+            give_gradients(params, size)
+            for p in params[size:]:
+                p.grad = None
+        optimizer.step()
+    single, several = [], []
+    for graph in graphs:
+        stacks = [shape for shape in input_shapes(graph) if len(shape) == 3]
+        assert len(stacks) == 4 and all(type(size) is int for _, *matrix in stacks for size in matrix), stacks
+        (single if type(stacks[0][0]) is int else several).append(stacks[0])
+    assert sorted(shape[1:] for shape in single) == sorted(shape[1:] for shape in several) == sorted(shapes)
+    assert all(shape[0] == 1 for shape in single)
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
+def test_warming_up_compiles_all_that_steps_need_and_changes_nothing(monkeypatch, momentum_dtype):
+    """Steps with all gradients, and with those of a suffix that was warmed up too: no graph is added. Seven matrices are
+    updated four and three at a time, five of a suffix by three and two; one by itself needs a graph of its own."""
+    monkeypatch.setattr(optim, "FP32_BELOW", 20)
+    monkeypatch.setattr(optim, "MUON_BATCH", 4 * 24)
+    graphs = graphs_of(monkeypatch)
+    matrices, others = parameters(*[(6, 4)] * 7), parameters((5, 7), (5, 7), (3,), ())
+    others[1] = torch.nn.Parameter(others[1].bfloat16())
+    params = [*matrices, *others]
+    optimizer = MuonAdamW([muon_group(matrices), adamw_group(others)], names={p: str(i) for i, p in enumerate(params)},
+                          momentum_dtype=momentum_dtype, compile=True)
+    before, random = copy.deepcopy(params), torch.get_rng_state()
+    seen = []
+    for trained in (params, params[2:], params[6:]):
+        optimizer.warm_up(trained)
+        seen.append(len(graphs))
+    assert seen == [1 + 4, 1 + 4, 2 + 4]
+    assert not optimizer.state and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(params, before, strict=True))
+    for step, frozen in enumerate((0, 2, 6, 0)):
+        give_gradients(params, step)
+        for p in params[:frozen]:
             p.grad = None
         optimizer.step()
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert len(graphs) == seen[-1], step
+    optimizer.warm_up(params)
+    assert len(graphs) == seen[-1] and optimizer.named_state()["7/step"] == 4
 
 
 def test_small_parameters_do_not_cost_a_graph(monkeypatch):

@@ -72,7 +72,7 @@ class Suffix(Feature):
         for count in (self.steps, self.full) if plain else (self.steps,):
             count[0], count[1] = count[0] + 1, count[1] + time.total
         if plain and time.forward is not None:
-            self.parts = [*self.parts, time[1:]][-PARTS_KEPT:]
+            self.parts = [*self.parts, (time.forward, time.backward, time.update)][-PARTS_KEPT:]
         self.active.append(self.policy.n_layer - self.decision.active_start)
 
     def summary(self) -> dict:

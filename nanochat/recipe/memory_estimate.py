@@ -82,14 +82,26 @@ def estimate_memory(shape: GPTConfig, rows: int, config: MemoryConfig) -> Memory
         logits=int(logits))
 
 
-def micro_batches(rows: int) -> list[int]:
-    """Micro-batch sizes that divide `rows`, largest first: with gradient accumulation the tokens per step stay the same."""
-    return [n for n in range(rows, 0, -1) if rows % n == 0]
+def micro_batches(rows: int, length: int = 16) -> list[int]:
+    """Micro-batch sizes that divide `rows`, largest first: with gradient accumulation the tokens per step stay the same.
+
+    length: tokens of a row. Where `rows` make a multiple of 16 tokens, as FP8 products need it, so does each size.
+    """
+    return [n for n in range(rows, 0, -1) if rows % n == 0 and (n * length % 16 == 0 or rows * length % 16)]
 
 
 def largest_fit(shape: GPTConfig, candidates: list[int], available: int, config: MemoryConfig) -> int | None:
     """The first of the candidates (rows, largest first) whose estimate is within MARGIN of `available` bytes, or None."""
     return next((n for n in candidates if estimate_memory(shape, n, config).total <= MARGIN * available), None)
+
+
+def evaluation_memory(shape: GPTConfig, rows: int, config: MemoryConfig) -> int:
+    """Bytes of an uncompiled evaluation of `rows` sequences: weights, moments, and three fp32 tensors of all logits, or of a
+    chunk. Counted, not fitted. It exceeds a step's where the model is small and compiled."""
+    step, logits = estimate_memory(shape, rows, config), rows * shape.sequence_len * shape.vocab_size
+    if config.chunked_ce:
+        logits = min(logits, CHUNK[config.cuda] // config.bytes_per_element)
+    return step.weights + step.moments + 12 * logits
 
 
 def advice(shape: GPTConfig, rows: int, limit: int, config: MemoryConfig) -> str:

@@ -18,7 +18,11 @@ def compile_seconds() -> float:
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step without compilation, and of its parts over all micro-batches, where they are known."""
+    """Seconds of one step without compilation, and of its parts over all micro-batches, where they are known.
+
+    Where torch.compile worked in between, `total` is a guess on CUDA: the device went on with what was queued while the host
+    compiled.
+    """
     total: float
     forward: float | None = None
     backward: float | None = None

@@ -15,6 +15,7 @@ there, but no product and no attention: selective activation checkpointing (arXi
 """
 
 import os
+from collections import Counter
 
 import torch
 
@@ -31,24 +32,28 @@ class CompiledModel:
     as evaluation does.
     recompute_activations: see the top of this file.
     compiled_variants: for each set of forward_args that was warmed up, whether its graphs could be made.
+    graph_breaks: reason -> how often it cut a graph in two. The pieces are right, but nothing is fused across a cut, and the host
+    works between them.
     """
 
     def __init__(self, model, whole: bool, backend: str = "inductor", recompute_activations: bool = False):
         self.model, self.recompute_activations = model, recompute_activations
         self.forward = (compile_whole if whole else compile_parts)(model, backend)
         self.compiled_variants: dict[tuple, bool] = {}
+        self.graph_breaks: Counter[str] = Counter()
 
     def is_warmed_up(self, forward_args: dict) -> bool:
         return _variant(forward_args) in self.compiled_variants
 
-    def warm_up(self, x: torch.Tensor, y: torch.Tensor, **forward_args) -> None:
+    def warm_up(self, x: torch.Tensor, y: torch.Tensor, **forward_args) -> list[torch.Tensor]:
         """Compile forward(x, y, **forward_args) and its backward, the first time these forward_args are seen.
 
-        x, y: (B, T) int64, of the micro-batch's shape. Raises: torch.OutOfMemoryError.
+        x, y: (B, T) int64, of the micro-batch's shape.
+        Returns the parameters that such a step trains: those that got a gradient here. Raises: torch.OutOfMemoryError.
         """
         if self.is_warmed_up(forward_args):
-            return
-        variant = _variant(forward_args)
+            return []
+        variant, breaks_before = _variant(forward_args), graph_breaks()
         try:
             with torch._functorch.config.patch(ban_recompute_materialized_backward=not self.recompute_activations):
                 self.forward(x, y, **forward_args).backward()
@@ -59,7 +64,17 @@ class CompiledModel:
             self.compiled_variants[variant] = False
             which = ", ".join(f"{name}={value}" for name, value in variant) or "the model"
             print0(f"{which} could not be compiled and trains uncompiled, slower: {reason(e)}")
+        trained = [p for p in self.model.parameters() if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
+        self._count_breaks(graph_breaks() - breaks_before)
+        return trained
+
+    def _count_breaks(self, breaks: Counter[str]) -> None:
+        """Add to the graph breaks, and print those whose reason is new."""
+        new = {why: count for why, count in breaks.items() if why not in self.graph_breaks}
+        self.graph_breaks += breaks
+        for why, count in new.items():
+            print0(f"{count} graph break{'s' if count > 1 else ''}, where nothing is fused: {why}")
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, **forward_args) -> torch.Tensor:
         if self.compiled_variants[_variant(forward_args)]:
@@ -115,6 +130,14 @@ def compile_parts(model, backend: str = "inductor"):
 def graphs_compiled() -> int:
     """How many graphs torch has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def graph_breaks() -> Counter[str]:
+    """The first line of each reason why torch had to cut a graph in this process -> how often."""
+    breaks = Counter[str]()
+    for why, count in torch._dynamo.utils.counters["graph_break"].items():
+        breaks[why.strip().partition("\n")[0]] += count
+    return breaks
 
 
 def _fail_loudly() -> None:

@@ -75,15 +75,6 @@ def broadcast_object(value):
     return values[0]
 
 
-def broadcast_bool(value: bool, device: torch.device) -> bool:
-    """Rank 0's answer, on every rank."""
-    if not dist.is_initialized():
-        return value
-    answer = torch.tensor(float(value), device=device)
-    dist.broadcast(answer, src=0)
-    return bool(answer.item())
-
-
 def all_ranks_true(value: bool, device: torch.device) -> bool:
     """Whether it is true on all ranks."""
     if not dist.is_initialized():

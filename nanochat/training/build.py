@@ -16,6 +16,7 @@ from nanochat.gpt import GPT, QK_SCALE
 from nanochat.kernels.embedding import choose_embedding_gradient
 from nanochat.kernels.inference import use_inference_kernels
 from nanochat.kernels.linear import Linear, use_own_weight_gradient
+from nanochat.kernels.qkv import choose_qkv, fused_qkv
 from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
 from nanochat.kernels.weight_gradient import choose_weight_gradient
 from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
@@ -56,6 +57,7 @@ class Run:
     lock: RunLock | None                # rank 0's
     pending: PendingStep | None = None  # the last step, where its results have not been read yet
     stop_signal: int = 0                # under torchrun, the signal at which all ranks have agreed to stop
+    time_is_up: bool = False            # under torchrun, whether they have agreed that --max-train-seconds are over
 
     @property
     def plan(self) -> RunPlan:
@@ -181,7 +183,8 @@ def prepare_text(config: Config, recorded: str | None = None) -> tuple[Tokenizer
 def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) -> Trainer:
     """Build model, optimizer, compiled forward and loader. No run folder is needed.
 
-    saved: as for `make_plan`; of it come the attention backends and --auto-batch's micro-batch, so that the bits stay the same.
+    saved: as for `make_plan`; of it come the kernels and, unless the flags say it, the micro-batch, so that the bits stay the
+    same.
     Raises: before anything is built, UserError where the text has too few rows, MemoryError where the run cannot fit.
     """
     config, rows = plan.config, training_rows(plan)
@@ -208,7 +211,7 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         model=model, optimizer=optimizer, features=features, clock=Clock(plan.device),
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
         stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
-    if config.horizon.auto_batch:
+    if config.horizon.takes_what_fits:
         size, possible = before.get("rows per micro-batch"), micro_batches(config.horizon.device_batch_size)
         plan = plan.with_micro_batch_size(size if size in possible else choose_micro_batch_size(plan, state))
     forward = CompiledModel(model, plan.compile_whole, recompute_activations=config.run.recompute_activations) \
@@ -228,22 +231,32 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
     layers = [layer for layer in model.linears().values() if isinstance(layer, Linear)]
     gradient = choose_weight_gradient(
         [layer.weight for layer in layers], tokens, plan.dtype, tuner=tuner, wanted=flags.weight_gradient,
-        recorded=before and before.get("weight gradient", "torch"))  # runs of before this choice had torch's
+        recorded=before.get("weight gradient"))
     if gradient.name == "brgemm":
         use_own_weight_gradient(layers)
+    qkv = choose_qkv(
+        [(block.attn.c_q, block.attn.c_k, block.attn.c_v) for block in model.transformer.h], tokens, plan.dtype,
+        tuner=tuner, wanted=flags.fused_qkv, recorded=before.get("qkv"))
+    if qkv.name == "fused":
+        model.kernels.project_qkv = fused_qkv
     rotary = choose_rotary_norm(
         plan.micro_batch_size, T, plan.shape.n_head, *model.rotary_tables(0, T), QK_SCALE, compiled=plan.compile, tuner=tuner,
-        wanted=flags.rotary_norm, recorded=before and before.get("rotary norm", "torch"))
+        wanted=flags.rotary_norm, recorded=before.get("rotary norm"))
     if rotary.name == "cpp":
         model.kernels.rotary_norm = rotary_norm_cpp
+    tables = choose_embedding_gradient(
+        [model.transformer.wte, *model.value_embeds.values()], tokens, tuner,
+        recorded=None if plan.device.type == "cpu" else before.get("embedding gradient"))
     chosen = {
-        "weight gradients": gradient, "rotary and norm": rotary,
-        "embedding gradients": choose_embedding_gradient([model.transformer.wte, *model.value_embeds.values()], tokens, tuner),
+        "weight gradients": gradient, "queries, keys and values": qkv, "rotary and norm": rotary, "embedding gradients": tables,
         "evaluation's passes": use_inference_kernels(model, tokens, tuner)}
     for what, choice in chosen.items():
         if choice.milliseconds:
             print0(f"{what}: {choice}")
-    return {"weight gradient": gradient._asdict(), "rotary norm": rotary._asdict()}
+    decisive = {"weight gradient": gradient, "rotary norm": rotary, "qkv": qkv}
+    if plan.device.type != "cpu":  # on a CPU both ways give the same bits
+        decisive["embedding gradient"] = tables
+    return {name: choice._asdict() for name, choice in decisive.items()}
 
 
 def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Trainer:

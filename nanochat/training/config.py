@@ -16,6 +16,8 @@ from nanochat.data.sources import TokenizerFlags
 from nanochat.recipe.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 
+MOST_ROWS = 32  # of a micro-batch, where --device-batch-size does not say
+
 
 @dataclass
 class DeviceFlags:
@@ -34,14 +36,16 @@ class RunFlags(DeviceFlags):
     seed: int = flag(42, "seed of initialization and of the order of the data", low=0, high=LARGEST_SEED)
     attention_backend: str = flag("auto", "how attention is computed (nanochat/flash_attention.py); auto takes the fastest here, "
                                   "measured on the model's own shapes",
-                                  choices=("auto", "fa3", "varlen", "native", "brgemm", "chunked", "sdpa", "masked"),
-                                  affects_results=False)
+                                  choices=("auto", "fa3", "fa4", "varlen", "flash", "cudnn", "native", "brgemm", "chunked",
+                                           "sdpa", "masked"), affects_results=False)
     weight_gradient: str = flag("auto", "how the gradients of linear layers' weights are computed on a CPU in bf16 "
                                 "(nanochat/kernels/weight_gradient.py); auto takes the faster way here",
                                 choices=("auto", "torch", "brgemm"), affects_results=False)
     rotary_norm: str = flag("auto", "how rotary positions and norms of queries and keys are computed on a CPU in bf16 "
                             "(nanochat/kernels/rotary.py); auto takes the faster way here",
                             choices=("auto", "torch", "cpp"), affects_results=False)
+    fused_qkv: str = flag("auto", "how queries, keys and values are computed (nanochat/kernels/qkv.py): by three products or by "
+                          "one; auto takes the faster way here", choices=("auto", "separate", "fused"), affects_results=False)
     compile: bool = flag(True, "compile the model and the optimizer", affects_results=False)
     compile_parts: bool = flag(False, "compile the model block by block: a deep one starts in half the time or less, and "
                                "its steps take up to 3 % longer", affects_results=False, requires={"compile": True})
@@ -132,17 +136,22 @@ class HorizonFlags:
     target_flops: float = flag(-1.0, "train for this many FLOPs; -1 leaves it to the ratio", high=1e30,
                                requires={"num_iterations": -1})
     target_param_data_ratio: float = flag(12.0, "tokens per scaling parameter (block matrices and head)", high=1e6)
-    device_batch_size: int = flag(32, "rows per micro-batch and device; halve it if memory runs out", low=1, high=2**20,
-                                  affects_results=False)
-    auto_batch: bool = flag(False, "use smaller micro-batches if memory runs out; tokens per optimizer step stay the same",
-                            affects_results=False)
+    device_batch_size: int = flag(-1, f"rows per micro-batch and device; -1 takes {MOST_ROWS}, or fewer where memory is short",
+                                  low=-1, high=2**20, affects_results=False)
+    auto_batch: bool = flag(False, "take fewer rows than --device-batch-size where memory is short; tokens per optimizer step "
+                            "stay the same", affects_results=False)
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1 takes the predicted optimum", high=2**40)
     batch_multiplier: float = flag(1.0, "multiplies the predicted optimal batch; learning rates and weight decay follow by the "
                                    "scaling law", high=1e6, requires={"total_batch_size": -1})
 
+    def __post_init__(self):
+        self.takes_what_fits = self.auto_batch or self.device_batch_size == -1  # or fewer rows than device_batch_size
+        if self.device_batch_size == -1:
+            self.device_batch_size = MOST_ROWS
+
     def validate(self):
         problems = [f"{flag_name(name)} must be positive, or -1 to derive it, got {value}"
-                    for name in ("num_iterations", "target_flops", "total_batch_size")
+                    for name in ("num_iterations", "target_flops", "total_batch_size", "device_batch_size")
                     if (value := getattr(self, name)) != -1 and value <= 0]
         if max(self.num_iterations, self.target_flops, self.target_param_data_ratio) <= 0:
             problems.append("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio")
@@ -179,6 +188,10 @@ class EvalFlags:
     """Evaluation, samples and checkpoints: every N steps and at the end; -1 is never (checkpoints: only at the end)"""
     eval_every: int = flag(250, "steps between evaluations in bits per byte", affects_results=False)
     eval_tokens: int = flag(80 * 524288, "validation tokens to evaluate on, at most all there are", low=1, affects_results=False)
+    # at most the rounding of the bits per byte depends on it: nothing that training reads
+    compile_evaluation: bool = flag(False, "compile the evaluation in bits per byte, too: faster on a GPU where there are many, "
+                                    "and less memory for the logits", affects_results=False,
+                                    requires={"compile": True, "eval_every": at_least(1)})
     core_metric_every: int = flag(2000, "steps between evaluations of the CORE metric", affects_results=False)
     core_metric_max_per_task: int = flag(500, "examples per CORE task; -1 takes all", affects_results=False,
                                          requires={"core_metric_every": at_least(1)})

@@ -1,7 +1,10 @@
 """What happens after a step whose loss or gradients are not finite (--on-divergence)."""
 
 import math
+import os
 from typing import Literal
+
+import torch
 
 from nanochat.common import Diverged
 from nanochat.training.run_stats import RunStats
@@ -9,6 +12,8 @@ from nanochat.training.step import StepResult
 
 MAX_SKIPS = 10     # in a row, under --on-divergence skip
 MAX_ROLLBACKS = 3  # in all, under --on-divergence rollback
+MAY_BE_CUDNN = {"cudnn", "sdpa", "blocks", "masked"}  # kinds of attention; in all but the first torch chooses the kernel
+CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"  # torch's: 1 takes cuDNN only where no other fused kernel works
 
 
 def divergence(result: StepResult, overflow_is_normal: bool) -> str | None:
@@ -21,6 +26,18 @@ def divergence(result: StepResult, overflow_is_normal: bool) -> str | None:
     example = f", among them {result.not_finite[-1]}" if result.not_finite else ""
     return (f"step {result.step} was not taken: its loss is {result.loss:.4g}, and the gradients of {len(result.not_finite)} of "
             f"{result.trained} parameters are not finite{example}")
+
+
+def divergence_advice(device: torch.device, attention: dict[str, dict]) -> str:
+    """What to try after a run on this device has ended so. attention: the kernel chosen for each window, from RunPlan."""
+    advice = ("Lower the learning rates (--lr-multiplier 0.5), train in fp32, or leave such steps out (--on-divergence skip); "
+              "under --fp8 runs/fpi_debug.sh names the module where it begins")
+    names = {choice["name"] for choice in attention.values()}
+    if device.type == "cuda" and names & MAY_BE_CUDNN and torch.backends.cuda.cudnn_sdp_enabled() \
+            and os.environ.get(CUDNN_LAST) != "1":
+        advice += (f". The attention may be cuDNN's, of which others report NaN gradients: try the environment variable "
+                   f"{CUDNN_LAST}=1 with --attention-backend sdpa")
+    return advice
 
 
 class DivergencePolicy:

@@ -1,4 +1,5 @@
-"""Evaluation and sampling during training. The uncompiled model is used, and none of it counts as training time."""
+"""Evaluation and sampling during training. The uncompiled model is used, except for bits per byte under --compile-evaluation,
+and none of it counts as training time."""
 
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime.device import evaluation
 from nanochat.runtime.signals import Signals
 from nanochat.tokenizer import get_token_bytes
+from nanochat.training.compiled_evaluation import CompiledEvaluation
 from nanochat.training.recorder import Recorder
 from nanochat.training.state import RunPlan, TrainState
 
@@ -20,22 +22,28 @@ class Evaluator:
     def __init__(self, plan: RunPlan, state: TrainState, recorder: Recorder, signals: Signals):
         self.plan, self.state, self.recorder, self.signals = plan, state, recorder, signals
         self.token_bytes = get_token_bytes(plan.device, plan.tokenizer)
+        self.compiled = CompiledEvaluation(state.model, plan.micro_batch_size, plan.shape.sequence_len) \
+            if plan.compile and plan.config.eval.compile_evaluation else None
 
     @contextmanager
-    def evaluation_context(self):
-        """Put the model in evaluation mode and time it apart. A signal ends it at once, unless other ranks wait for a result."""
+    def evaluation_context(self, clock=None):
+        """Put the model in evaluation mode and time it apart: by `clock`, if it is not for evaluations. A signal ends it at once,
+        unless other ranks wait for a result."""
         model = self.state.model
-        with self.signals.raise_immediately(self.plan.ranks.world_size == 1), self.state.clock.evaluating(), \
+        with self.signals.raise_immediately(self.plan.ranks.world_size == 1), clock or self.state.clock.evaluating(), \
                 evaluation(model), self.state.features.eval_context(model):
             yield
 
     def bits_per_byte(self) -> None:
         """Evaluate bits per byte on the first --eval-tokens validation tokens."""
         plan, state = self.plan, self.state
+        if self.compiled:
+            with self.evaluation_context(state.clock.compiling()):
+                self.compiled.warm_up()
         with self.evaluation_context():
             batches = val_batches(plan.tokens.split("val"), plan.shape.sequence_len, plan.micro_batch_size,
                                   plan.config.eval.eval_tokens, plan.ranks.rank, plan.ranks.world_size, plan.device)
-            bpb = evaluate_bpb(state.model, batches, None, self.token_bytes)
+            bpb = evaluate_bpb(self.compiled or state.model, batches, None, self.token_bytes)
         state.stats.add_evaluation(state.step, bpb, state.clock.train)
         self.recorder.bits_per_byte(bpb)
 

@@ -51,7 +51,8 @@ def memory(config: Config, shape: GPTConfig) -> str:
     estimate = estimate_memory(shape, rows, MemoryConfig(element, config.run.compile, cuda, **config.memory_fields(),
                                                          **Features(config, FEATURES).memory()))
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(estimate).items())
-    return f"{estimate.total / 2**30:.2f} GiB with {rows} rows per micro-batch ({parts})"
+    fewer = "; fewer are taken where memory is short" if config.horizon.takes_what_fits else ""
+    return f"{estimate.total / 2**30:.2f} GiB with {rows} rows per micro-batch ({parts}){fewer}"
 
 
 def explain_flags(config: Config) -> str:

@@ -1,18 +1,21 @@
 """The training loop. One step of it is in nanochat/training/step.py; how a run comes to be, in nanochat/training/build.py."""
 
+import gc
 import sys
 import traceback
 from collections.abc import Callable
 
 from nanochat.common import Diverged, UserError, is_main_rank
-from nanochat.runtime.distributed import barrier, broadcast_bool, is_distributed
+from nanochat.runtime.distributed import barrier, is_distributed
 from nanochat.runtime.signals import Interrupted
 from nanochat.training.auto_batch import is_out_of_memory, out_of_memory_advice
 from nanochat.training.build import FailedStart, Run, build_run
 from nanochat.training.config import Config
-from nanochat.training.divergence import divergence
+from nanochat.training.divergence import divergence, divergence_advice
 from nanochat.training.recorder import record_end
 from nanochat.training.step import PendingStep
+
+FREEZE_AFTER = 3  # steps, of those that this process takes; by then what lasts is there
 
 
 def train(run: Run) -> None:
@@ -23,6 +26,7 @@ def train(run: Run) -> None:
     """
     state, flags = run.state, run.plan.config.eval
     state.features.on_weights_changed()  # a checkpoint may have been loaded since the model was built
+    launches = 0
     while True:
         handle_stop_request(run)
         last = state.step >= run.plan.horizon.num_iterations or out_of_time(run)
@@ -49,7 +53,10 @@ def train(run: Run) -> None:
 
         # Take a step. Its results are read now, or (--deferred-loss-logging) while the next one runs.
         handle_stop_request(run)
+        if launches == FREEZE_AFTER:
+            freeze_objects()
         launched = run.trainer.launch_step(interruptible=state.step == run.checkpoints.saved_step)
+        launches += 1
         flush_pending(run)
         run.pending = launched
         if not run.defers_metrics:
@@ -66,11 +73,12 @@ def flush_pending(run: Run) -> None:
 def finish_step(run: Run, pending: PendingStep) -> None:
     """Read a step's results and record them; where they are not finite, do what --on-divergence says. Raises: Diverged."""
     state, result = run.state, run.trainer.finalize_step(pending)
-    run.stop_signal = result.stop_signal
+    run.stop_signal, run.time_is_up = result.stop_signal, result.time_is_up
     trouble = divergence(result, overflow_is_normal=state.scaler.is_enabled())
     if trouble is None:
         state.features.after_step(result.step, result.loss, result.time)
-        state.stats.add_step(result.step, result.loss, result.time.total, result.peak_memory_mib, state.clock.train)
+        state.stats.add_step(result.step, result.loss, result.time.total, result.peak_memory_mib, state.clock.train,
+                             result.compiled)
         run.recorder.step(result)
         return
     try:
@@ -94,10 +102,18 @@ def handle_stop_request(run: Run) -> None:
         raise Interrupted(signum)
 
 
+def freeze_objects() -> None:
+    """Take all Python objects that are there now out of the garbage collector's sight. A full collection walks through every
+    object of model, optimizer and torch, some 400 000, again and again, and finds nothing: for so long the host gives the device
+    no work."""
+    gc.collect()
+    gc.freeze()
+
+
 def out_of_time(run: Run) -> bool:
-    """Whether --max-train-seconds are over, by rank 0's clock."""
-    limit = run.plan.config.run.max_train_seconds
-    return limit > 0 and broadcast_bool(run.state.clock.train >= limit, run.plan.device)
+    """Whether --max-train-seconds are over. Only finished steps count: nothing here waits for the one that is running. Ranks have
+    agreed with the results of the last step, and so take one more."""
+    return run.time_is_up if is_distributed() else run.trainer.time_is_up()
 
 
 def evaluations_due(run: Run, last: bool) -> list[Callable[[], None]]:
@@ -138,8 +154,7 @@ def fit(run: Run) -> int:
             status, error, code = "interrupted", f"{e}. {resume_hint(run)}", e.exit_code
         except Diverged as e:
             status, code = "diverged", 1
-            error = (f"{e}. {resume_hint(run)} Lower the learning rates (--lr-multiplier 0.5), train in fp32, or leave such "
-                     "steps out (--on-divergence skip); under --fp8 runs/fpi_debug.sh names the module where it begins")
+            error = f"{e}. {resume_hint(run)} {divergence_advice(run.plan.device, run.plan.kernel_choices['attention'])}"
         except UserError as e:
             status, error, code = "failed", str(e), 2
         except BaseException as e:
@@ -148,6 +163,7 @@ def fit(run: Run) -> int:
                 raise
             status, error, code = "oom", f"out of memory. {out_of_memory_advice(run.plan)} {resume_hint(run)}", 1
         finally:
+            gc.unfreeze()
             close(run, status, error, code)
             if run.stop_signal:
                 barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved

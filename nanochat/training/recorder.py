@@ -102,6 +102,7 @@ class Recorder:
             "train_time_sec": state.clock.train, "compile_time_sec": state.clock.compile, "eval_time_sec": state.clock.eval,
         } | state.stats.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
             "schedule": "full_update", "compiled_graphs": graphs_compiled() if plan.compile else 0,
+            "graph_breaks": trainer.forward.graph_breaks.total() if plan.compile else 0,
             "eager_fallbacks": trainer.forward.eager_fallbacks if plan.compile else int(plan.config.run.compile),
             "kernel_choices": plan.kernel_choices,
         } | state.features.summary()

@@ -19,8 +19,8 @@ RESULT_FIELDS = (
     "tok_per_sec_max", "tok_per_sec_avg", "tok_per_sec_median", "dt_median_ms", "mfu", "final_loss", "final_train_loss",
     "val_bpb", "min_val_bpb", "val_curve", "target_metric_name", "target_metric_threshold",
     "time_to_target_sec_measured", "peak_mem_mib", "avg_step_peak_mem_mib", "skipped_steps", "rollbacks", "fp8_layers",
-    "schedule", "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "eager_fallbacks",
-    "kernel_choices")
+    "schedule", "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "graph_breaks",
+    "eager_fallbacks", "kernel_choices")
 
 
 class MetricsFile:

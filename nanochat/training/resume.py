@@ -24,6 +24,8 @@ from nanochat.training.console import Console
 from nanochat.training.state import RunPlan, TrainState
 
 RENAMED = {"tally": "stats", "computed": "result_fingerprint", "rounded_by": "numerics_environment"}  # in older state.json
+# The kernels of runs from before there was a choice, which their numerics_environment does not name
+FIRST_KERNELS = {"weight gradient": "torch", "rotary norm": "torch", "qkv": "separate", "embedding gradient": "torch"}
 
 
 class Checkpoints:
@@ -116,7 +118,8 @@ def open_checkpoint(run_dir: Path, step: str) -> tuple[dict, dict, dict]:
         run_folder.restore_replaced(run_dir)
         recover_interrupted_writes(run_dir)
     weights, moments, state = load_checkpoint(run_dir, step)
-    return weights, moments, {RENAMED.get(name, name): value for name, value in state.items()}
+    state = {RENAMED.get(name, name): value for name, value in state.items()}
+    return weights, moments, state | {"numerics_environment": FIRST_KERNELS | state["numerics_environment"]}
 
 
 def result_fingerprint(plan: RunPlan) -> dict:
@@ -131,7 +134,7 @@ def numerics_environment(plan: RunPlan) -> dict:
     return {"device": device_name(plan.device), "torch": torch.__version__,
             "compiled": plan.compile and ("whole" if plan.compile_whole else "in parts"),
             "attention": {window: choice["name"] for window, choice in plan.kernel_choices["attention"].items()},
-            **{kernel: plan.kernel_choices[kernel]["name"] for kernel in ("weight gradient", "rotary norm")},
+            **{kernel: choice["name"] for kernel, choice in plan.kernel_choices.items() if kernel != "attention"},
             "rows per micro-batch": plan.micro_batch_size, "ranks": plan.ranks.world_size}
 
 

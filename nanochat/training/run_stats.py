@@ -14,12 +14,15 @@ class RunStats:
         self.smooth_loss = self.loss = self.val_bpb = self.min_val_bpb = self.time_to_target = None
         self.val_curve = []           # [step, train_time_sec, bpb]
         self.dts, self.peaks = [], []  # per step: seconds, MiB
+        self.compiled = []           # places in dts of the steps in which something was compiled: their seconds say little
         self.skipped_steps = []       # that were not finite
         self.rollbacks = []           # [step that was not finite, step of the checkpoint gone back to]
         self.before_target = None     # (train_time_sec, value) of the target metric when last seen above the threshold
 
-    def add_step(self, step: int, loss: float, dt: float, peak_mib: float, train_time: float) -> None:
+    def add_step(self, step: int, loss: float, dt: float, peak_mib: float, train_time: float, compiled: bool = False) -> None:
         self.loss = loss
+        if compiled:
+            self.compiled.append(len(self.dts))
         self.ema = SMOOTHING * self.ema + (1 - SMOOTHING) * loss
         self.dts.append(dt)
         self.smooth_loss = self.ema / (1 - SMOOTHING ** len(self.dts))
@@ -47,12 +50,16 @@ class RunStats:
             self.time_to_target = earlier + (train_time - earlier) * (above - self.target_threshold) / (above - value)
 
     def summary(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> dict:
-        """The fields of result.json that follow from the steps. MFU only where the hardware's peak is known."""
-        median = statistics.median(self.dts) if self.dts else None
+        """The fields of result.json that follow from the steps. MFU only where the hardware's peak is known.
+
+        Rates and times are those of the steps in which nothing was compiled.
+        """
+        dts = [dt for i, dt in enumerate(self.dts) if i not in self.compiled]
+        median = statistics.median(dts) if dts else None
         throughput = tokens_per_step / median if median else None
         return {
-            "tok_per_sec_max": tokens_per_step / min(self.dts) if self.dts else None,
-            "tok_per_sec_avg": tokens_per_step * len(self.dts) / sum(self.dts) if self.dts else None,
+            "tok_per_sec_max": tokens_per_step / min(dts) if dts else None,
+            "tok_per_sec_avg": tokens_per_step * len(dts) / sum(dts) if dts else None,
             "tok_per_sec_median": throughput,
             "dt_median_ms": median * 1000 if median else None,
             "mfu": throughput * flops_per_token / peak_flops if throughput and peak_flops else None,

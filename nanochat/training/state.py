@@ -32,7 +32,7 @@ class RunPlan:
     tokens: TokenDataset
     shape: GPTConfig
     horizon: Horizon            # steps, tokens per step, micro-batches per step
-    micro_batch_size: int       # rows per micro-batch and device: --device-batch-size, or what --auto-batch has chosen
+    micro_batch_size: int       # rows per micro-batch and device: --device-batch-size, or fewer that fit in memory
     compile: bool               # --compile, where torch.compile works
     compile_whole: bool         # otherwise in parts
     memory: MemoryConfig        # what the memory of a step depends on

@@ -24,9 +24,11 @@ class PendingStep(NamedTuple):
     step: int
     lr_scale: float
     parameters: list[str]         # names of the n parameters that have a gradient
-    results: torch.Tensor         # (2 + n,) fp32 on the host, complete when the step has ended: loss, stop signal, gradient norms
+    results: torch.Tensor         # (3 + n,) fp32 on the host, complete when the step has ended: loss, stop signal, whether the
+                                  # time was up, gradient norms
     batch_crc32: int              # checksum of its tokens
     time: Callable[[], StepTime]  # waits for the end of the step
+    compiled: bool                # whether something was compiled in this time
     columns: dict                 # of the features, for metrics.jsonl
 
 
@@ -39,8 +41,10 @@ class StepResult(NamedTuple):
     not_finite: list[str]         # parameters whose gradients are not finite
     trained: int                  # parameters that have a gradient
     stop_signal: int              # the largest signal number that any rank has received, else 0
+    time_is_up: bool              # whether any rank had used up --max-train-seconds before the step, as far as it knew
     batch_crc32: int
     time: StepTime
+    compiled: bool                # whether something was compiled in this time, which then says little
     peak_memory_mib: float
     columns: dict
 
@@ -65,7 +69,7 @@ class Trainer:
         model, optimizer, scaler, features = state.model, state.optimizer, state.scaler, state.features
         forward_args = features.before_step(state.step)
         self.warm_up(forward_args, interruptible)
-        loss = torch.zeros((), device=plan.device)
+        loss, compile_seconds = torch.zeros((), device=plan.device), state.clock.compile
         with state.clock.training() as lap:
             for _ in range(plan.horizon.grad_accum_steps):
                 x, y = self.loader.next()
@@ -74,9 +78,11 @@ class Trainer:
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
                 lap("backward")
-            stop_signal = torch.full((), float(self.signals.received), device=plan.device)
+            # filled on the device: a tensor made from a list would be copied there, and the host would wait
+            stop = torch.stack([torch.full((), float(value), device=plan.device)
+                                for value in (self.signals.received, self.time_is_up())])
             # ranks train the same parameters, so their lists of gradients match
-            all_reduce_mean_and_max([p.grad for p in model.parameters() if p.grad is not None] + [loss], stop_signal)
+            all_reduce_mean_and_max([p.grad for p in model.parameters() if p.grad is not None] + [loss], stop)
             scaler.unscale_(optimizer)
             names, norms = gradient_norms(model)
             features.after_backward(model, state.step)
@@ -90,19 +96,25 @@ class Trainer:
                 features.on_weights_changed()
             model.zero_grad(set_to_none=True)
             lap("update")
-            results = copy_to_host_async(torch.cat([loss[None], stop_signal[None], norms]))
+            results = copy_to_host_async(torch.cat([loss[None], stop, norms]))
         pending = PendingStep(state.step, scale, names, results, self.loader.checksum(), state.clock.last,
-                              features.step_columns())
+                              state.clock.compile > compile_seconds, features.step_columns())
         state.step += 1
         return pending
 
     def finalize_step(self, pending: PendingStep) -> StepResult:
         """Wait for the end of a step and read its results."""
         time = pending.time()
-        loss, stop_signal, *norms = pending.results.tolist()
+        loss, stop_signal, time_is_up, *norms = pending.results.tolist()
         not_finite = [name for name, norm in zip(pending.parameters, norms, strict=True) if not math.isfinite(norm)]
         return StepResult(pending.step, pending.lr_scale, loss, math.hypot(*norms), not_finite, len(norms), int(stop_signal),
-                          pending.batch_crc32, time, self.peak_memory.step_peak(), pending.columns)
+                          bool(time_is_up), pending.batch_crc32, time, pending.compiled, self.peak_memory.step_peak(),
+                          pending.columns)
+
+    def time_is_up(self) -> bool:
+        """Whether --max-train-seconds are over by this rank's clock, which knows the steps whose results were read."""
+        limit = self.plan.config.run.max_train_seconds
+        return 0 < limit <= self.state.clock.train
 
     def set_schedules(self) -> float:
         """Set the optimizer's learning rates, momentum and weight decay for this step; returns the learning rates' scale."""
@@ -119,7 +131,8 @@ class Trainer:
         return scale
 
     def warm_up(self, forward_args: dict, interruptible: bool = False) -> None:
-        """Compile the variant of the forward that takes these arguments, the first time a step needs it, on zeros."""
+        """Compile all graphs of a step whose forward takes these arguments, the first time there is one: forward, backward and
+        update, on zeros. So no compilation falls into the time of a step."""
         plan, state = self.plan, self.state
         if not plan.compile or self.forward.is_warmed_up(forward_args):
             return
@@ -128,7 +141,8 @@ class Trainer:
         x, y = (torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2))
         fallbacks = self.forward.eager_fallbacks
         with self.signals.raise_immediately(interruptible and plan.ranks.world_size == 1), state.clock.compiling():
-            self.forward.warm_up(x, y, **forward_args)
+            trained = self.forward.warm_up(x, y, **forward_args)
+            state.optimizer.warm_up(trained or state.model.parameters())  # none, where the forward could not be compiled
         if self.signals.received and self.forward.eager_fallbacks > fallbacks:
             # a terminal's Ctrl-C ends the C++ compiler too: going on uncompiled would give other bits
             raise Interrupted(self.signals.received)

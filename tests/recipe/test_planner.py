@@ -11,10 +11,19 @@ from hypothesis import given, strategies as st
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import UserError
 from nanochat.features import FEATURES
-from nanochat.recipe.memory_estimate import MARGIN, MemoryConfig, advice, estimate_memory, host_memory, largest_fit, micro_batches
+from nanochat.recipe.memory_estimate import (
+    MARGIN,
+    MemoryConfig,
+    advice,
+    estimate_memory,
+    evaluation_memory,
+    host_memory,
+    largest_fit,
+    micro_batches,
+)
 from nanochat.recipe.shape import shape_of_depth
 from nanochat.runtime.device import peak_resident
-from nanochat.training.auto_batch import choose_micro_batch_size, fits_in_memory, is_out_of_memory
+from nanochat.training.auto_batch import choose_micro_batch_size, estimated_to_fit, fits_in_memory, is_out_of_memory
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
@@ -124,6 +133,51 @@ def test_auto_batch_says_where_nothing_fits(base, monkeypatch):
     monkeypatch.setattr("nanochat.recipe.memory_estimate.host_memory", lambda available: 2**20)
     with pytest.raises(UserError, match="no micro-batch fits.*--max-seq-len"):
         build_run(parse_config(FEATURES, flags(base, "nothing", "--auto-batch")))
+
+
+def without_rows(base, tag, *extra):
+    return [flag for flag in flags(base, tag, *extra) if not flag.startswith("--device-batch-size")]
+
+
+def test_without_a_number_of_rows_as_many_as_fit_are_taken(base, monkeypatch):
+    """32 where there is room; where not, by the whole machine's memory: what other programs use just now must not change the
+    bits. A number that was typed is taken though it does not fit by estimate."""
+    argv = [*without_rows(base, "default"), "--total-batch-size=2048"]
+    assert build_run(parse_config(FEATURES, argv)).plan.micro_batch_size == 32
+    typed = build_run(parse_config(FEATURES, [*argv, "--device-batch-size=32", "--model-tag=typed"]))
+    at_hand = int((needs(typed, 4) + needs(typed, 8)) / 2)
+    monkeypatch.setattr("nanochat.recipe.memory_estimate.host_memory", lambda available: 0 if available else at_hand)
+    small = build_run(parse_config(FEATURES, [*argv, "--model-tag=default-small"]))
+    assert small.plan.micro_batch_size == 4 and small.plan.horizon.grad_accum_steps == 2048 // (4 * 32)
+    again = build_run(parse_config(FEATURES, [*argv, "--device-batch-size=32", "--model-tag=typed-again"]))
+    assert again.plan.micro_batch_size == 32
+    assert fit(small) == 0
+    monkeypatch.undo()
+    again = build_run(parse_config(FEATURES, [*argv, "--model-tag=default-small", "--resume-from-step=latest"]))
+    assert again.plan.micro_batch_size == 4
+
+
+@given(rows=st.integers(1, 64), length=st.integers(1, 64))
+def test_smaller_micro_batches_keep_what_fp8_needs(rows, length):
+    sizes = micro_batches(rows, length)
+    assert sizes[0] == rows and sizes == sorted(set(sizes), reverse=True) and all(rows % n == 0 for n in sizes)
+    left_out = set(micro_batches(rows)) - set(sizes)
+    assert all(n * length % 16 for n in left_out)
+    assert rows * length % 16 or all(n * length % 16 == 0 for n in sizes)
+    assert not (left_out and rows * length % 16)
+
+
+def test_on_cuda_step_and_evaluation_have_to_fit(base):
+    """d12 by the estimate: 16 rows on 22 GB, 8 on 16 GB. A small model's evaluation needs more than its compiled step."""
+    run = build_run(parse_config(FEATURES, flags(base, "cuda-rows")))
+
+    def most(depth, gigabytes):
+        plan = replace(run.plan, device=torch.device("cuda"), memory=MemoryConfig(2, compiled=True, cuda=True),
+                       shape=shape_of_depth(depth, 64, 128, sequence_len=2048, vocab_size=32768))
+        return next(n for n in (32, 16, 8, 4, 2, 1) if estimated_to_fit(plan, int(gigabytes * 1e9), n))
+    assert [most(12, size) for size in (80, 24, 22.5, 16, 12)] == [32, 16, 16, 8, 4]
+    small, config = shape_of_depth(4, 64, 128, sequence_len=2048, vocab_size=32768), MemoryConfig(2, compiled=True, cuda=True)
+    assert most(4, 24) == 16 and estimate_memory(small, 32, config).total < MARGIN * 24e9 < evaluation_memory(small, 32, config)
 
 
 def test_trying_a_micro_batch_leaves_no_trace(base):

@@ -94,6 +94,31 @@ def test_more_variants_than_torch_keeps_by_itself():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 and compiled.eager_fallbacks == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_graph_breaks_are_counted_and_printed_once(capsys, whole):
+    """A loss that torch may not trace cuts the graph. Whole, each variant has the break; in parts the loss is simply no graph."""
+    model = tiny_model()
+    model.kernels.loss = torch.compiler.disable(model.kernels.loss)
+    if not whole:
+        model._embed = cut_in_two(model._embed)
+    compiled = CompiledModel(model, whole=whole, backend="eager")
+    for start in (0, 1):
+        compiled.warm_up(*batch(seed=9), active_start=start)
+    said = [line for line in capsys.readouterr().out.splitlines() if "graph break" in line]
+    assert compiled.graph_breaks.total() >= (2 if whole else 1) and compiled.eager_fallbacks == 0
+    assert len(said) == len(compiled.graph_breaks) == 1 and said[0].endswith(next(iter(compiled.graph_breaks)))
+    assert CompiledModel(tiny_model(), whole=True, backend="eager").graph_breaks.total() == 0
+
+
+def cut_in_two(function):
+    def cut(*arguments, **options):
+        result = function(*arguments, **options)
+        torch._dynamo.graph_break()
+        return result + 0
+    return cut
+
+
 def test_the_first_line_that_says_something():
     assert first_line(RuntimeError("\n  \n no compiler \n more")) == "no compiler" and first_line(ValueError()) == "ValueError"
 

@@ -140,3 +140,23 @@ except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "84,935,088" in done.stdout and "524,288" in done.stdout
+
+
+@pytest.mark.parametrize("argv, rows, fewer", [
+    ([], 32, True), (["--device-batch-size=-1"], 32, True), (["--device-batch-size=32"], 32, False),
+    (["--device-batch-size=12", "--auto-batch"], 12, True), (["--device-batch-size=1"], 1, False)])
+def test_rows_that_are_not_given_may_be_fewer(argv, rows, fewer):
+    """Whatever reads the number of rows finds the most there may be, in the records too."""
+    config = parse_config(FEATURES, argv)
+    assert config.horizon.device_batch_size == config.flat()["device_batch_size"] == rows
+    assert config.horizon.takes_what_fits == fewer
+
+
+def test_a_micro_batch_has_rows():
+    assert "--device-batch-size must be positive, or -1 to derive it, got 0" in refusal("--device-batch-size=0")
+    assert "--device-batch-size must be at least -1" in refusal("--device-batch-size=-2")
+
+
+def test_the_default_rows_count_in_every_check():
+    assert "(--device-batch-size 32 x --max-seq-len 512 x 1 ranks)" in refusal("--max-seq-len=512", "--total-batch-size=8192")
+    parse_config(FEATURES, ["--max-seq-len=512", "--total-batch-size=16384"])

@@ -3,17 +3,19 @@
 import math
 
 import pytest
+import torch
 
 from nanochat.common import Diverged
 from nanochat.runtime.clock import StepTime
-from nanochat.training.divergence import MAX_ROLLBACKS, MAX_SKIPS, DivergencePolicy, divergence
+from nanochat.training.divergence import MAX_ROLLBACKS, MAX_SKIPS, DivergencePolicy, divergence, divergence_advice
 from nanochat.training.run_stats import RunStats
 from nanochat.training.step import StepResult
 
 
 def result(step=7, loss=2.0, not_finite=()):
-    return StepResult(step=step, lr_scale=1.0, loss=loss, grad_norm=1.0, not_finite=list(not_finite), trained=5, stop_signal=0,
-                      batch_crc32=0, time=StepTime(1.0), peak_memory_mib=1.0, columns={})
+    return StepResult(step=step, lr_scale=1.0, loss=loss, grad_norm=1.0, not_finite=list(not_finite), trained=5,
+                      stop_signal=0, time_is_up=False, batch_crc32=0, time=StepTime(1.0), compiled=False, peak_memory_mib=1.0,
+                      columns={})
 
 
 @pytest.mark.parametrize("loss, not_finite, fp16, is_trouble", [
@@ -49,3 +51,14 @@ def test_a_rollback_needs_a_checkpoint_and_is_tried_a_few_times():
     stats.rollbacks = [[7, 4]] * MAX_ROLLBACKS
     with pytest.raises(Diverged):
         policy.decide(result(), "x", stats, saved_step=4)
+
+
+@pytest.mark.parametrize("device, kernels, environment, named", [
+    ("cuda", ["varlen", "sdpa"], {}, True), ("cuda", ["cudnn"], {}, True), ("cuda", ["fa3", "flash"], {}, False),
+    ("cuda", ["sdpa"], {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}, False), ("cpu", ["sdpa"], {}, False)])
+def test_cudnns_attention_is_named_where_it_may_have_run(monkeypatch, device, kernels, environment, named):
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    advice = divergence_advice(torch.device(device), {f"window {i}": {"name": name} for i, name in enumerate(kernels)})
+    assert ("TORCH_CUDNN_SDPA_DEPRIORITIZED=1" in advice) == named and "--lr-multiplier" in advice

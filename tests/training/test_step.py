@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from nanochat import optim
 from nanochat.features import FEATURES
 from nanochat.training.build import build_trainer_only
 from nanochat.training.config import parse_config
@@ -15,8 +16,8 @@ STEPS = 4
 def trainer(base, *extra):
     flags = ["--depth=2", "--head-dim=16", "--aspect-ratio=16", "--max-seq-len=32", "--device-batch-size=2",
              "--total-batch-size=128", "--vocab-size=300", f"--num-iterations={STEPS}", "--warmup-steps=2",
-             f"--data={base / 'text'}", "--device-type=cpu", "--dtype=float32", "--no-compile"]
-    return build_trainer_only(parse_config(FEATURES, [*flags, *extra]))
+             f"--data={base / 'text'}", "--device-type=cpu", "--dtype=float32"]
+    return build_trainer_only(parse_config(FEATURES, [*flags, *(extra if "--compile" in extra else ["--no-compile", *extra])]))
 
 
 def weights(trained):
@@ -45,6 +46,27 @@ def test_loss_and_gradient_norm_are_those_of_the_whole_batch(base):
     loader.start(0)
     result = trained.finalize_step(trained.launch_step())
     assert result.loss == pytest.approx(loss.item(), rel=1e-6) and result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["--block-update-schedule=static_suffix", "--static-active-layers=1"]],
+                         ids=["plain", "suffix"])
+def test_no_step_waits_for_the_compiler(base, monkeypatch, extra):
+    """Warming up compiles forward, backward and both rules of the optimizer; then steps of a compiled run compile nothing."""
+    monkeypatch.setattr(optim, "COMPILE_FROM", 2**10)  # the matrices and tables of this small model
+    torch._dynamo.reset()
+    trained = trainer(base, "--compile", *extra)
+    optimizer = trained.state.optimizer
+    assert sum(map(optimizer._is_compiled, trained.state.model.parameters())) > 10
+    before, random = weights(trained), torch.get_rng_state()
+    trained.warm_up(trained.state.features.before_step(0))
+    assert trained.state.clock.compile > 0 and not optimizer.state and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], now) for name, now in weights(trained).items())
+    compiled = trained.state.clock.compile
+    results = [trained.finalize_step(trained.launch_step()) for _ in range(STEPS)]
+    assert not any(result.compiled for result in results) and trained.state.clock.compile == compiled
+    assert all(result.time.forward and result.time.backward and result.time.update for result in results)
+    assert trained.forward.eager_fallbacks == 0 and optimizer.state
 
 
 @pytest.mark.parametrize("extra", [[], ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=2"]],

@@ -1,6 +1,7 @@
 """Whole runs, small but real: text to checkpoint, the same bits twice and after a resume, and what is left when it fails."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -181,6 +182,17 @@ def test_compiled_training_follows_eager(plain, compiled):
 
 
 @pytest.mark.slow
+def test_a_compiled_evaluation_changes_no_step(compiled, base):
+    """The losses stay to the bit; the bits per byte to bf16 rounding. It compiles in no step's time."""
+    run_dir, rows = run_here(base, "compiled-evaluation", "--compile-evaluation")
+    assert losses(rows) == compiled
+    others = read_metrics(base / "base_checkpoints/compiled/metrics.jsonl")
+    assert [r["val_bpb"] for r in rows if r["val_bpb"]] == pytest.approx([r["val_bpb"] for r in others if r["val_bpb"]], rel=1e-3)
+    done, other = result(run_dir), result(base / "base_checkpoints/compiled")
+    assert (done["eager_fallbacks"], done["graph_breaks"]) == (0, 0) and other["graph_breaks"] == 0
+
+
+@pytest.mark.slow
 def test_compiled_in_parts_training_follows_eager(plain, base):
     run_dir, rows = run_here(base, "parts", "--compile-parts")
     assert follows(losses(rows), losses(plain[1]))
@@ -223,11 +235,60 @@ def test_two_ranks_train_like_one(base):
     assert both[-1]["val_bpb"] == pytest.approx(rows[-1]["val_bpb"], rel=1e-2)
 
 
+@pytest.mark.slow
+def test_ranks_agree_on_the_end_of_the_time(base):
+    """They wait for each other in every step: a rank that stopped a step earlier would leave the other one hanging."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train",
+         *flags(base, "--no-compile", "--device-batch-size=2", "--model-tag=ranks-limited", "--num-iterations=100000",
+                "--max-train-seconds=1", "--eval-every=-1", "--deferred-loss-logging")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = result(base / "base_checkpoints/ranks-limited")
+    assert ended["status"] == "ok" and 1 <= ended["train_time_sec"] < 20 and 2 < ended["steps_done"] < 100000
+
+
 def test_time_limit_ends_the_run_with_a_checkpoint(base):
     run_dir, rows = run_here(base, "limited", "--no-compile", "--num-iterations=100000", "--max-train-seconds=1")
     done = result(run_dir)
     assert done["status"] == "ok" and 1 <= done["train_time_sec"] < 20 and done["steps_done"] < 100000
     assert (run_dir / f"step_{done['steps_done']:06d}").exists() and rows[-1]["val_bpb"] is not None
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_time_limit_does_not_read_results_early(base, ends):
+    """Deferred, a step is pending whenever the next one is launched, also where the clock is asked before each."""
+    run = build_run(parse_config(FEATURES, anew(flags(base, "--model-tag=pending", "--no-compile", "--eval-every=-1",
+                    "--deferred-loss-logging", f"--max-train-seconds={0.01 if ends else 1e6}", "--num-iterations=1000"))))
+    launch_step, pending = run.trainer.launch_step, []
+
+    def launch(**options):
+        pending.append(run.pending and run.pending.step)
+        if len(pending) == 8:
+            run.signals.received = signal.SIGTERM
+        return launch_step(**options)
+    run.trainer.launch_step = launch
+    assert fit(run) == (0 if ends else 128 + signal.SIGTERM)
+    assert pending == [None, *range(len(pending) - 1)] and len(pending) >= 2
+    # the step that exceeds the limit is known when the next one is under way
+    assert result(run.plan.run_dir)["steps_done"] == len(pending)
+
+
+def test_the_collector_passes_over_what_lasts(base):
+    """From the fourth step on the objects of model and optimizer are frozen; the collector stays on, and in the end all is as it
+    was."""
+    run = build_run(parse_config(FEATURES, anew(flags(base, "--model-tag=collector", "--no-compile", "--num-iterations=6",
+                                                      "--eval-every=-1"))))
+    frozen, forward = [], run.trainer.forward
+
+    def counted(*batch, **options):
+        frozen.append(gc.get_freeze_count())
+        return forward(*batch, **options)
+    run.trainer.forward = counted
+    assert fit(run) == 0
+    per_step = run.plan.horizon.grad_accum_steps
+    assert set(frozen[:3 * per_step]) == {0} and min(frozen[3 * per_step:]) > 10_000
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_time_to_target(base, tmp_path):
