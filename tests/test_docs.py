@@ -32,7 +32,7 @@ from nanochat.training.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 PAGES = [*GUIDES, ROOT / "CHANGELOG.md", ROOT / "attempts" / "README.md", ROOT / "dev" / "bench" / "README.md",
-         *sorted((ROOT / "nanochat").glob("*/README.md"))]
+         ROOT / "dev" / "GPU_DAY.md", *sorted((ROOT / "nanochat").glob("*/README.md"))]
 BLOCK = re.compile(r"^```(\w*)( check)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = re.compile(r"^[^#\n]* (DIR|FILE)\b.*\n", re.MULTILINE)
 CODE_FILES = (".py", ".sh", ".cpp", ".md", ".toml")  # by these names the documentation means files of the repository

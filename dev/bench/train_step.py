@@ -7,10 +7,13 @@
 
 The step is the real one: runs as `scripts.base_train` makes them, on the sources of the running Python, tokenized once under
 $NANOCHAT_BASE_DIR/bench. A preset is a file of base_train's flags in configs/ and a few below; the flags after `--` follow them,
-and those of each --with come last, so that the last value counts. All timings are interleaved in one process: whole steps of each
-variant, and a plain matrix product of the same dtype, whose best rate is the peak that the steps are compared with. Model FLOPs
-are counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal` counts only visible keys. The
-steps are the first of a run: later phases of a schedule are not measured.
+and those of each --with come last, so that the last value counts. All timings are interleaved in one process: stretches of five
+consecutive steps of each variant (--consecutive), and a plain matrix product of the same dtype, whose best rate is the peak that
+the steps are compared with. The device is idle at both ends of a stretch, and inside it only where the run itself waits: so
+--deferred-loss-logging, which waits for no step but the last, can show what it saves. Reported are seconds per step.
+`hardware` is the rate that no program can exceed: on a CPU the bf16 matrix instruction repeated on registers, on a GPU the
+datasheet's. Model FLOPs are counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal`
+counts only visible keys. The steps are the first of a run: later phases of a schedule are not measured.
 
 The breakdown comes from torch's profiler, on two more steps of each variant, and from a table of kernel names
 (nanochat/benchmarks/profiler.py). Muon and AdamW are everything that runs in their update. Any other kernel is classified by its
@@ -33,12 +36,13 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanochat.benchmarks.flags import OutputFlags
 from nanochat.benchmarks.profiler import breakdown, label_updates
 from nanochat.benchmarks.result_file import make_result, write_json
-from nanochat.benchmarks.yardsticks import external_rate, make_gemm
+from nanochat.benchmarks.yardsticks import external_rate, make_gemm, make_instruction_loop
 from nanochat.cli.flag_files import CONFIGS
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
@@ -58,6 +62,7 @@ PRESETS = {  # behind the flags of configs/NAME.flags
     "cpu-d4": CPU, "cpu-d6": CPU, "gpu-d12": f"{GPU} --device-batch-size=16", "gpu-d24": GPU,
 }
 VARIANTS = {"compiled": "", "eager": "--no-compile", "parts": "--compile-parts"}  # flags
+CONSECUTIVE = 5  # steps of a stretch: enough that the wait at its end is a small part of what waiting after each step costs
 TAKES_FLAGS = ("--with", "--against", "--against-regex")  # their values may begin with a dash
 
 
@@ -68,7 +73,8 @@ class BenchFlags(OutputFlags, DeviceFlags):
     variants: list[str] = flag(["compiled"], "how the step is run", choices=tuple(VARIANTS))
     with_flags: list[str] = flag([], "add a variant: compiled, with these flags of base_train; may be repeated",
                                  aliases=("--with",), metavar="FLAGS")
-    repeats: int = flag(7, "steps counted per variant, and per round under --against", low=1)
+    repeats: int = flag(5, "stretches of steps counted per variant, and per round under --against", low=1)
+    consecutive: int = flag(CONSECUTIVE, "steps of a stretch, at whose ends alone the device has to be idle", low=1)
     against: str | None = flag(None, "another trainer's command line, run whole, interleaved with our steps", metavar="COMMAND")
     against_regex: str = flag(r"tok/sec: ([\d,.]+)", "finds the tokens/s in its output, as the one group", metavar="REGEX")
     against_skip: int = flag(3, "how many of these at the beginning do not count", low=0)
@@ -97,6 +103,7 @@ def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
     for i, (name, more) in enumerate(wanted.items()):
         try:
             configs[name] = parse_config(FEATURES, [*base, *shlex.split(more), f"--model-tag=train_step_{i}"])
+            configs[name].horizon.auto_batch = False  # of a profile: variants are compared on the same micro-batches
         except (UserError, ValueError) as e:  # ValueError: quotes that do not close
             raise UserError(f"{name}: {e}") from None
     return flags, configs
@@ -104,7 +111,11 @@ def parse_command(argv: list[str]) -> tuple[BenchFlags, dict[str, Config]]:
 
 class Variant:
     """A trainer, without the lock, folder and records of a run, that has taken the two steps which do what is done only once.
-    Called, it takes another step."""
+    Called, it takes another step, as nanochat/training/loop.py does: of a run with --deferred-loss-logging, the step before is
+    read when this one has been launched, and this one stays pending.
+
+    losses: of the steps that have been read, in nats.
+    """
 
     def __init__(self, config: Config, base_dir):
         import torch
@@ -113,7 +124,7 @@ class Variant:
         held = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0  # by the variants before this one
         # a tokenizer of its own for each size of vocabulary
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir / "bench" / f"vocabulary_{config.data.vocab_size}")
-        self.trainer, self.pending = build_trainer_only(config), None
+        self.trainer, self.pending, self.losses = build_trainer_only(config), None, []
         os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)  # for the other trainer
         label_updates(self.trainer.state.optimizer)
         for _ in range(2):
@@ -128,10 +139,17 @@ class Variant:
         if not self.trainer.plan.config.run.deferred_loss_logging:
             self.finish()
 
+    def stretch(self, steps: int) -> None:
+        """Take consecutive steps, and read the results of all of them."""
+        for _ in range(steps):
+            self()
+        self.finish()
+
     def finish(self) -> None:
         """Read the results of the last step, if that has not been done."""
         if self.pending:
             self.result, self.pending = self.trainer.finalize_step(self.pending), None
+            self.losses.append(self.result.loss)
             self.trainer.state.features.after_step(self.result.step, self.result.loss, self.result.time)
 
 
@@ -139,7 +157,7 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     """The `results` of the bench's JSON, by variant, and the device."""
     import torch
 
-    from nanochat.runtime.device import dtype_name
+    from nanochat.runtime.device import dtype_name, peak_flops as datasheet_peak
     torch._inductor.config.cpp.enable_kernel_profile = True  # names a CPU's compiled kernels; asks for new graphs
     base_dir, variants, rounds = get_base_dir(), {}, []
     for name, config in configs.items():
@@ -149,15 +167,24 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     # so large that the rate no longer grows, so many that the launch does not matter
     size, products = ((8192, 8192, 4096), 16) if device.type == "cuda" else ((4096, 4096, 1024), 2)
     peak_call, peak_flops = make_gemm(device, first.plan.dtype, *size)
-    calls = variants | {"gemm": lambda: [peak_call() for _ in range(products)]}
+    calls = {name: partial(variant.stretch, flags.consecutive) for name, variant in variants.items()}
+    calls["gemm"] = lambda: [peak_call() for _ in range(products)]
+    instruction = make_instruction_loop(first.plan.dtype) if device.type == "cpu" else None
+    if instruction:
+        calls["instruction"] = instruction[0]
     times, load = {name: [] for name in calls}, OtherLoad()
     for _ in range(flags.rounds if flags.against else 1):
+        if flags.against and device.type == "cuda":
+            torch.cuda.empty_cache()  # the other trainer takes the memory that ours keeps for its next step
         theirs = external_rate(flags.against, flags.against_regex, flags.against_skip) if flags.against else None
         now = timing.time_in_turn(calls, device, flags.repeats, warmup=1)
+        for name in variants:
+            now[name] = [seconds / flags.consecutive for seconds in now[name]]
         rounds.append((theirs, {name: statistics.median(spent) for name, spent in now.items()}))
         for name, spent in now.items():
             times[name] += spent
     peak, results, others = products * peak_flops / min(times.pop("gemm")), {}, load.share()
+    hardware = instruction[1] / min(times.pop("instruction")) if instruction else datasheet_peak(device)
     for name, variant in variants.items():
         tokens, shape = variant.trainer.plan.horizon.total_batch_size, variant.trainer.plan.shape
         seconds = timing.spread(times[name])
@@ -166,14 +193,15 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
         results[name] = {
             "tok_per_sec_median": rate,
             "model_flops_per_sec": rate * flops_per_token(shape),
-            "gemm_peak_flops_per_sec": peak,
+            "gemm_peak_flops_per_sec": peak, "hardware_peak_flops_per_sec": hardware,
             "gemm_peak_share": rate * flops_per_token(shape) / peak,
             "gemm_peak_share_causal": rate * flops_per_token(shape, causal=True) / peak,
             # on a CPU the peak is the process's and never falls, so it is known for the first variant only
             "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.trainer is first else None,
             "other_programs_share": others,  # of all cores' time while this was timed
             "seconds": seconds, "breakdown_ms": parts, "breakdown_unknown": unknown,
-            "tokens_per_step": tokens, "dtype": dtype_name(variant.trainer.plan.dtype),
+            "tokens_per_step": tokens, "rows": variant.trainer.plan.micro_batch_size,
+            "micro_batches": variant.trainer.plan.horizon.grad_accum_steps, "dtype": dtype_name(variant.trainer.plan.dtype),
             "compiled": variant.trainer.plan.compile and not variant.trainer.forward.eager_fallbacks,
         }
         if flags.against:
@@ -190,6 +218,7 @@ def show(results: dict) -> None:
     print(format_table([{
         "variant": name, "tok/s": round(r["tok_per_sec_median"]), "step ms": round(1000 * r["seconds"]["median"], 1),
         "GFLOP/s": round(r["model_flops_per_sec"] / 1e9), "GEMM peak": round(r["gemm_peak_flops_per_sec"] / 1e9),
+        "hardware": (peak := r["hardware_peak_flops_per_sec"]) and round(peak / 1e9),
         "share": round(r["gemm_peak_share"], 3), "causal": round(r["gemm_peak_share_causal"], 3),
         "MiB": r["peak_mem_mib"] and round(r["peak_mem_mib"]), "n": r["seconds"]["n"]} for name, r in results.items()]))
     if warning := spoilt_warning(next(iter(results.values()))["other_programs_share"]):

@@ -4,10 +4,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from nanochat.common import resolve
 from nanochat.runtime.files import write_atomic
+from nanochat.runtime.provenance import git_state
+from nanochat.training.records import finite
 
 if TYPE_CHECKING:
     import torch
@@ -15,16 +18,29 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def make_result(script: str, device: "torch.device", config: dict, results: dict, elapsed: float, traces: dict | None = None,
-                argv: list[str] | None = None) -> dict:
-    """The content of the file. results: variant -> {field: value}; elapsed: seconds; argv: by default this program's flags."""
-    import torch
-
-    from nanochat.runtime.device import device_name
-    from nanochat.runtime.provenance import git_state
+def make_result(script: str, device: "torch.device | str", config: dict, results: dict, elapsed: float,
+                traces: dict | None = None, argv: list[str] | None = None) -> dict:
+    """The content of the file. device: its name is enough for a program that does not load torch; results: variant -> {field:
+    value}; elapsed: seconds; argv: by default this program's flags."""
+    if not isinstance(device, str):
+        from nanochat.runtime.device import device_name
+        device = device_name(device)
     return {"schema_version": SCHEMA_VERSION, "script": script, "argv": sys.argv[1:] if argv is None else argv,
-            "git_commit": git_state()[0], "device": device_name(device), "torch_version": torch.__version__, "config": config,
+            "git_commit": git_state()[0], "device": device, "torch_version": version("torch"), "config": config,
             "results": results, "traces": traces or {}, "elapsed_sec": elapsed}
+
+
+def json_text(content: dict) -> str:
+    """The text of the file: strict JSON, NaN and infinities as strings; a list of numbers, or a dict without others in it, is one
+    line."""
+    text = json.dumps(_strict(content), indent=1)
+    return re.sub(r"[\[{][^][{}]*[]}]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n"
+
+
+def _strict(value):
+    if isinstance(value, dict):
+        return {name: _strict(v) for name, v in value.items()}
+    return [_strict(v) for v in value] if isinstance(value, (list, tuple)) else finite(value)
 
 
 def write_json(path: str | None, content: dict) -> None:
@@ -33,8 +49,7 @@ def write_json(path: str | None, content: dict) -> None:
         return
     target = resolve(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1)  # a list of numbers, or a dict without others in it, becomes one line
-    write_atomic(target, re.sub(r"[\[{][^][{}]*[]}]", lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
+    write_atomic(target, json_text(content))
     print(f"json: {path}")
 
 

@@ -3,6 +3,7 @@
 torch is imported where it is used: wrong flags are reported before it is loaded.
 """
 
+import ctypes
 import re
 import statistics
 import subprocess
@@ -23,6 +24,22 @@ def make_gemm(device: "torch.device", dtype: "torch.dtype", m: int = 4096, n: in
     a, b = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((m, k), (k, n)))
     out = torch.empty(m, n, device=device, dtype=dtype)
     return lambda: torch.mm(a, b, out=out), 2 * m * n * k
+
+
+def make_instruction_loop(dtype: "torch.dtype") -> tuple[Callable[[], None], int] | None:
+    """The CPU's bf16 matrix instruction (AMX's, where there is one) repeated on registers by all threads, and its FLOPs: its best
+    rate is the hardware's own peak, with nothing to load. None for other dtypes, and where C++ kernels do not run."""
+    import torch
+
+    from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library
+    if dtype != torch.bfloat16 or cpp_unavailable_reason("peak"):
+        return None
+    amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()  # the system has to allow it
+    rounds = 200_000 if amx else 2_000_000  # some tens of milliseconds
+    repeat = library("peak").repeat_matrix_instruction
+    repeat.restype = ctypes.c_int64
+    arguments = ctypes.c_int64(rounds), ctypes.c_int64(amx)
+    return lambda: repeat(*arguments), repeat(*arguments)
 
 
 def external_rate(command: str, pattern: str, skip: int) -> float:
