@@ -331,7 +331,7 @@ def cycle_command(action: str, flags: CycleFlags) -> int:
     elif action == "rollback":
         if not flags.change or not flags.reason:
             raise UserError("lab cycle rollback needs --change and --reason")
-        known = [*known[:-1], cycles.roll_back(cycles.current(known), flags.change, flags.reason)]
+        known = cycles.roll_back(known, flags.change, flags.reason)
         cycles.write_log(resolve(flags.log), cycles.log_entry(flags.change, "rolled back", flags.reason, None))
     elif action != "status":
         raise UserError(f"lab cycle {action}: choose start, phase, rollback or status")

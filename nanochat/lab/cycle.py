@@ -60,16 +60,22 @@ def record_decision(cycle: dict, change: str, decision: str, gain: float | None)
     return cycle
 
 
-def roll_back(cycle: dict, change: str, reason: str) -> dict:
-    """A copy of the cycle with a promoted change optional again, its gain subtracted.
+def roll_back(cycles: list[dict], change: str, reason: str) -> list[dict]:
+    """A copy of the cycles with a promoted change optional again in the newest cycle that promoted it, its gain subtracted.
 
-    Raises: UserError for a change that is not promoted, or a reason that is not one of ROLLBACK_REASONS.
+    Raises: UserError for a change that no cycle promoted, or a reason that is not one of ROLLBACK_REASONS.
     """
-    if change not in cycle["promoted"]:
-        known = ", ".join(cycle["promoted"]) or "nothing is"
-        raise UserError(f"{change!r} is not promoted in cycle {cycle['name']!r}: {known}")
+    places = [i for i, cycle in enumerate(cycles) if change in cycle["promoted"]]
+    if not places:
+        known = ", ".join(name for cycle in cycles for name in cycle["promoted"]) or "nothing is"
+        raise UserError(f"{change!r} is not promoted in any cycle: {known}")
     if reason not in ROLLBACK_REASONS:
         raise UserError(f"a rollback is for one of: {', '.join(ROLLBACK_REASONS)}")
+    i = places[-1]
+    return [*cycles[:i], _rolled_back(cycles[i], change, reason), *cycles[i + 1:]]
+
+
+def _rolled_back(cycle: dict, change: str, reason: str) -> dict:
     gain = sum(e["gain"] or 0.0 for e in cycle["log"] if e["change"] == change and e["decision"] == "promote")
     cycle = record_decision(cycle, change, f"rolled back: {reason}", -gain)
     return cycle | {"promoted": [c for c in cycle["promoted"] if c != change], "robust_gain": cycle["robust_gain"] - gain,
@@ -77,16 +83,24 @@ def roll_back(cycle: dict, change: str, reason: str) -> dict:
 
 
 def plateau(cycles: list[dict]) -> tuple[bool, str]:
-    """Whether the last two full cycles (phases 1 to 5 done) each gained less than 2 % and promoted nothing; and why."""
-    full = [c for c in cycles if all(c["phases"][p] == "done" for p in ("1", "2", "3", "4", "5"))][-PLATEAU_CYCLES:]
-    if len(full) < PLATEAU_CYCLES:
-        return False, f"{len(full)} of {PLATEAU_CYCLES} full cycles are done"
-    for cycle in full:
+    """Whether the last two cycles, one that is still under way not counted, were full (phases 1 to 5 done), each gained less than
+    2 % and promoted nothing; and why."""
+    last = (cycles if cycles and is_full(cycles[-1]) else cycles[:-1])[-PLATEAU_CYCLES:]
+    if len(last) < PLATEAU_CYCLES:
+        return False, f"{len(last)} of {PLATEAU_CYCLES} full cycles are done"
+    for cycle in last:
+        if not is_full(cycle):
+            return False, f"cycle {cycle['name']!r} was not finished"
         if cycle["robust_gain"] >= PLATEAU_GAIN:
             return False, f"cycle {cycle['name']!r} gained {cycle['robust_gain']:.1%}"
         if cycle["promoted"]:
             return False, f"cycle {cycle['name']!r} promoted {', '.join(cycle['promoted'])}"
     return True, "reached: deferred architectures may be reconsidered"
+
+
+def is_full(cycle: dict) -> bool:
+    """Whether phases 1 to 5 are done."""
+    return all(cycle["phases"][phase] == "done" for phase in ("1", "2", "3", "4", "5"))
 
 
 def log_entry(change: str, decision: str, why: str, gain: float | None, details: str = "") -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.common import print0
@@ -13,11 +14,11 @@ from nanochat.lab.decide import (
     Verdict,
     judge,
     judge_series,
+    measure_of,
     net_gain,
     number,
     pairs_of,
     quality,
-    required_quality,
     succeeded,
     worth_of_a_step,
 )
@@ -84,7 +85,9 @@ class Comparison:
 
     def calibration(self, rows: dict[str, list[dict]]) -> list[dict]:
         """The baseline's rows of several horizons, for the seeds that have them."""
-        shorter_runs = [row for name, found in rows.items() if name.startswith("baseline-") for row in found]
+        # only the end of the horizon: further back a step is worth more
+        names = {at_share(self.baseline, share).name for share in CALIBRATION_SHARES}
+        shorter_runs = [row for name, found in rows.items() if name in names for row in found]
         seeds = {row["seed"] for row in shorter_runs}
         return [row for row in rows["baseline"] if row["seed"] in seeds] + shorter_runs
 
@@ -110,8 +113,9 @@ class Comparison:
         if metric is None:
             return None
         field = {"val_bpb": "val_bpb", "smooth_loss": "final_train_loss"}[metric]
-        found = [row for key, group in rows.items() if key == name or key.rpartition("-")[0] == name for row in group
-                 if succeeded(row) and number(row[field])]
+        names = {name, *(f"{name}-{percent(share)}" for share in (*self.horizons, *CALIBRATION_SHARES))}
+        found = [row for key, group in rows.items() if key in names for row in group
+                 if succeeded(row) and number(row[field]) is not None]
         crossing = time_to_target([(row["train_time_sec"], row[field]) for row in found], threshold)
         if crossing:
             for row in whole:
@@ -124,7 +128,12 @@ class Comparison:
 
 def at_share(variant: Variant, share: float) -> Variant:
     """The variant with a share of its steps, named after it: baseline-97."""
-    return shorter(variant, share, f"{variant.name}-{share:.0%}".rstrip("%"))
+    return shorter(variant, share, f"{variant.name}-{percent(share)}")
+
+
+def percent(share: float) -> str:
+    """A share of the steps in the name of a variant: 97."""
+    return f"{share:.0%}".rstrip("%")
 
 
 def compare(comparison: Comparison, seeds: list[int], max_seeds: int, always_resume: bool = False) -> tuple[Verdict, dict]:
@@ -166,12 +175,42 @@ def check_resume(comparison: Comparison, name: str, rows: dict[str, list[dict]])
     if not resumed["killed_at"]:
         return None, "the run ended before it could be killed: give it more steps"
     tolerance = 0.0 if config_of(flags).run.device_type == "cpu" else RESUME_TOLERANCE
-    same = all(resumed[field] == whole[field] or (number(resumed[field]) and number(whole[field]) and math.isclose(
-        resumed[field], whole[field], rel_tol=tolerance)) for field in ("final_loss", "val_bpb"))
+    steps, again = (read_metrics(comparison.folder.path / "cells" / row["cell"] / "metrics.jsonl") for row in (whole, resumed))
+    if problem := continues_otherwise(steps, again, int(resumed["killed_at"].rpartition("_")[2]), tolerance):
+        return False, f"killed after {resumed['killed_at']}, resumed: {problem}"
+    same = all(agree(resumed[field], whole[field], tolerance) for field in ("final_loss", "val_bpb"))
     detail = f"killed after {resumed['killed_at']}, resumed: {resumed['status']}, " + (
         f"loss {whole['final_loss']} and {whole['val_bpb']} bpb as without" if same else
         f"loss {resumed['final_loss']} and {resumed['val_bpb']} bpb against {whole['final_loss']} and {whole['val_bpb']}")
     return succeeded(resumed) and same, detail
+
+
+def read_metrics(path: Path) -> dict[int, dict]:
+    """The training steps of a metrics.jsonl; {} where there is none."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return {row["step"]: row for row in rows if row.get("batch_crc32") is not None}
+
+
+def continues_otherwise(whole: dict[int, dict], resumed: dict[int, dict], killed_at: int, tolerance: float) -> str | None:
+    """How the steps of a resumed run differ from those of the undisturbed one, from the checkpoint on: in their batches, or the
+    first in its loss, which the final loss could hide. None where they do not."""
+    for step in sorted(step for step in whole if step >= killed_at):
+        if step not in resumed:
+            return f"there is no step {step}"
+        if whole[step]["batch_crc32"] != resumed[step]["batch_crc32"]:
+            return f"step {step} has another batch"
+        if step == killed_at and not agree(whole[step]["loss"], resumed[step]["loss"], tolerance):
+            return f"the first step, {step}, has a loss of {resumed[step]['loss']} instead of {whole[step]['loss']}"
+    return None
+
+
+def agree(x, y, tolerance: float) -> bool:
+    """Whether two results are equal, or numbers that differ by a share of at most `tolerance`."""
+    known = number(x) is not None and number(y) is not None
+    return x == y or (known and math.isclose(x, y, rel_tol=tolerance))
 
 
 def sweep(comparison: Comparison, seeds: list[int], max_seeds: int) -> tuple[Verdict, dict, list[dict]]:
@@ -180,9 +219,11 @@ def sweep(comparison: Comparison, seeds: list[int], max_seeds: int) -> tuple[Ver
     The best of many equal candidates looks good on the seeds that selected it (selection bias). Returns verdict, rows, ranking.
     """
     rows = comparison.run(seeds)
-    worth, ranking = worth_of_a_step(comparison.calibration(rows)), []
+    measure = measure_of(*rows.values())
+    worth, ranking = worth_of_a_step(comparison.calibration(rows), measure), []
     for v in comparison.candidates:
-        gain, verdict = net_gain(pairs_of(rows["baseline"], rows[v.name]), worth), comparison.judge(v.name, rows, resumed=True)
+        gain = net_gain(pairs_of(rows["baseline"], rows[v.name]), worth, measure)
+        verdict = comparison.judge(v.name, rows, resumed=True)
         promising = gain and gain.mean > 0 and verdict.decision != "reject"
         ranking.append({"variant": v.name, **summary(rows[v.name]), "net_gain": gain and gain.mean,
                         "screening": "worth confirming" if promising else verdict.decision})
@@ -207,9 +248,10 @@ def noise(comparison: Comparison, seeds: list[int]) -> tuple[dict, dict]:
     differences between pairs of one seed, after a change has made their runs diverge.
     """
     rows = comparison.run(seeds)
-    pairs, worth = pairs_of(rows["baseline"], rows["again"]), worth_of_a_step(comparison.calibration(rows))
+    pairs, measure = pairs_of(rows["baseline"], rows["again"]), measure_of(*rows.values())
+    worth = worth_of_a_step(comparison.calibration(rows), measure)
     saved = [math.log(b["train_time_sec"] / c["train_time_sec"]) for b, c in pairs]
-    values = [required_quality(row) for row in rows["baseline"] if succeeded(row)]
+    values = [quality(row, measure) for row in rows["baseline"] if succeeded(row)]
     if len(pairs) < 2:
         return {"error": "fewer than two pairs succeeded"}, rows
     time_sd, quality_sd = statistics.stdev(saved) / math.sqrt(2), statistics.stdev(values)
@@ -218,7 +260,7 @@ def noise(comparison: Comparison, seeds: list[int]) -> tuple[dict, dict]:
     card = {
         "pairs": len(pairs), "time_sd": time_sd, "quality_sd": quality_sd, "quality_per_ln_steps": worth and worth.value,
         "quality_sd_in_steps": worth and quality_sd / worth.value, "pair_sd": pair_sd,
-        "same_seed_same_bits": all(quality(b) == quality(c) for b, c in pairs),
+        "same_seed_same_bits": all(quality(b, measure) == quality(c, measure) for b, c in pairs),
         "detectable_gain": pair_sd and {n: t * pair_sd / math.sqrt(n) for n, t in t_sum.items()},
         "a_against_a": comparison.judge("again", rows, resumed=True).as_dict(),
         "control": comparison.judge("control", rows, resumed=True, match="free").as_dict(),

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.cli.flag_files import CONFIGS, expand_flag_files, profiles
-from nanochat.cli.flags import build_parser
+from nanochat.cli.flags import build_parser, flag_name
 from nanochat.common import UserError, resolve as resolve_path
 from nanochat.lab.rows import config_of
 
@@ -31,6 +31,11 @@ NAME = r"[\w.+-]+"       # of a variant
 RELATIVE = r"x\d*\.?\d+"  # a flag's value
 HORIZON = ("--num-iterations", "--target-flops", "--target-param-data-ratio")  # what sets the length of a run
 OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwrite")  # set by the lab
+# What is measured: the text, its tokens, when and on what is evaluated, the target. A candidate that changes one of these is
+# measured by another rule than the baseline.
+MEASURED = ("data", "val_data", "max_chars", "text_column", "skip_bad", "doc_cap", "vocab_size", "eval_every", "eval_tokens",
+            "compile_evaluation", "target_metric_name", "target_metric_threshold")
+RESERVED = r"baseline(-.*)?|control|again|pilot-.*|.*-resumed"  # names of the lab's own runs
 ALIASES = {"cpu": "lab-cpu", "gpu": "lab-gpu", "d12": "plan-d12"}  # earlier names of profiles
 
 
@@ -105,13 +110,22 @@ def _short(flag: str, value) -> str:
 def make_variants(profile: list[str], baseline: str, candidates: dict[str, str], match: str) -> tuple[Variant, list[Variant]]:
     """The baseline, and the candidates that differ from it.
 
-    Raises: UserError that names the variant with a wrong flag.
+    Raises: UserError that names the variant with a wrong flag, one that changes what is measured, or a name of the lab's own.
 
     Candidates have their flags in addition to the baseline's. If `match` is "steps", all have the baseline's number of steps.
     """
     base, = named_variants(profile, baseline, {"baseline": ""}, match)
-    same = config_of(base.flags).flat()
-    return base, [v for v in named_variants(profile, baseline, candidates, match) if config_of(v.flags).flat() != same]
+    same, different = config_of(base.flags).flat(), []
+    for variant in named_variants(profile, baseline, candidates, match):
+        values = config_of(variant.flags).flat()
+        if changed := [name for name in MEASURED if values[name] != same[name]]:
+            raise UserError(f"{variant.name}: {flag_name(changed[0])} changes what is measured, so both sides need the same: "
+                            "give it in --baseline or the profile")
+        if re.fullmatch(RESERVED, variant.name):
+            raise UserError(f"a variant cannot be called {variant.name}: the lab names runs of its own so")
+        if values != same:
+            different.append(variant)
+    return base, different
 
 
 def named_variants(profile: list[str], baseline: str, texts: dict[str, str], match: str) -> list[Variant]:

@@ -28,9 +28,9 @@ REQUIRED_COLUMNS = (
     "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "extrapolation_method", "tok_per_sec_median",
     "dt_median_ms", "wall_time_sec", "final_train_loss", "min_val_bpb", "peak_mem_mib", "status")
 FROM_RESULT = (
-    "exit_code", "error", "git_dirty", "host", "device", "dtype", "torch_version", "model_dim", "num_params", "flops_per_token",
-    "num_iterations", "steps_done", "tokens_seen", "train_time_sec", "compile_time_sec", "eval_time_sec", "tok_per_sec_avg",
-    "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
+    "exit_code", "error", "git_dirty", "host", "device", "dtype", "torch_version", "text_fingerprint", "model_dim", "num_params",
+    "flops_per_token", "num_iterations", "steps_done", "tokens_seen", "train_time_sec", "compile_time_sec", "eval_time_sec",
+    "tok_per_sec_avg", "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
 MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_target_sec_low", "time_to_target_sec_high",
                 "killed_at", "worker", "command")
 COLUMNS = REQUIRED_COLUMNS + MORE_COLUMNS

@@ -120,7 +120,8 @@ def describe_run(config: Config, device: torch.device, dtype: torch.dtype, plan:
         "device": device_name(device), "dtype": dtype_name(dtype), "torch_version": torch.__version__,
         "depth": config.model.depth}
     if plan:
-        known |= {"model_dim": plan.shape.n_embd, "num_params": param_counts(plan.shape)["total"],
+        known |= {"text_fingerprint": plan.tokens.fingerprint(), "model_dim": plan.shape.n_embd,
+                  "num_params": param_counts(plan.shape)["total"],
                   "flops_per_token": plan.horizon.flops_per_token, "num_iterations": plan.horizon.num_iterations}
     return known
 

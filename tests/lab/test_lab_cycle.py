@@ -33,6 +33,8 @@ def cycle(gain=0.0, done=True, promoted=()):
     ([cycle(), cycle(done=False)], False),
     ([cycle(), cycle(promoted=["x"])], False),
     ([cycle(0.5), cycle(), cycle()], True),   # only the last two count
+    ([cycle(), cycle(), cycle(done=False)], True),        # one is under way
+    ([cycle(), cycle(done=False), cycle()], False),       # one was given up: they are not two in a row
 ])
 def test_plateau(cycles, reached):
     assert plateau(cycles)[0] == reached
@@ -46,13 +48,14 @@ def test_plateau_is_two_small_cycles_in_a_row(gains):
 def test_decisions_add_up_and_roll_back():
     now = record_decision(record_decision(cycle(), "cosine", "promote", 0.03), "batch", "keep optional", 0.01)
     assert now["promoted"] == ["cosine"] and now["optional"] == ["batch"] and now["robust_gain"] == pytest.approx(0.03)
-    back = roll_back(now, "cosine", ROLLBACK_REASONS[0])
+    newer = cycle(0.01, promoted=["other"])
+    back, same = roll_back([now, newer], "cosine", ROLLBACK_REASONS[0])  # promoted by an earlier cycle than the present one
     assert back["promoted"] == [] and back["robust_gain"] == pytest.approx(0) and "cosine" in back["optional"]
-    assert len(back["log"]) == 3 and now["promoted"] == ["cosine"]
+    assert len(back["log"]) == 3 and now["promoted"] == ["cosine"] and same == newer
+    with pytest.raises(UserError, match="other"):
+        roll_back([back, newer], "cosine", ROLLBACK_REASONS[0])
     with pytest.raises(UserError):
-        roll_back(back, "cosine", ROLLBACK_REASONS[0])
-    with pytest.raises(UserError):
-        roll_back(now, "cosine", "mood")
+        roll_back([now], "cosine", "mood")
 
 
 def test_files(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanochat.lab.decide import (
+    ALIKE,
     DECISIONS,
     FALLBACK_GAIN,
     gate_non_inferior,
@@ -14,6 +15,8 @@ from nanochat.lab.decide import (
     gate_time_to_target,
     judge,
     judge_series,
+    log_ratio,
+    measure_of,
     net_gain,
     pairs_of,
     worth_of_a_step,
@@ -151,9 +154,9 @@ def test_net_gain_by_hand():
     base = [simulate(random.Random(0), s, noise=0) for s in (1, 2)]
     other = [simulate(random.Random(0), s, noise=0, pace=0.95, better=-0.05) for s in (1, 2)]
     shorter = [simulate(random.Random(0), s, noise=0, steps=share) for s in (1, 2) for share in (0.97, 0.94)]
-    worth = worth_of_a_step(base + shorter)
+    worth = worth_of_a_step(base + shorter, "val_bpb")
     assert worth.value == pytest.approx(WORTH) and worth.low == pytest.approx(WORTH) == pytest.approx(worth.high)
-    assert net_gain(pairs_of(base, other), worth).mean == pytest.approx(-math.log(0.95) - 0.05)
+    assert net_gain(pairs_of(base, other), worth, "val_bpb").mean == pytest.approx(-math.log(0.95) - 0.05)
 
 
 def test_pairs_have_one_seed_and_both_runs_succeeded():
@@ -161,6 +164,34 @@ def test_pairs_have_one_seed_and_both_runs_succeeded():
     base = [simulate(rng, 1), simulate(rng, 2), simulate(rng, 3, status="failed")]
     other = [simulate(rng, 3), simulate(rng, 2), simulate(rng, 4)]
     assert [(b["seed"], c["seed"]) for b, c in pairs_of(base, other)] == [(2, 2)]
+
+
+@pytest.mark.parametrize("field", ALIKE)
+def test_runs_under_other_conditions_are_no_pair(field):
+    """However good the candidate looks, a seed that was run elsewhere, or on other text, neither counts nor is forgotten."""
+    base, other, calibration = constant_experiment(0.06, 0.0, 0.001)
+    assert judge(base, other, calibration, resumed=True).decision == "promote"
+    moved = [row | {field: "another"} for row in other]
+    assert not pairs_of(base, moved) and judge(base, moved, calibration, resumed=True).decision == "inconclusive"
+    verdict = judge(base, [moved[0], *other[1:]], calibration, resumed=True)
+    assert len(pairs_of(base, [moved[0], *other[1:]])) == len(base) - 1 and verdict.decision == "inconclusive"
+    assert verdict.why.startswith(f"same conditions: seed {base[0]['seed']}: {ALIKE[field]} None against another")
+
+
+def test_bits_per_byte_never_stand_against_a_loss_in_nats():
+    """The same bits on both sides; one run of one side was not evaluated."""
+    base, other, calibration = constant_experiment(0.0, 0.0, 0.0)
+    other[0] = other[0] | {"val_bpb": None, "final_train_loss": base[0]["final_train_loss"]}
+    verdict = judge(base, other, calibration, resumed=True)
+    assert measure_of(base, other) == "final_train_loss" and measure_of(base) == "val_bpb"
+    assert verdict.gain.mean == pytest.approx(0.0, abs=1e-9) and verdict.decision != "promote"
+
+
+@pytest.mark.parametrize("baseline, candidate, expected", [
+    (10.0, 10.0, 0.0), (0.0, 0.0, 0.0), (0.0, 5.0, math.inf), (5.0, 0.0, -math.inf), (None, 0.0, -math.inf),
+    (0.0, None, math.inf), (10.0, 5.0, -math.log(2))])
+def test_a_target_met_before_the_first_step_is_no_target_that_was_never_met(baseline, candidate, expected):
+    assert log_ratio(baseline, candidate) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("fields", [{"status": "diverged"}, {"status": "oom"}, {"skipped_steps": 1}, {"rollbacks": 1},
@@ -233,3 +264,8 @@ def test_over_depths_a_gain_must_hold_at_each():
     assert judge_series({6: promoted, 12: nothing}).decision == "keep optional"
     assert judge_series({6: promoted, 12: also, 16: worse}).decision == "reject"
     assert judge_series({6: promoted}).decision == "inconclusive"
+    verdict = judge_series({6: promoted, 12: judge(*constant_experiment(0.2, 0.0, 0.001), resumed=True)})
+    assert verdict.decision == "promote"  # gains that differ are no noise
+    assert verdict.gain.mean == pytest.approx(0.06, abs=0.01)  # the least is what a cycle gains
+    noisy = judge(*constant_experiment(-0.001, 0.0, 0.2), resumed=True)
+    assert judge_series({6: promoted, 12: noisy}).decision == "inconclusive"  # it may be a gain as well as a loss

@@ -152,6 +152,28 @@ def test_a_target_that_no_run_reached_is_extrapolated_across_horizons(tmp_path):
     assert verdict.gates[0].name == "time to target (extrapolated)" and verdict.decision != "promote"
 
 
+def test_the_worth_of_a_step_is_that_at_the_end_of_the_horizon(tmp_path):
+    """Runs of half the horizon learn more by a step than whole ones, and would make a candidate that trains less look good."""
+    made = comparison(SimulatedFolder(tmp_path), horizons=(0.25, 0.5, 0.71))
+    rows = made.run([1, 2])
+    assert {"baseline-25", "baseline-50", "baseline-71", "baseline-97", "baseline-94"} < set(rows)
+    assert {row["variant"] for row in made.calibration(rows)} == {"baseline", "baseline-97", "baseline-94"}
+
+
+STEPS_OF_A_RUN = {step: {"step": step, "loss": 3 - step / 100, "batch_crc32": 1000 + step} for step in range(100)}
+
+
+@pytest.mark.parametrize("changed, problem", [
+    ({}, None), ({33: {"loss": 2.67001}}, "first step, 33"), ({70: {"batch_crc32": 7}}, "step 70 has another batch"),
+    ({10: {"batch_crc32": 7}}, None)])  # before the checkpoint: not what was resumed
+def test_a_resume_is_checked_by_its_batches_and_its_first_loss(changed, problem):
+    resumed = {step: row | changed.get(step, {}) for step, row in STEPS_OF_A_RUN.items()}
+    found = experiments.continues_otherwise(STEPS_OF_A_RUN, resumed, 33, 0.0)
+    assert found is None if problem is None else problem in found
+    del resumed[99]
+    assert experiments.continues_otherwise(STEPS_OF_A_RUN, resumed, 33, 0.0)
+
+
 def test_the_noise_card_finds_the_noise(tmp_path):
     folder = SimulatedFolder(tmp_path, noise=0.02)
     base, _ = make_variants(SMOKE, "", {}, "steps")

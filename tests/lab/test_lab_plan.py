@@ -120,6 +120,22 @@ def test_wrong_candidates_are_refused_by_name(flags, says):
     assert says in str(refusal.value) and "mine" in str(refusal.value)
 
 
+@pytest.mark.parametrize("flags", ["--eval-tokens=128", "--eval-every=1", "--data=x.txt", "--val-data=x.txt", "--max-chars=5000",
+                                   "--vocab-size=300", "--target-metric-threshold=9", "--text-column=body"])
+def test_a_candidate_cannot_change_what_is_measured(flags):
+    """128 tokens of validation made the same weights look 19 % better."""
+    with pytest.raises(UserError, match=f"mine: {flags.split('=')[0]} changes what is measured"):
+        make_variants(SMOKE, "", {"mine": flags}, "steps")
+    base, (other,) = make_variants(SMOKE, flags, {"mine": "--warmdown-shape=cosine"}, "steps")
+    assert flags in base.flags and flags in other.flags
+
+
+@pytest.mark.parametrize("name", ["baseline", "baseline-x", "control", "again", "pilot-x", "x-resumed"])
+def test_names_of_the_labs_own_runs_are_taken(name):
+    with pytest.raises(UserError, match=name):
+        make_variants(SMOKE, "", {name: "--warmdown-shape=cosine"}, "steps")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"match": "seeds"}', '{"variant": {}}', '{"variants": {"a b": "--depth=2"}}'])
 def test_a_wrong_template_is_refused(tmp_path, content):
     (tmp_path / "mine.json").write_text(content)
