@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,10 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; threads only slow tiny models down
 os.environ.pop("NANOCHAT_CWD", None)  # of runs/test.sh, which has been started from anywhere
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat-tests-")  # for the scripts that tests start, too
+
+for signum in (signal.SIGINT, signal.SIGHUP):  # ignored in a suite that was started by nohup or in the background,
+    if signal.getsignal(signum) == signal.SIG_IGN:  # and so in the programs that it starts, to which tests send them
+        signal.signal(signum, lambda *_: None)
 
 settings.register_profile("nanochat", deadline=None)  # the first example pays for imports and compilation
 settings.load_profile("nanochat")

@@ -340,10 +340,13 @@ def test_ctrl_c_leaves_a_result(base):
     process = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=stopped",
                                "--num-iterations=100000")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = base / "base_checkpoints/stopped/metrics.jsonl"
-    while not (metrics.exists() and len(read_metrics(metrics)) > 3) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not (metrics.exists() and len(read_metrics(metrics)) > 3) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in err
     done = json.loads((metrics.parent / "result.json").read_text())
     assert done["status"] == "interrupted" and done["exit_code"] == 130 and done["steps_done"] > 1
