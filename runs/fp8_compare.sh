@@ -6,8 +6,9 @@
 # fp8_backend_compare.sh and fpi_debug.sh. SEEDS, OUT and KEEP_CHECKPOINTS: see `compare` in _lib.sh. Other variables, and
 # arguments, as for speedrun_small.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+given="${PROFILE-}"
 choose_profile
-if [[ $DEVICE_TYPE == cpu && ${FP8_EMULATE:-0} == 1 ]]; then  # it shows numbers and no speed: three minutes are enough
+if [[ $DEVICE_TYPE == cpu && ${FP8_EMULATE:-0} == 1 && -z $given ]]; then  # it shows numbers and no speed: three minutes are enough
     : "${NUM_ITERATIONS:=40}" "${MAX_CHARS:=8000000}"
     max_chars=$MAX_CHARS
 fi

@@ -32,6 +32,15 @@ def batch(config=TINY, rows=3, seed=1, device="cpu"):
     return x[:, :-1], x[:, 1:]
 
 
+def gradients_of(model, forward, device, **options):
+    """Loss of a batch by `forward`, which is the model or compiled, and the gradients by name."""
+    for p in model.parameters():
+        p.grad = None
+    loss = forward(*batch(device=device), **options)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
 def assert_same(a, b, name=""):
     """The same bits on a CPU. A GPU may sum in another order each time."""
     if a.device.type == "cpu":

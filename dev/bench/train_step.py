@@ -11,9 +11,9 @@ and those of each --with come last, so that the last value counts. All timings a
 consecutive steps of each variant (--consecutive), and a plain matrix product of the same dtype, whose best rate is the peak that
 the steps are compared with. The device is idle at both ends of a stretch, and inside it only where the run itself waits: so
 --deferred-loss-logging, which waits for no step but the last, can show what it saves. Reported are seconds per step.
-`hardware` is the rate that no program can exceed: on a CPU the bf16 matrix instruction repeated on registers, on a GPU the
-datasheet's. Model FLOPs are counted as in result.json (6 per matmul parameter, 12 x width x window for attention); `causal`
-counts only visible keys. The steps are the first of a run: later phases of a schedule are not measured.
+`hardware` is what bf16 products can reach at most: on a CPU the rate of the matrix instruction repeated on registers, on a GPU
+the datasheet's; empty for other dtypes. Model FLOPs are counted as in result.json (6 per matmul parameter, 12 x width x window
+for attention); `causal` counts only visible keys. The steps are the first of a run: later phases of a schedule are not measured.
 
 The breakdown comes from torch's profiler, on two more steps of each variant, and from a table of kernel names
 (nanochat/benchmarks/profiler.py). Muon and AdamW are everything that runs in their update. Any other kernel is classified by its
@@ -184,7 +184,9 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
         for name, spent in now.items():
             times[name] += spent
     peak, results, others = products * peak_flops / min(times.pop("gemm")), {}, load.share()
-    hardware = instruction[1] / min(times.pop("instruction")) if instruction else datasheet_peak(device)
+    hardware = datasheet_peak(device) if first.plan.dtype == torch.bfloat16 else None  # the datasheet's is of bf16
+    if instruction:
+        hardware = instruction[1] / min(times.pop("instruction"))
     for name, variant in variants.items():
         tokens, shape = variant.trainer.plan.horizon.total_batch_size, variant.trainer.plan.shape
         seconds = timing.spread(times[name])

@@ -28,13 +28,16 @@ def make_gemm(device: "torch.device", dtype: "torch.dtype", m: int = 4096, n: in
 
 def make_instruction_loop(dtype: "torch.dtype") -> tuple[Callable[[], None], int] | None:
     """The CPU's bf16 matrix instruction (AMX's, where there is one) repeated on registers by all threads, and its FLOPs: its best
-    rate is the hardware's own peak, with nothing to load. None for other dtypes, and where C++ kernels do not run."""
+    rate is the hardware's own peak, with nothing to load. None for other dtypes, where C++ kernels do not run, and where the
+    compiler is too old for the processor's AMX."""
     import torch
 
     from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library
     if dtype != torch.bfloat16 or cpp_unavailable_reason("peak"):
         return None
     amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()  # the system has to allow it
+    if amx and not library("peak").knows_amx():
+        return None
     rounds = 200_000 if amx else 2_000_000  # some tens of milliseconds
     repeat = library("peak").repeat_matrix_instruction
     repeat.restype = ctypes.c_int64

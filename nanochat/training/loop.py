@@ -26,7 +26,6 @@ def train(run: Run) -> None:
     """
     state, flags = run.state, run.plan.config.eval
     state.features.on_weights_changed()  # a checkpoint may have been loaded since the model was built
-    launches = 0
     while True:
         handle_stop_request(run)
         last = state.step >= run.plan.horizon.num_iterations or out_of_time(run)
@@ -53,10 +52,9 @@ def train(run: Run) -> None:
 
         # Take a step. Its results are read now, or (--deferred-loss-logging) while the next one runs.
         handle_stop_request(run)
-        if launches == FREEZE_AFTER:
+        if state.step == run.recorder.first_step + FREEZE_AFTER:
             freeze_objects()
         launched = run.trainer.launch_step(interruptible=state.step == run.checkpoints.saved_step)
-        launches += 1
         flush_pending(run)
         run.pending = launched
         if not run.defers_metrics:

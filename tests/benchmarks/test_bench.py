@@ -18,9 +18,10 @@ sys.path.insert(0, str(ROOT))  # dev/ is not installed
 
 from dev.bench import inference, train_step
 from nanochat.benchmarks import profiler
-from nanochat.benchmarks.yardsticks import external_rate
+from nanochat.benchmarks.yardsticks import external_rate, make_instruction_loop
 from nanochat.common import UserError
 from nanochat.gpt import rms_norm
+from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
 from nanochat.kernels.cross_entropy import softcapped_cross_entropy
 from nanochat.runtime.compilation import compile_unavailable_reason
 
@@ -237,3 +238,18 @@ except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert "--no-such-flag" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(cpp_unavailable_reason("peak") is not None, reason="C++ kernels do not run here")
+def test_the_hardwares_peak_counts_the_work_of_every_thread():
+    """An AVX512 instruction multiplies 32 pairs of numbers, one of AMX 16 x 16 x 32; each thread repeats it equally often."""
+    threads, flops = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            flops.append(make_instruction_loop(torch.bfloat16)[1])
+    finally:
+        torch.set_num_threads(threads)
+    amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    assert flops[0] == (200_000 * 4 * 2 * 16 * 16 * 32 if amx else 2_000_000 * 16 * 2 * 32) and flops[1] == 2 * flops[0]
+    assert make_instruction_loop(torch.float32) is None

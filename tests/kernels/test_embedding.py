@@ -22,7 +22,7 @@ from nanochat.kernels.embedding import (
 )
 from nanochat.runtime.compilation import CompiledModel
 from nanochat.runtime.tuner import Tuner
-from test_gpt import TINY, batch, tiny_model
+from test_gpt import TINY, batch, gradients_of, tiny_model
 from triton_kernels import compiled_for, interpreted
 
 reason = cpp_unavailable_reason("embedding")
@@ -162,14 +162,6 @@ def sorted_model(device, **options):
     for table in (model.transformer.wte, *model.value_embeds.values()):
         table.gradient_by = "sorted"
     return model
-
-
-def gradients_of(model, forward, device, **options):
-    for p in model.parameters():
-        p.grad = None
-    loss = forward(*batch(device=device), **options)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("start, detach_x0", [(0, True), (2, True), (2, False), (4, True)])

@@ -21,7 +21,7 @@ from nanochat.runtime.compilation import CompiledModel
 from nanochat.runtime.tuner import Tuner
 from nanochat.training.build import build_trainer_only, choose_kernels
 from nanochat.training.config import parse_config
-from test_gpt import TINY, batch, tiny_model
+from test_gpt import TINY, batch, gradients_of, tiny_model
 
 reason = cpp_unavailable_reason("weight_gradient")
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -158,14 +158,6 @@ def fused_model(device, **options):
     model = tiny_model(device=device, **options)
     model.kernels.project_qkv = fused_qkv
     return model
-
-
-def gradients_of(model, forward, device, **options):
-    for p in model.parameters():
-        p.grad = None
-    loss = forward(*batch(device=device), **options)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def agree(loss, grads, expected_loss, expected, bound):

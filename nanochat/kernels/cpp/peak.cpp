@@ -1,8 +1,6 @@
 // How fast can the processor's matrix instruction run at all? It is repeated on registers, with nothing to load, by all threads.
 // Used by nanochat/benchmarks/yardsticks.py: no program can exceed that rate.
 
-#include <omp.h>
-
 #include "bf16.h"
 
 namespace {
@@ -37,6 +35,15 @@ int64_t repeat_avx512(int64_t rounds) {
 }
 
 }  // namespace
+
+// Whether the compiler knows AMX.
+extern "C" int knows_amx() {
+#ifdef __AMX_BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // Repeats the instruction on every thread; returns the floating-point operations of all of them. `amx`: AMX's, which torch has
 // asked the system for.
