@@ -4,14 +4,17 @@
 | --- | --- |
 | `cli.py` | the command line: flags, commands |
 | `plan.py` | profiles, templates, variants; the flags of each cell (one variant, one seed), and the order of the cells |
-| `claim.py`, `cells.py`, `processes.py` | a folder of cells, which several workers may share; the runs of base_train |
+| `claim.py`, `cells.py` | a folder of cells, which several workers may share, and the store of cells that experiments share |
+| `training_run.py`, `processes.py` | the runs of base_train |
+| `evaluation.py`, `evaluation_process.py` | the lab's own evaluation of final checkpoints; the process that does it |
+| `timing.py` | the seconds of a step of two sides that take turns; the card of the machine's clock noise |
 | `rows.py` | result.json -> a row of runs.csv |
-| `stats.py`, `target.py` | Student's t, the worth of a step; time to target extrapolated across horizons |
-| `decide.py` | the gates, the net gain, the verdict: pure functions over rows |
+| `stats.py`, `target.py` | Student's t, repeated tests, slopes; time to target extrapolated across horizons |
+| `gain.py`, `gates.py`, `decide.py` | pairs of runs and the net gain; the gates; the verdict: pure functions over rows |
 | `experiments.py` | compare, sweep, noise, miniseries: which cells are run, and what is decided |
 | `outputs.py`, `report.py`, `charts.py` | table, verdict.json, and one self-contained HTML file with charts |
-| `cycle.py` | the state of an optimization cycle: target, phases, plateau, rollback, change log |
+| `cycle.py` | an optimization cycle: target, phases and their order, what counts, plateau, rollback, change log |
 | `resume_proof.py` | kill runs and resume them, and compare the bits (`scripts.prove_resume`) |
 
-No module here imports torch or reads the output of a run. For users: docs/lab.md.
+No module here imports torch (but `evaluation_process.py`, a program of its own) or reads the output of a run. For users: docs/lab.md.
 """

@@ -1,15 +1,65 @@
-"""The report's charts: lines with a band over seeds, and rows of dots, one per seed, with an interval.
+"""The report's charts: an estimate with its interval and its margin; lines with a band over seeds; rows of dots, one per seed.
 
-Without matplotlib a report has tables only.
+An estimate is drawn as SVG, which takes its colours from the page and needs no library. The others are drawn by matplotlib;
+without it a report has no curves.
 """
 
 import base64
 import io
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+AXIS_WIDTH, AXIS_HEIGHT, EDGE = 480, 67, 24  # an estimate's chart, in units of its view box; EDGE: beside the axis
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00")
 WIDTH, HEIGHT, ROW = 5.6, 3.2, 0.32  # inches: width of a chart, height of one of lines, height of a row of dots
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval on an axis where better is to the right, with lines at zero and at a margin.
+
+    low, high: None where an end is not known, which is drawn to the edge. required: the margin is to be exceeded; else it is
+    what may just be lost. tick: the text of a number on the axis.
+    """
+    mean: float
+    low: float | None
+    high: float | None
+    margin: float
+    margin_label: str
+    axis_label: str
+    tick: Callable[[float], str]
+    required: bool = True
+
+    def svg(self, about: str) -> str:
+        """The chart as an <svg> element; `about` is its text for those who cannot see it."""
+        shown = [0.0, self.margin, self.mean, *(end for end in (self.low, self.high) if end is not None)]
+        space = 0.12 * (max(shown) - min(shown))
+        first, last, end = min(shown) - space, max(shown) + space, AXIS_WIDTH - EDGE
+
+        def x(value: float) -> float:
+            return round(EDGE + (end - EDGE) * (value - first) / (last - first), 1)
+        low, high = x(first if self.low is None else self.low), x(last if self.high is None else self.high)
+        bar = "" if self.low is None and self.high is None else f'<path class="range" d="M{low} 25H{high}"/>'
+        margin, step = x(self.margin), nice_step((last - first) / 6)
+        shade, start, width = ("good", margin, end - margin) if self.required else ("bad", EDGE, margin - EDGE)
+        ticks = [step * i for i in range(math.ceil(first / step), math.floor(last / step) + 1)]
+        parts = [
+            f'<rect class="{shade}" x="{start}" y="12" width="{width:.1f}" height="26"/>',
+            f'<path class="axis" d="M{EDGE} 38H{end}{"".join(f"M{x(t)} 38v4" for t in ticks)}"/>',
+            f'<path class="zero" d="M{x(0.0)} 12V38"/><path class="margin" d="M{margin} 12V38"/>',
+            f'{bar}<circle cx="{x(self.mean)}" cy="25" r="5"/>',
+            *(f'<text x="{x(t)}" y="51">{self.tick(t)}</text>' for t in ticks),
+            f'<text x="{min(max(margin, 60), AXIS_WIDTH - 60)}" y="9">{self.margin_label}</text>',
+            f'<text x="{AXIS_WIDTH / 2}" y="64">{self.axis_label}</text>']
+        return f'<svg role="img" aria-label="{about}" viewBox="0 0 {AXIS_WIDTH} {AXIS_HEIGHT}">{"".join(parts)}</svg>'
+
+
+def nice_step(least: float) -> float:
+    """The smallest 1, 2 or 5 times a power of ten that is not below `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -27,6 +77,9 @@ class Lines:
             axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.2, label=name)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.set(xlabel=self.x_label, ylabel=self.y_label, xscale="log" if self.log_x else "linear")
+        if self.log_x:  # ticks at powers of ten and between them are too few or too many
+            axes.set_xticks([x for x, *_ in points], [f"{x:.1e}" for x, *_ in points])
+            axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
 

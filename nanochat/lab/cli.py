@@ -29,10 +29,11 @@ from nanochat.cli.paths import output_problem, writable_base_dir
 from nanochat.common import UserError, format_table, get_base_dir, print0, resolve
 from nanochat.lab import cycle as cycles, experiments, plan, stats
 from nanochat.lab.cells import Folder
-from nanochat.lab.decide import Verdict, succeeded
+from nanochat.lab.decide import Verdict
+from nanochat.lab.gain import succeeded
 from nanochat.lab.outputs import table, write_outputs, write_verdict
 from nanochat.lab.report import write_report
-from nanochat.lab.rows import csv_text, run_fields, table_of, write_csv
+from nanochat.lab.rows import csv_text, read_rows, run_fields, table_of, write_csv
 from nanochat.runtime.files import write_atomic
 
 
@@ -76,6 +77,10 @@ class JudgeFlags:
     control: bool = flag(False, "add a hidden candidate that trains 5 % less; if it would be promoted, nothing is")
     horizons: list[float] = flag([], "train all at these shares of the steps too, such as 0.25 0.5 0.71, to extrapolate the time "
                                  "to a target that is not reached", low=0.05, high=0.99)
+    clock: bool = flag(True, "measure the seconds of a step of both sides in turn, which other load disturbs little; else take "
+                             "the time of the whole runs")
+    accept_load: bool = flag(False, "believe the time of steps beside other programs too", requires={"clock": True})
+    judge_time: bool = flag(False, "judge the time of a candidate that ends with the same bits as the baseline, too")
     depths: list[int] = flag([], "depths of the miniseries", low=1)
     change: str | None = flag(None, "the change's name in the log; by default the candidate's flags", metavar="TEXT")
     log: str | None = flag(None, "add the verdict to this log (Markdown), such as dev/LOG.md", metavar="PATH")
@@ -93,6 +98,7 @@ class CycleFlags:
     name: str | None = flag(None, "start: the cycle's name")
     target_metric_name: str = flag("val_bpb", "start: the metric of the cycle", choices=("val_bpb", "smooth_loss"))
     target_metric_threshold: float | None = flag(None, "start: its threshold")
+    abandon: bool = flag(False, "start: give up the present cycle, which is not over; it stays in the file")
     phase: str | None = flag(None, f"phase: {', '.join(cycles.PHASES)}", choices=tuple(cycles.PHASES))
     state: str = flag("done", "phase: its new state", choices=cycles.STATES)
     change: str | None = flag(None, "rollback: the promoted change that becomes optional again", metavar="TEXT")
@@ -102,8 +108,9 @@ class CycleFlags:
 
 COMMANDS = ("run", "compare", "gate", "sweep", "noise", "miniseries", "report", "cycle")
 UNUSED = {  # by a command: it refuses these flags
-    "run": "max_seeds calibrate control horizons depths change log", "compare": "depths", "gate": "depths",
-    "sweep": "candidate match depths", "noise": "candidate match max_seeds control horizons depths change log"}
+    "run": "max_seeds calibrate control horizons clock accept_load judge_time depths change log", "compare": "depths",
+    "gate": "depths", "sweep": "candidate match depths",
+    "noise": "candidate match max_seeds control horizons judge_time depths change log"}
 POSITIONAL = {"sweep": "TEMPLATE", "report": "DIR", "cycle": "ACTION"}
 
 
@@ -148,8 +155,8 @@ class Experiment:
         self.check()
         self.cycle_file = resolve(judging.cycle) if judging.cycle else None
         profile = plan.read_profile(flags.profile)
-        if self.cycle_file:
-            cycle = cycles.current(cycles.read_cycles(self.cycle_file))
+        cycle = cycles.current(cycles.read_cycles(self.cycle_file)) if self.cycle_file else None
+        if cycle:
             profile += [f"--target-metric-name={cycle['target_metric_name']}",
                         f"--target-metric-threshold={cycle['target_metric_threshold']}"]
         on_profile = f" on {flags.profile}" if flags.profile else ""
@@ -171,11 +178,15 @@ class Experiment:
         self.profile, self.match, self.texts = profile, match, candidates
         self.depths: list = judging.depths if command == "miniseries" else [None]
         self.plans = {depth: self.variants(depth) for depth in self.depths}
+        if cycle:
+            flags_of_all = [v.flags for base, others in self.plans.values() for v in (base, *others)]
+            raise_problems(list(dict.fromkeys(p for flags in flags_of_all if (p := cycles.locked(cycle, flags)))))
         if any("--total-batch-size=x" in text for text in candidates.values()):
             print0(plan.about_batch([*profile, *shlex.split(flags.baseline)]))
         given: list = [template, self.texts, profile, match, flags.baseline, self.depths]
         given += [flags.nproc_per_node] if flags.nproc_per_node > 1 else []
         self.path = resolve(flags.out) if flags.out else get_base_dir() / "lab" / f"{command}-{digest(given)}"
+        self.best: str | None = None  # the variant that a sweep's verdict is about
         self.seeds, self.max_seeds = flags.seeds, max(flags.max_seeds, len(flags.seeds))
 
     def check(self) -> None:
@@ -224,18 +235,26 @@ class Experiment:
     def comparison(self, depth: int | None = None) -> experiments.Comparison:
         base, candidates = self.plans[depth]
         folder = Folder(self.path / f"d{depth}" if depth else self.path, self.path.name, self.base_dir(),
-                        self.flags.retry_failed, self.flags.keep_checkpoints, self.flags.nproc_per_node, self.shown.show_output)
-        return experiments.Comparison(folder, base, tuple(candidates), self.match, self.judging.calibrate,
-                                      self.judging.control or self.command == "gate", tuple(self.judging.horizons))
+                        self.flags.retry_failed, self.flags.keep_checkpoints, self.flags.nproc_per_node, self.shown.show_output,
+                        judged=self.command != "run")
+        judging = self.judging
+        return experiments.Comparison(
+            folder, base, tuple(candidates), self.match, judging.calibrate, judging.control or self.command == "gate",
+            tuple(judging.horizons), judging.clock, judging.accept_load, judging.judge_time, self.flags.profile)
 
     def execute(self, command_line: str) -> int:
         """Run it; the exit status."""
         if self.command != "run":
             stats.t_quantile(0.95, 1)  # a missing scipy is reported before hours of training, not after them
         print0(f"{self.about}; folder: {self.path}")
+        if self.cycle_file:
+            change, base = self.judging.change or self.flags.candidate, self.plans[self.depths[0]][0]
+            why = cycles.obstacle(cycles.read_cycles(self.cycle_file), change, self.command == "miniseries", base.flags)
+            if why:
+                print0(f"note: this cannot count as a gain in the cycle: {why}")
         verdict, status = getattr(self, self.command)()
         if verdict:
-            self.record(verdict, command_line)
+            self.record(verdict, command_line, self.best)
         if self.command == "miniseries":
             print0(f"report: {self.path / 'report.html'}\n{verdict}")
         return status
@@ -263,6 +282,7 @@ class Experiment:
 
     def sweep(self) -> tuple[Verdict, int]:
         verdict, rows, ranking = experiments.sweep(self.comparison(), self.seeds, self.max_seeds)
+        self.best = next((r["variant"] for r in ranking if r["screening"] == experiments.CONFIRMED), None)
         print0("\n" + format_table(ranking))
         return verdict, write_outputs(self.path, verdict, rows, self.about, ranking=ranking)
 
@@ -295,18 +315,29 @@ class Experiment:
         print0("\n" + format_table(rows, list(experiments.SERIES_COLUMNS)))
         return verdict, int(any(not succeeded(row) for row in rows))
 
-    def record(self, verdict: Verdict, command_line: str) -> None:
-        """Record the decision in the change log and the cycle, where they are named. Only a miniseries promotes a default."""
-        change = self.judging.change or self.about
-        gain = verdict.gain.mean if verdict.gain else None
-        if self.judging.log:
-            entry = cycles.log_entry(change, verdict.decision, verdict.why, gain, f"`{command_line}`")
-            cycles.write_log(resolve(self.judging.log), entry)
+    def record(self, verdict: Verdict, command_line: str, best: str | None = None) -> None:
+        """Record the decision in the change log and the cycle, where they are named. Only a miniseries promotes a default.
+
+        best: the name of the variant that the verdict is about, of a sweep.
+        """
+        base, candidates = next(iter(self.plans.values()))
+        decided = candidates[0] if len(candidates) == 1 else next((v for v in candidates if v.name == best), None)
+        change = self.judging.change or (self.texts[decided.name] if decided else self.about)
+        details = f"`{command_line}`"
         if self.cycle_file:
-            local = verdict.decision == "promote" and self.command != "miniseries"
-            *others, now = cycles.read_cycles(self.cycle_file)
-            decision = "passed the local gate" if local else verdict.decision
-            cycles.write_cycles(self.cycle_file, [*others, cycles.record_decision(now, change, decision, gain)])
+            flags = []
+            if decided:  # as it was trained: at an equal budget, with its length and rates
+                trained = (tuple(row["flags"]) for row in read_rows(self.path) if row["variant"] == decided.name)
+                own = next((found for found in trained if found[:len(decided.flags)] == decided.flags), decided.flags)
+                flags = [*plan.expand(shlex.split(self.flags.baseline)), *own[len(base.flags):]]
+            with cycles.changing(self.cycle_file) as known:
+                known[:], recorded = cycles.record(known, change, verdict, miniseries=self.command == "miniseries",
+                                                   baseline=base.flags, flags=flags, candidates=len(candidates))
+            print0(recorded)
+            details += f"\n\n{recorded}"
+        if self.judging.log:
+            gain = verdict.gain.mean if verdict.gain else None
+            cycles.write_log(resolve(self.judging.log), cycles.log_entry(change, verdict.decision, verdict.why, gain, details))
 
 
 def report_command(folder: Path) -> int:
@@ -318,28 +349,24 @@ def report_command(folder: Path) -> int:
 
 def cycle_command(action: str, flags: CycleFlags) -> int:
     path = resolve(flags.file) if flags.file else get_base_dir() / "lab" / "cycles.json"
-    known = cycles.read_cycles(path)
-    if action == "start":
-        if not flags.name or flags.target_metric_threshold is None:
-            raise UserError("lab cycle start needs --name and --target-metric-threshold: a cycle declares its target first")
-        known = [*known, cycles.new_cycle(flags.name, flags.target_metric_name, flags.target_metric_threshold)]
-    elif action == "phase":
-        if not flags.phase:
-            raise UserError("lab cycle phase needs --phase")
-        now = cycles.current(known)
-        known = [*known[:-1], now | {"phases": now["phases"] | {flags.phase: flags.state}}]
-    elif action == "rollback":
-        if not flags.change or not flags.reason:
-            raise UserError("lab cycle rollback needs --change and --reason")
-        known = cycles.roll_back(known, flags.change, flags.reason)
-        cycles.write_log(resolve(flags.log), cycles.log_entry(flags.change, "rolled back", flags.reason, None))
-    elif action != "status":
-        raise UserError(f"lab cycle {action}: choose start, phase, rollback or status")
-    now = cycles.current(known)
-    if action != "status":
-        cycles.write_cycles(path, known)
-    print0(f"cycle {now['name']!r}: {now['target_metric_name']} of {now['target_metric_threshold']}, "
-           f"robust gain {now['robust_gain']:+.1%}")
-    print0(format_table([{"phase": p, "about": about, "state": now["phases"][p]} for p, about in cycles.PHASES.items()]))
-    print0(f"promoted: {', '.join(now['promoted']) or 'nothing'}; plateau: {cycles.plateau(known)[1]}")
+    if action == "status":
+        print0(cycles.status(cycles.read_cycles(path)))
+        return 0
+    with cycles.changing(path) as known:
+        if action == "start":
+            if not flags.name or flags.target_metric_threshold is None:
+                raise UserError("lab cycle start needs --name and --target-metric-threshold: a cycle declares its target first")
+            known[:] = cycles.start(known, flags.name, flags.target_metric_name, flags.target_metric_threshold, flags.abandon)
+        elif action == "phase":
+            if not flags.phase:
+                raise UserError("lab cycle phase needs --phase")
+            known[:] = [*known[:-1], cycles.set_phase(cycles.current(known), flags.phase, flags.state)]
+        elif action == "rollback":
+            if not flags.change or not flags.reason:
+                raise UserError("lab cycle rollback needs --change and --reason")
+            known[:] = cycles.roll_back(known, flags.change, flags.reason)
+            cycles.write_log(resolve(flags.log), cycles.log_entry(flags.change, "rolled back", flags.reason, None))
+        else:
+            raise UserError(f"lab cycle {action}: choose start, phase, rollback or status")
+        print0(cycles.status(known))
     return 0

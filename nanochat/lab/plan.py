@@ -8,6 +8,8 @@ A template is a JSON file:
     "about"     its question
     "match"     steps | flops | time | free: what all variants have in common with the baseline (free: nothing)
     "grid"      {"--flag": [values]}: every combination is a variant
+    "cross"     [{"name": "flags"}, ...]: every combination of one of each is a variant, such as each shape with each rate; an
+                empty name adds nothing to the variant's
     "variants"  {"name": "flags"}: more variants
     "if_implemented"  true: leave out variants with a flag that base_train does not have
 """
@@ -17,6 +19,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,7 @@ OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwr
 MEASURED = ("data", "val_data", "max_chars", "text_column", "skip_bad", "doc_cap", "vocab_size", "eval_every", "eval_tokens",
             "compile_evaluation", "target_metric_name", "target_metric_threshold")
 RESERVED = r"baseline(-.*)?|control|again|pilot-.*|.*-resumed"  # names of the lab's own runs
+SHARE_OF = r"(.+)-\d+"  # a variant at a share of its steps, in percent
 ALIASES = {"cpu": "lab-cpu", "gpu": "lab-gpu", "d12": "plan-d12"}  # earlier names of profiles
 
 
@@ -83,14 +87,14 @@ def read_template(name: str) -> Template:
     path = HERE / "templates" / f"{shipped[0]}.json" if shipped else resolve_path(name)
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        unknown = set(read) - {"about", "match", "grid", "variants", "if_implemented"}
+        unknown = set(read) - {"about", "match", "grid", "cross", "variants", "if_implemented"}
         if unknown or read.get("match", "steps") not in MATCHES:
             raise ValueError(f"unknown key {unknown.pop()!r}" if unknown else f"match must be one of {', '.join(MATCHES)}")
-        names, values = list(read.get("grid", {})), list(read.get("grid", {}).values())
-        grid = [dict(zip(names, combination, strict=True)) for combination in itertools.product(*values)] if names else []
-        variants = {"_".join(_short(k, v) for k, v in cell.items()): " ".join(f"{k}={v}" for k, v in cell.items())
-                    for cell in grid}
-        variants |= {key: str(flags) for key, flags in read.get("variants", {}).items()}
+        grid = [{_short(flag, value): f"{flag}={value}" for value in values} for flag, values in read.get("grid", {}).items()]
+        found = [*_combined(grid), *_combined(read.get("cross", [])), *read.get("variants", {}).items()]
+        variants = {key: str(flags) for key, flags in found}
+        if len(variants) < len(found):
+            raise ValueError("two of its variants have the same name")
         if bad := [key for key in variants if not re.fullmatch(NAME, key)]:
             raise ValueError(f"a variant's name is made of letters, digits, '.', '_', '+' and '-', not {bad[0]!r}")
     except (OSError, ValueError, AttributeError, TypeError) as e:
@@ -101,6 +105,13 @@ def read_template(name: str) -> Template:
                and any(word.split("=")[0] not in known for word in flags.split())]
     return Template(read.get("about", path.stem), read.get("match", "steps"),
                     {key: flags for key, flags in variants.items() if key not in missing}, missing)
+
+
+def _combined(factors: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Name and flags of every combination of one of each factor, which is a dict of names and flags; none without factors."""
+    combinations = itertools.product(*(factor.items() for factor in factors)) if factors else ()
+    return [("_".join(name for name, _ in parts if name), " ".join(flags for _, flags in parts if flags))
+            for parts in combinations]
 
 
 def _short(flag: str, value) -> str:
@@ -123,6 +134,9 @@ def make_variants(profile: list[str], baseline: str, candidates: dict[str, str],
                             "give it in --baseline or the profile")
         if re.fullmatch(RESERVED, variant.name):
             raise UserError(f"a variant cannot be called {variant.name}: the lab names runs of its own so")
+        if (share := re.fullmatch(SHARE_OF, variant.name)) and share[1] in candidates:
+            raise UserError(f"variants cannot be called {share[1]} and {variant.name}: the lab names {share[1]} at a share of "
+                            "its steps so")
         if values != same:
             different.append(variant)
     return base, different
@@ -228,11 +242,27 @@ def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match:
     """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds."""
     if match == "flops":
         flops = baseline_row["flops_per_token"] * baseline_row["tokens_seen"]
-        return Variant(variant.name, (*variant.flags, "--num-iterations=-1", f"--target-flops={flops:.17g}"))
-    assert pilot_row is not None, "equal time needs the rate of a pilot"
-    seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
-    steps = max(1, math.floor(baseline_row["train_time_sec"] / seconds))
-    return Variant(variant.name, (*variant.flags, *steps_of(steps)))
+        length = ["--num-iterations=-1", f"--target-flops={flops:.17g}"]
+    else:
+        assert pilot_row is not None, "equal time needs the rate of a pilot"
+        seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
+        length = steps_of(max(1, math.floor(baseline_row["train_time_sec"] / seconds)))
+    flags = (*variant.flags, *length)
+    return Variant(variant.name, (*flags, *same_tau(flags, baseline_row)))
+
+
+def same_tau(flags: Sequence[str], baseline_row: dict) -> list[str]:
+    """Flags that give a run of another shape the tau = B / (eta lambda D) of the baseline's run (arXiv 2405.13698).
+
+    A run takes D for proportional to its parameters (nanochat/recipe/horizon.py). Where both have the same FLOPs or the same
+    time, a larger model sees fewer tokens instead, so weight decay is multiplied by what the two differ by.
+    """
+    config, base = config_of(flags), config_of(baseline_row["flags"])
+    if config.model == base.model:
+        return []
+    own, other = horizon_of(config), horizon_of(base)
+    assumed, seen = own.target_tokens / other.target_tokens, own.total_tokens / baseline_row["tokens_seen"]
+    return [f"--wd-multiplier={config.optim.wd_multiplier * assumed / seen:.6g}"]
 
 
 def steps_of(number: int) -> list[str]:

@@ -1,35 +1,54 @@
-"""report.html of an experiment's folder: the verdict first, then curves, time to target, numbers, commands, machine.
+"""report.html of an experiment's folder: what was decided and by which numbers; then curves, tables, commands, machine.
 
 One self-contained file that loads nothing from elsewhere. Its pictures are embedded, and saved beside it as PNG. It is written
-from the folder's rows and verdict.json.
+from the folder's rows and verdict.json; what one of them does not have is left out.
 """
 
 import json
 import math
 import statistics
+from collections.abc import Callable
 from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from nanochat.common import UserError
-from nanochat.lab.charts import COLOURS, Dots, Lines, save
-from nanochat.lab.decide import number, succeeded
-from nanochat.lab.rows import read_result, read_rows
+from nanochat.common import UserError, format_duration
+from nanochat.lab.charts import COLOURS, Dots, Estimate, Lines, save
+from nanochat.lab.gain import measure_of, succeeded
+from nanochat.lab.gates import BPB_MARGIN, FALLBACK_GAIN
+from nanochat.lab.rows import number, read_result, read_rows
 from nanochat.lab.stats import margin_of_error
 from nanochat.runtime.files import write_atomic
 
 BPB = "validation (bits per byte)"
+MEANINGS = {"promote": "A real gain: every gate passed.", "keep optional": "Not worth a default: it stays an option.",
+            "no change": "It makes no difference.", "inconclusive": "The data cannot tell yet.",
+            "reject": "Not to be used: it is worse, or something broke."}
+CAPTION = ("The dot is the estimate, the bar its 95 % interval, the dashed line the margin. Better is to the right. The net "
+           "gain is the time saved less what the quality lost is worth in time.")
+MARKS = {"pass": "\N{CHECK MARK}", "unclear": "?", "fail": "\N{BALLOT X}"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # makes the browser load nothing
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --text: #222; --back: #fff }
-@media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #181a1b } }
+:root { color-scheme: light dark; --line: #8884; --text: #222; --back: #fff; --blue: #3366cc; --good: #0a7d16; --bad: #c62a0c;
+        --open: #a86200 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --back: #181a1b; --blue: #7ba4ff; --good: #4fd15c; --bad: #ff7a5c; --open: #ffb547 }
+  img { filter: invert(.9) hue-rotate(180deg) }
+}
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 52rem; margin: 0 auto;
        padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-.verdict { border-left: .5rem solid; padding: .6rem 1rem; font-size: 1.15rem; background: #8881 }
-.promote { border-color: #109618 } .reject { border-color: #dc3912 }
-.keep { border-color: #3366cc } .inconclusive { border-color: #ff9900 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } summary { font-weight: 600; margin-top: 1rem }
+.verdict { border-left: .5rem solid; padding: .6rem 1rem; background: #8881 } .verdict b { font-size: 1.3rem }
+.promote { border-color: var(--good) } .reject { border-color: var(--bad) } .inconclusive { border-color: var(--open) }
+.keep, .no { border-color: var(--blue) }
+.numbers p { margin: .8rem 0 0 } svg { max-width: 40rem; width: 100%; display: block }
+svg text { font: 10px system-ui, sans-serif; fill: var(--text); text-anchor: middle }
+@media (max-width: 30rem) { svg text { font-size: 12px } }
+svg .axis, svg .zero { stroke: var(--text); fill: none } svg .margin { stroke: var(--text); stroke-dasharray: 4 3 }
+svg .range { stroke: var(--blue); stroke-width: 5 } svg circle { fill: var(--blue); stroke: var(--back); stroke-width: 1.5 }
+svg .good { fill: var(--good); opacity: .15 } svg .bad { fill: var(--bad); opacity: .15 }
+.pass { color: var(--good) } .fail { color: var(--bad) } .unclear { color: var(--open) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 td:first-child, th:first-child, .text td, .text th { text-align: left } .text td { white-space: normal }
 .text td:first-child { min-width: 6rem }
@@ -51,7 +70,7 @@ def write_report(folder: Path) -> Path:
         groups.setdefault(row["variant"], []).append(row)
     shown = [name for name in verdict.get("variants", {}) if name in groups] or list(groups)
     main = {name: groups[name] for name in shown if not name.startswith(("baseline-", "pilot-", "control"))}
-    parts = [f"<h1>{escape(verdict.get('about', folder.name))}</h1>", _verdict(verdict)]
+    parts = [f"<h1>{escape(verdict.get('about', folder.name))}</h1>", *_decision(verdict, main)]
 
     def picture(heading: str, name: str, chart: Lines | Dots, about: str) -> None:
         if image := save(chart, folder / f"{name}.png"):
@@ -75,21 +94,125 @@ def write_report(folder: Path) -> Path:
         if verdict.get(title):
             found = verdict[title]
             parts.append(f"<h2>{title.capitalize()}</h2>" + (_table(found) if isinstance(found, list) else
-                                                             f"<pre>{escape(json.dumps(found, indent=1))}</pre>"))
-    figures = [{"variant": name, **found} for name, found in verdict.get("variants", {}).items()]
-    parts.append("<h2>Figures</h2>" + _table(figures))
-    parts.append("<h2>Runs</h2>" + _table([{k: row[k] for k in (
-        "variant", "seed", "status", "steps_done", "train_time_sec", "compile_time_sec", "eval_time_sec", "dt_median_ms",
-        "tok_per_sec_median", "final_train_loss", "val_bpb", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
-        "peak_mem_mib")} for row in rows]))
-    parts.append("<h2>Machine and source</h2>" + _table(_machines(rows), "text"))
-    parts.append("<h2>Commands</h2>" + "".join(f"<pre>{escape(row['command'])}</pre>" for row in rows if row["command"]))
+                                                             f"<pre>{escape(json.dumps(_rounded(found), indent=1))}</pre>"))
+    if figures := [{"variant": name, **found} for name, found in verdict.get("variants", {}).items()]:
+        parts.append("<h2>Figures</h2>" + _table(figures))
+    if rows:
+        parts.append("<h2>Runs</h2>" + _table([{k: row.get(k) for k in (
+            "variant", "seed", "status", "steps_done", "train_time_sec", "compile_time_sec", "eval_time_sec", "dt_median_ms",
+            "tok_per_sec_median", "final_train_loss", "val_bpb", "lab_val_bpb", "time_to_target_sec_measured",
+            "time_to_target_sec_extrapolated", "peak_mem_mib", "other_load")} for row in rows]))
+        parts.append("<h2>Machine and source</h2>" + _table(_machines(rows), "text"))
+        commands = "".join(f"<pre>{escape(row['command'])}</pre>" for row in rows if row["command"])
+        parts.append(f"<details><summary>Commands</summary>{commands}</details>" if commands else "")
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(folder.name)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n")
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+# --- the verdict and its numbers -----------------------------------------------------------------------------------
+
+
+def _decision(verdict: dict, variants: dict[str, list[dict]]) -> list[str]:
+    """The parts of the page that say what was decided, by which numbers and gates, at what cost, and what would change it."""
+    if not verdict:
+        return ['<p class="verdict inconclusive">not decided yet: the experiment is not over</p>']
+    decision, unit = verdict["decision"], quality_unit(variants)
+    parts = [f'<p class="verdict {decision.split()[0]}"><b id="verdict">{escape(decision)}</b>: '
+             f"{escape(_compared(verdict, variants))} {MEANINGS.get(decision, '')}<br>{escape(verdict['why'])}</p>"]
+    drawn = [f"<p><b>{title}</b> {escape(words)}</p>{estimate.svg(escape(f'{title}: {words}'))}"
+             for title, words, estimate in estimates(verdict, unit)]
+    if drawn:
+        parts.append(f'<div class="numbers">{"".join(drawn)}</div><p>{CAPTION}</p>')
+    if depths := [{"depth": depth, "decision": found["decision"]} | {title: words for title, words, _ in estimates(found, unit)}
+                  for depth, found in verdict.get("by_depth", {}).items()]:
+        parts.append("<h2>Depths</h2>" + _table(depths, "text"))
+    if gates := [{"gate": g["name"], "outcome": g["outcome"], "found": g["detail"]} for g in verdict.get("gates") or ()]:
+        parts.append("<h2>Gates</h2>" + _table(gates, "text"))
+    more = {"What would change the verdict": verdict.get("next"), "What it cost": cost_in_words(verdict.get("cost") or {})}
+    return parts + [f"<h2>{title}</h2><p>{escape(text)}</p>" for title, text in more.items() if text]
+
+
+def _compared(verdict: dict, variants: dict[str, list[dict]]) -> str:
+    """What was compared, and on what, as a sentence."""
+    ended = [row for rows in variants.values() for row in rows if succeeded(row)]
+    seeds, depths = len({row["seed"] for row in ended}), list(verdict.get("by_depth", {}))
+    devices = sorted({str(row["device"]) for row in ended if row.get("device")})
+    on = [f"with {seeds} seed{'s' if seeds > 1 else ''}" if seeds else "", f"at depths {', '.join(depths)}" if depths else "",
+          f"on {' and '.join(devices)}" if devices else ""]
+    return " ".join([f"{verdict.get('about', 'The candidate')}, against the baseline", *filter(None, on)]) + "."
+
+
+def quality_unit(variants: dict[str, list[dict]]) -> str:
+    """The unit in which quality was compared."""
+    return "nats of training loss" if variants and measure_of(*variants.values()) == "final_train_loss" else "bits per byte"
+
+
+def estimates(verdict: dict, unit: str = "bits per byte") -> list[tuple[str, str, Estimate]]:
+    """Title, words and chart of the numbers that a verdict has: time, quality, net gain. After a crash there are none."""
+    found = []
+    if known := _known(verdict.get("time"), lambda d: 1 - math.exp(-d)):
+        found.append(("Time", directed(*known, "% less time", "% more time", "{:.1%}"), Estimate(
+            *known, 1 - math.exp(-FALLBACK_GAIN), "3 % faster", "less time than the baseline", percent_tick)))
+    if known := _known(verdict.get("quality"), lambda q: -q):
+        mean, high, low = known
+        found.append(("Quality", directed(mean, low, high, f" {unit} better", f" {unit} worse", "{:.4f}"), Estimate(
+            mean, low, high, -BPB_MARGIN, f"{BPB_MARGIN:g} worse", f"{unit} better than the baseline", tick, required=False)))
+    if known := _known(verdict.get("net_gain"), float):
+        found.append(("Net gain", directed(*known, "% gained", "% lost", "{:.1%}"), Estimate(
+            *known, FALLBACK_GAIN, "3 %", "net gain", percent_tick)))
+    return found
+
+
+def _known(value: dict | None, convert: Callable[[float], float]) -> tuple[float, float | None, float | None] | None:
+    """Mean, low and high, converted; an end that is not known is None. None where there is no mean."""
+    known = (number((value or {}).get(key)) for key in ("mean", "low", "high"))
+    mean, low, high = (None if end is None else convert(end) for end in known)
+    return None if mean is None else (mean, low, high)
+
+
+def directed(mean: float, low: float | None, high: float | None, positive: str, negative: str, form: str) -> str:
+    """A value and its 95 % interval in words, both in the direction of the word: "4.1 % less time (3.2 to 5.0)".
+
+    form: the format of a number; a "%" at its end multiplies by 100.
+    """
+    if mean == low == high == 0:
+        return "exactly the same"
+    sign = -1 if mean < 0 else 1
+
+    def text(value: float, signed: bool = False) -> str:
+        shown = form.format(value).rstrip("%")
+        return f"+{shown}" if signed and value > 0 else shown
+    ends = "interval not known"
+    if low is not None and high is not None:
+        first, last = sorted((sign * low, sign * high))
+        ends = f"{text(first, first < 0)} to {text(last, first < 0)}"
+    word = negative if sign < 0 else positive
+    return f"{text(abs(mean))}{word.replace('%', ' %', 1)} ({ends})"
+
+
+def percent_tick(share: float) -> str:
+    """A share on an axis, in percent."""
+    return f"{round(100 * share, 6):g} %"
+
+
+def tick(value: float) -> str:
+    """A number on an axis."""
+    return f"{round(value, 9):g}"
+
+
+def cost_in_words(cost: dict) -> str:
+    """What a verdict cost: runs, those shared with other experiments, and wall time. "" where that is not known."""
+    parts = [f"{cost['runs']:,} runs were made for it" if cost.get("runs") is not None else "",
+             f"{cost['shared']:,} more were taken from the store" if cost.get("shared") else "",
+             f"{format_duration(cost['seconds'])} of wall time" if number(cost.get("seconds")) is not None else ""]
+    return ", ".join(filter(None, parts))
+
+
+# --- curves and tables ---------------------------------------------------------------------------------------------
 
 
 def curve(rows: list[dict], x: str) -> list[tuple[float, float, float, float]]:
@@ -140,14 +263,6 @@ def scaling(table: list[dict]) -> Lines:
     return Lines("training FLOPs", BPB, curves, log_x=True)
 
 
-def _verdict(verdict: dict) -> str:
-    if not verdict:
-        return '<p class="verdict inconclusive">not decided yet: the experiment is not over</p>'
-    gates = [{"gate": g["name"], "outcome": g["outcome"], "found": g["detail"]} for g in verdict["gates"]]
-    return (f'<p class="verdict {verdict["decision"].split()[0]}"><b id="verdict">{escape(verdict["decision"])}</b><br>'
-            f'{escape(verdict["why"])}</p>' + (_table(gates, "text") if gates else ""))
-
-
 def _machines(rows: list[dict]) -> list[dict]:
     columns = {"host": "host", "device": "device", "dtype": "dtype", "torch": "torch_version", "commit": "git_commit",
                "uncommitted changes": "git_dirty"}
@@ -156,14 +271,36 @@ def _machines(rows: list[dict]) -> list[dict]:
 
 
 def _table(rows: list[dict], kind: str = "") -> str:
-    if not rows:
+    """Rows as a table; a column in which nothing is known is left out."""
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if any(row.get(c) is not None for row in rows)]
+    if not columns:
         return "<p>none</p>"
-    head = "".join(f"<th>{escape(str(c))}</th>" for c in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escape(str(c))}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(_cell(row.get(c)) for c in columns) + "</tr>" for row in rows)
     return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
 def _cell(value) -> str:
+    if isinstance(value, str) and value in MARKS:
+        return f'<td class="{value}">{MARKS[value]} {value}</td>'
+    return f"<td>{escape(figure(value))}</td>"
+
+
+def figure(value) -> str:
+    """A value of a table as text: numbers with five digits, of which at most four are decimals."""
     if value is None:
         return "-"
-    return f"{value:.6g}" if isinstance(value, float) else escape(str(value))
+    if isinstance(value, bool) or number(value) is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
+
+
+def _rounded(value):
+    """A JSON value whose numbers have five digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(found) for key, found in value.items()}
+    if isinstance(value, list):
+        return [_rounded(found) for found in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -31,8 +31,12 @@ FROM_RESULT = (
     "exit_code", "error", "git_dirty", "host", "device", "dtype", "torch_version", "text_fingerprint", "model_dim", "num_params",
     "flops_per_token", "num_iterations", "steps_done", "tokens_seen", "train_time_sec", "compile_time_sec", "eval_time_sec",
     "tok_per_sec_avg", "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
+SOURCE_AND_TIMES = ("source_fingerprint", "loop_time_sec", "save_time_sec", "unnamed_time_sec", "other_load")
+# What the lab itself has found out about a run, whatever its result.json says
+BY_THE_LAB = ("lab_val_bpb", "lab_val_tokens", "weights_sha256", "validation_fingerprint", "failures_before", "shared_from",
+              "lab_val_error", "lab_val_time_sec", "lab_time_sec")
 MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_target_sec_low", "time_to_target_sec_high",
-                "killed_at", "worker", "command")
+                "killed_at", "worker", "command", *SOURCE_AND_TIMES, *BY_THE_LAB)
 COLUMNS = REQUIRED_COLUMNS + MORE_COLUMNS
 
 
@@ -59,7 +63,8 @@ def read_result(path: Path) -> dict:
 
 
 def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int) -> dict:
-    """Make the row of a run, `val_curve` included. Without a result.json the status is `failed`, the error the exit status."""
+    """Make the row of a run, with `val_curve` and `audit`, which are no columns. Without a result.json the status is `failed`,
+    and the error names the exit status."""
     config = config_of(flags)
     steps = result.get("steps_done")
     row = dict.fromkeys(COLUMNS) | {
@@ -73,14 +78,20 @@ def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[st
         "status": "failed", "exit_code": exit_code, "error": f"exit status {exit_code}, no result.json",
         "schema_version": SCHEMA_VERSION, "variant": variant, "cell": cell, "worker": f"{platform.node()}:{os.getpid()}",
     }
-    row |= {name: result[name] for name in (*REQUIRED_COLUMNS, *FROM_RESULT, "command") if name in result and name not in (
-        "timestamp", "experiment_name", "seed", "depth", "total_batch_size")}
-    return row | {"val_curve": result.get("val_curve") or []}
+    row |= {name: result[name] for name in (*REQUIRED_COLUMNS, *FROM_RESULT, *SOURCE_AND_TIMES, "command")
+            if name in result and name not in ("timestamp", "experiment_name", "seed", "depth", "total_batch_size")}
+    return row | {"val_curve": result.get("val_curve") or [], "audit": result.get("audit")}
+
+
+def read_row(path: Path) -> dict:
+    """Read a row.json; {} where there is none or it cannot be read. Columns that are newer than the row are None."""
+    row = read_result(path)
+    return row and dict.fromkeys(COLUMNS) | row
 
 
 def read_rows(folder: Path) -> list[dict]:
     """The rows of all cells of an experiment's folder, oldest first."""
-    rows = [row for path in (folder / "cells").glob("*/row.json") if (row := read_result(path))]
+    rows = [row for path in (folder / "cells").glob("*/row.json") if (row := read_row(path))]
     return sorted(rows, key=lambda row: row["timestamp"])
 
 

@@ -1,6 +1,7 @@
 """From flags to a run that is ready to train: text, plan, model, optimizer, loader, records; or a checkpoint taken over."""
 
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +26,12 @@ from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reas
 from nanochat.runtime.device import device_name, dtype_name, init_device, pick_compute_dtype
 from nanochat.runtime.distributed import Ranks, on_main_rank_first
 from nanochat.runtime.lock import RunLock
+from nanochat.runtime.provenance import source_fingerprint
 from nanochat.runtime.signals import Signals
 from nanochat.runtime.tuner import Tuner
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer
 from nanochat.training import run_folder
+from nanochat.training.audit import Audit
 from nanochat.training.auto_batch import check_memory, choose_micro_batch_size, is_out_of_memory, out_of_memory_advice
 from nanochat.training.config import Config
 from nanochat.training.console import Console
@@ -78,6 +81,23 @@ class Run:
     def console(self) -> Console:
         return self.recorder.console
 
+    @contextmanager
+    def observed(self):
+        """For the training loop: times it and, with --audit, watches it."""
+        audit = self.trainer.audit
+        with self.state.clock.looping(), audit.counting() if audit else nullcontext():
+            yield
+
+    def save(self) -> None:
+        """Begin to write a checkpoint. What the loop waits for is timed."""
+        with self.state.clock.saving():
+            self.checkpoints.save()
+
+    def wait_until_saved(self) -> None:
+        """Wait until nothing is being written, which is timed too."""
+        with self.state.clock.saving():
+            self.checkpoints.wait()
+
 
 def build_run(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Run:
     """Build the run that the flags describe, holding the lock of its folder.
@@ -86,6 +106,7 @@ def build_run(config: Config, available: tuple[type[Feature], ...] = FEATURES) -
     runs out; after any failure the lock is free again.
     """
     started, (device, ranks) = time.monotonic(), init_device(config.run.device_type)
+    source_fingerprint()  # now: result.json is written at the end, when the files may have been edited
     dtype, why = pick_compute_dtype(device, config.run.dtype)
     print0(f"device: {device_name(device)} | compute dtype: {dtype_name(dtype)} ({why})")
     run_dir, plan = runs_dir() / config.model_tag, None
@@ -289,6 +310,8 @@ def assemble(trainer: Trainer, checkpoint: tuple[dict, dict, dict] | None, lock:
     else:
         on_main_rank_first(lambda: begin_folder(plan), others=lambda: None)
     trainer.loader.start(state.batches_used)
+    if plan.config.run.audit:
+        trainer.audit = Audit(state, micro_batches=plan.horizon.grad_accum_steps)
     recorder = Recorder(plan, state, console, started, same_run)
     if plan.compile:
         print0("compiling: about a minute the first time, seconds from then on; it does not count as training time")

@@ -79,6 +79,8 @@ class RunFlags(DeviceFlags):
     tracker: list[str] = flag([], "also log to these", choices=("none", "wandb", "tensorboard", "trackio"),
                               affects_results=False)
     result_json: str | None = flag(None, "write result.json here too", metavar="PATH", affects_results=False)
+    audit: bool = flag(False, "check that nothing trains outside of the timed steps and no step takes more batches than it says: "
+                       "`audit` in result.json; takes some time, which does not count", affects_results=False)
     explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop",
                          affects_results=False)
 

@@ -6,8 +6,10 @@ import traceback
 from collections.abc import Callable
 
 from nanochat.common import Diverged, UserError, is_main_rank
+from nanochat.runtime.device import synchronize
 from nanochat.runtime.distributed import barrier, is_distributed
 from nanochat.runtime.signals import Interrupted
+from nanochat.runtime.turns import Turns
 from nanochat.training.auto_batch import is_out_of_memory, out_of_memory_advice
 from nanochat.training.build import FailedStart, Run, build_run
 from nanochat.training.config import Config
@@ -26,8 +28,11 @@ def train(run: Run) -> None:
     """
     state, flags = run.state, run.plan.config.eval
     state.features.on_weights_changed()  # a checkpoint may have been loaded since the model was built
+    turns = Turns.from_environment(run.plan.ranks.world_size)
     while True:
         handle_stop_request(run)
+        if turns:
+            wait_for_turn(run, turns)
         last = state.step >= run.plan.horizon.num_iterations or out_of_time(run)
         save_is_due = last or every(state.step, flags.save_every)
         evaluations = evaluations_due(run, last)
@@ -36,16 +41,16 @@ def train(run: Run) -> None:
         if save_is_due or evaluations:
             flush_pending(run)
         if save_is_due:
-            run.checkpoints.save()
+            run.save()
 
         # Evaluate, sample.
         try:
             for evaluate in evaluations:
-                run.checkpoints.wait()  # a process that is killed in an evaluation must not take the writer with it
+                run.wait_until_saved()  # a process that is killed in an evaluation must not take the writer with it
                 evaluate()
         except BaseException as e:
             traceback.clear_frames(e.__traceback__)  # frees what fills the memory, if that is the trouble
-            run.checkpoints.save()
+            run.save()
             raise
         if last:
             return
@@ -59,6 +64,17 @@ def train(run: Run) -> None:
         run.pending = launched
         if not run.defers_metrics:
             flush_pending(run)
+
+
+def wait_for_turn(run: Run, turns: Turns) -> None:
+    """Where a stretch of steps is over, finish all of its work and wait for the next. Raises: Interrupted where there is none."""
+    if turns.steps_left == 0:
+        flush_pending(run)
+        synchronize(run.plan.device)
+        # nothing is lost that is worth a checkpoint: such a run is there to be timed
+        with run.signals.raise_immediately(), run.state.clock.waiting():
+            turns.wait(run.state.step, run.state.clock.compile)
+    turns.steps_left -= 1
 
 
 def flush_pending(run: Run) -> None:
@@ -88,6 +104,8 @@ def finish_step(run: Run, pending: PendingStep) -> None:
         run.recorder.skipped_step(result, trouble)
     else:
         run.checkpoints.roll_back(result.step)
+        if run.trainer.audit:
+            run.trainer.audit.accept_changes()
         run.trainer.loader.start(state.batches_used)
         run.recorder.roll_back(trouble, result.step)
 
@@ -96,7 +114,7 @@ def handle_stop_request(run: Run) -> None:
     """After a signal: save and end the run. Under torchrun, at the step at which every rank has learned of the signal."""
     if signum := run.stop_signal if is_distributed() else run.signals.received:
         flush_pending(run)
-        run.checkpoints.save()
+        run.save()
         raise Interrupted(signum)
 
 
@@ -145,7 +163,8 @@ def fit(run: Run) -> int:
     with run.signals.install_handlers():
         try:
             try:
-                train(run)
+                with run.observed():
+                    train(run)
             finally:
                 run.checkpoints.close()
         except Interrupted as e:

@@ -16,7 +16,7 @@ from nanochat.recipe.shape import param_counts
 from nanochat.runtime.compilation import graphs_compiled
 from nanochat.runtime.device import device_name, dtype_name, peak_flops
 from nanochat.runtime.files import write_atomic
-from nanochat.runtime.provenance import git_state
+from nanochat.runtime.provenance import git_state, source_fingerprint
 from nanochat.training import run_folder
 from nanochat.training.config import Config
 from nanochat.training.console import Console, progress_line
@@ -92,19 +92,21 @@ class Recorder:
 
     def result(self, trainer: Trainer, last_checkpoint: Path | None, status: str, error: str | None, exit_code: int) -> None:
         """Write result.json and the plot, on rank 0."""
-        plan, state, horizon = self.plan, self.state, self.plan.horizon
+        plan, state, horizon, clock = self.plan, self.state, self.plan.horizon, self.state.clock
         peak = peak_flops(plan.device)
         peak = peak and peak * plan.ranks.world_size
         fields = describe_run(plan.config, plan.device, plan.dtype, plan) | {
             "status": status, "exit_code": exit_code, "error": error,
             "last_checkpoint": last_checkpoint and portable(last_checkpoint), "steps_done": state.step,
             "tokens_seen": state.step * horizon.total_batch_size, "wall_time_sec": time.monotonic() - self.started,
-            "train_time_sec": state.clock.train, "compile_time_sec": state.clock.compile, "eval_time_sec": state.clock.eval,
+            "loop_time_sec": clock.loop, "train_time_sec": clock.train, "compile_time_sec": clock.compile,
+            "eval_time_sec": clock.eval, "save_time_sec": clock.save, "unnamed_time_sec": clock.unnamed,
+            "other_load": clock.other_load if plan.ranks.world_size == 1 else None,  # other ranks would count as other programs
         } | state.stats.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
             "schedule": "full_update", "compiled_graphs": graphs_compiled() if plan.compile else 0,
             "graph_breaks": trainer.forward.graph_breaks.total() if plan.compile else 0,
             "eager_fallbacks": trainer.forward.eager_fallbacks if plan.compile else int(plan.config.run.compile),
-            "kernel_choices": plan.kernel_choices,
+            "kernel_choices": plan.kernel_choices, "audit": trainer.audit.summary() if trainer.audit else None,
         } | state.features.summary()
         write_result(result_files(plan.config, plan.run_dir), fields)
         for line in [*state.features.reports(), plot_run(plan.run_dir)]:
@@ -116,8 +118,8 @@ def describe_run(config: Config, device: torch.device, dtype: torch.dtype, plan:
     commit, dirty = git_state()
     known = {
         "command": shlex.join([Path(sys.executable).name, "-m", "scripts.base_train", *sys.argv[1:]]), "argv": sys.argv[1:],
-        "git_commit": commit, "git_dirty": dirty, "seed": config.run.seed, "host": platform.node(),
-        "device": device_name(device), "dtype": dtype_name(dtype), "torch_version": torch.__version__,
+        "git_commit": commit, "git_dirty": dirty, "source_fingerprint": source_fingerprint(), "seed": config.run.seed,
+        "host": platform.node(), "device": device_name(device), "dtype": dtype_name(dtype), "torch_version": torch.__version__,
         "depth": config.model.depth}
     if plan:
         known |= {"text_fingerprint": plan.tokens.fingerprint(), "model_dim": plan.shape.n_embd,

@@ -13,14 +13,15 @@ SCHEMA_VERSION = 1
 ROW_COLUMNS = ("step", "loss", "smooth_loss", "lr_multiplier", "dt_ms", "tok_per_sec", "peak_mem_mib", "step_kind",
                "active_start", "active_layers", "tokens_seen", "train_time_sec", "val_bpb", "grad_norm", "batch_crc32")
 RESULT_FIELDS = (
-    "schema_version", "status", "exit_code", "error", "last_checkpoint", "command", "argv", "git_commit", "git_dirty", "seed",
-    "host", "device", "dtype", "torch_version", "text_fingerprint", "depth", "model_dim", "num_params", "flops_per_token",
-    "num_iterations", "steps_done", "tokens_seen", "wall_time_sec", "train_time_sec", "compile_time_sec", "eval_time_sec",
+    "schema_version", "status", "exit_code", "error", "last_checkpoint", "command", "argv", "git_commit", "git_dirty",
+    "source_fingerprint", "seed", "host", "device", "dtype", "torch_version", "text_fingerprint", "depth", "model_dim",
+    "num_params", "flops_per_token", "num_iterations", "steps_done", "tokens_seen", "wall_time_sec", "loop_time_sec",
+    "train_time_sec", "compile_time_sec", "eval_time_sec", "save_time_sec", "unnamed_time_sec", "other_load",
     "tok_per_sec_max", "tok_per_sec_avg", "tok_per_sec_median", "dt_median_ms", "mfu", "final_loss", "final_train_loss",
     "val_bpb", "min_val_bpb", "val_curve", "target_metric_name", "target_metric_threshold",
     "time_to_target_sec_measured", "peak_mem_mib", "avg_step_peak_mem_mib", "skipped_steps", "rollbacks", "fp8_layers",
     "schedule", "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "graph_breaks",
-    "eager_fallbacks", "kernel_choices")
+    "eager_fallbacks", "kernel_choices", "audit")
 
 
 class MetricsFile:

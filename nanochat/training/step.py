@@ -6,6 +6,7 @@ Between the two the next step may be launched (--deferred-loss-logging): the dev
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from nanochat.runtime.clock import StepTime
 from nanochat.runtime.device import PeakMemory
 from nanochat.runtime.distributed import all_reduce_mean_and_max
 from nanochat.runtime.signals import Interrupted, Signals
+from nanochat.training.audit import Audit
 from nanochat.training.state import RunPlan, TrainState
 
 
@@ -54,11 +56,13 @@ class Trainer:
 
     forward: `(x, y, **forward_args) -> loss`, the compiled model or the model itself; x, y (B, T) int64.
     signals: those that this process has received; each step tells the other ranks.
+    audit: watches the steps (--audit); None where nothing does.
     """
 
     def __init__(self, plan: RunPlan, state: TrainState, forward: Callable, loader: TrainLoader, signals: Signals):
         self.plan, self.state, self.forward, self.loader, self.signals = plan, state, forward, loader, signals
         self.peak_memory = PeakMemory(plan.device)
+        self.audit: Audit | None = None
 
     def launch_step(self, interruptible: bool = False) -> PendingStep:
         """Queue one optimizer step: all micro-batches forward and backward, then one update if its gradients are finite.
@@ -69,6 +73,8 @@ class Trainer:
         model, optimizer, scaler, features = state.model, state.optimizer, state.scaler, state.features
         forward_args = features.before_step(state.step)
         self.warm_up(forward_args, interruptible)
+        if self.audit:
+            self.audit.step_begins()
         loss, compile_seconds = torch.zeros((), device=plan.device), state.clock.compile
         with state.clock.training() as lap:
             for _ in range(plan.horizon.grad_accum_steps):
@@ -97,6 +103,8 @@ class Trainer:
             model.zero_grad(set_to_none=True)
             lap("update")
             results = copy_to_host_async(torch.cat([loss[None], stop, norms]))
+        if self.audit:
+            self.audit.step_ended()
         pending = PendingStep(state.step, scale, names, results, self.loader.checksum(), state.clock.last,
                               state.clock.compile > compile_seconds, features.step_columns())
         state.step += 1
@@ -140,7 +148,8 @@ class Trainer:
         # two tensors: with one for both, torch would compile another graph that no step uses
         x, y = (torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2))
         fallbacks = self.forward.eager_fallbacks
-        with self.signals.raise_immediately(interruptible and plan.ranks.world_size == 1), state.clock.compiling():
+        with self.signals.raise_immediately(interruptible and plan.ranks.world_size == 1), state.clock.compiling(), \
+                self.audit.warming_up() if self.audit else nullcontext():
             trained = self.forward.warm_up(x, y, **forward_args)
             state.optimizer.warm_up(trained or state.model.parameters())  # none, where the forward could not be compiled
         if self.signals.received and self.forward.eager_fallbacks > fallbacks:

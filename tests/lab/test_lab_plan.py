@@ -11,6 +11,7 @@ from nanochat.common import UserError
 from nanochat.lab.plan import (
     ALIASES,
     about_batch,
+    horizon_of,
     interleaved,
     make_variants,
     matched,
@@ -76,11 +77,39 @@ def test_a_relative_data_ratio_changes_the_steps_too():
 def test_shorter_and_matched_runs():
     base, (other,) = make_variants(SMOKE, "", {"deep": "--depth=4"}, "free")
     assert config_of(shorter(base, 0.94, "x").flags).horizon.num_iterations == 94
-    row = {"train_time_sec": 10.0, "steps_done": 100, "tokens_seen": 51200, "flops_per_token": 1000}
+    row = {"train_time_sec": 10.0, "steps_done": 100, "tokens_seen": 51200, "flops_per_token": 1000, "flags": base.flags}
     pilot = {"train_time_sec": 8.0, "steps_done": 40}
     assert config_of(matched(other, row, pilot, "time").flags).horizon.num_iterations == 50
     horizon = config_of(matched(other, row, None, "flops").flags).horizon
     assert horizon.target_flops == 51200 * 1000 and horizon.num_iterations == -1
+
+
+@pytest.mark.parametrize("profile", ["cpu-d4", "plan-d12"])
+def test_the_shapes_of_template_f_come_with_a_narrow_transfer_of_their_rates(profile):
+    """At equal FLOPs, three learning rates for each shape, and the baseline's tau = B / (eta lambda D) for all of them."""
+    read = read_template("F")
+    base, found = make_variants(read_profile(profile), "", read.variants, read.match)
+    plan = horizon_of(config_of(base.flags))
+    row = {"tokens_seen": plan.total_tokens, "flops_per_token": plan.flops_per_token, "flags": base.flags}
+    seen, rates = [], {}
+    for variant in found:
+        config = config_of(matched(variant, row, None, "flops").flags)
+        own = horizon_of(config)
+        assert own.total_flops == pytest.approx(plan.total_flops, rel=0.01)
+        tau, own_tau = (p.total_batch_size / (p.lr_factor * p.weight_decay * p.total_tokens) for p in (plan, own))
+        assert own_tau == pytest.approx(tau, rel=0.002)
+        rates.setdefault((config.model.depth, config.model.head_dim), []).append(round(own.lr_factor / plan.lr_factor, 6))
+        seen.append(own.total_tokens / plan.total_tokens)
+    assert list(rates.values()) == [[0.9, 1.0, 1.1]] * 3
+    assert min(seen) < 0.9 and 0.6 < min(seen) and max(seen) < 1.05  # shapes of about the baseline's cost per token
+
+
+def test_weight_decay_follows_the_horizon_in_template_e():
+    base, found = make_variants(SMOKE, "", read_template("E").variants, "free")
+    plans = [horizon_of(config_of(variant.flags)) for variant in (base, *found)]
+    assert len(found) in (10, 11) and {round(p.total_tokens / plans[0].total_tokens, 2) for p in plans} == {0.85, 1.0, 1.15}
+    for plan in plans:
+        assert plan.weight_decay * plan.total_tokens == pytest.approx(plans[0].weight_decay * plans[0].total_tokens, rel=0.002)
 
 
 def test_named_variants_are_kept_also_where_they_are_the_same():
@@ -136,7 +165,9 @@ def test_names_of_the_labs_own_runs_are_taken(name):
         make_variants(SMOKE, "", {name: "--warmdown-shape=cosine"}, "steps")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"match": "seeds"}', '{"variant": {}}', '{"variants": {"a b": "--depth=2"}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"match": "seeds"}', '{"variant": {}}', '{"variants": {"a b": "--depth=2"}}',
+                                     '{"cross": {"a": "--depth=2"}}', '{"cross": [{"": ""}]}',
+                                     '{"cross": [{"a": "--depth=2"}], "variants": {"a": "--depth=3"}}'])
 def test_a_wrong_template_is_refused(tmp_path, content):
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(UserError, match="template"):
@@ -147,6 +178,14 @@ def test_a_template_of_ones_own(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"grid": {"--depth": [2, 4]}, "variants": {"wide": "--aspect-ratio=32"}}))
     read = read_template(str(tmp_path / "mine.json"))
     assert read.match == "steps" and set(read.variants.values()) == {"--depth=2", "--depth=4", "--aspect-ratio=32"}
+
+
+def test_every_combination_of_what_is_crossed_is_a_variant(tmp_path):
+    crossed = [{"deep": "--depth=4", "flat": "--depth=2"}, {"": "", "slow": "--lr-multiplier=x0.9"}]
+    (tmp_path / "mine.json").write_text(json.dumps({"cross": crossed, "variants": {"wide": "--aspect-ratio=32"}}))
+    assert read_template(str(tmp_path / "mine.json")).variants == {
+        "deep": "--depth=4", "deep_slow": "--depth=4 --lr-multiplier=x0.9",
+        "flat": "--depth=2", "flat_slow": "--depth=2 --lr-multiplier=x0.9", "wide": "--aspect-ratio=32"}
 
 
 def test_variants_that_are_not_implemented_are_left_out_where_the_template_says_so(tmp_path):

@@ -49,7 +49,7 @@ def rows(folder, variant=None):
 @pytest.fixture(scope="module")
 def compared(base, out):
     """Four runs that the other tests use too, as the same baseline is never trained twice; a copy is in `as-compared`."""
-    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock", f"--out={out}")
     shutil.copytree(out, base / "as-compared")
     return status, output
 
@@ -74,7 +74,7 @@ def test_a_comparison(compared, base):
 @pytest.mark.slow
 def test_the_same_command_again_trains_nothing(compared, base, out):
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")}
-    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock", f"--out={out}")
     assert status == 0 and output.splitlines()[-1] == compared[1].splitlines()[-1]
     assert {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")} == before
 
@@ -82,7 +82,7 @@ def test_the_same_command_again_trains_nothing(compared, base, out):
 @pytest.mark.slow
 def test_candidates_that_crash_or_diverge_are_rows_and_rejects(compared, base, out):
     for flags, ended in (("--attention-backend=fa3", "failed"), ("--matrix-lr=1e38 --embedding-lr=1e38", "diverged")):
-        status, output = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", f"--out={out}")
+        status, output = lab(base, "compare", f"--candidate={flags}", "--no-calibrate", "--no-clock", f"--out={out}")
         assert status == 1 and output.splitlines()[-1].startswith("verdict: reject (no instability")
         assert [r["status"] for r in rows(out, "candidate")[-2:]] == [ended] * 2
         assert [r["status"] for r in rows(out, "baseline")] == ["ok", "ok"]
@@ -93,7 +93,7 @@ def test_named_variants_are_rows_of_a_table_with_chosen_columns(compared, base, 
     """The first is the comparison's baseline, which is not trained again; the second fails before its first step."""
     columns = "variant bpb=val_bpb:.3f compiled=compile:.0f val_data exit_code status"
     status, output = lab(base, "run", "--variant", "baseline=", "bad=--val-data=/no/such/file", "--match=steps", "--seeds", 1,
-                       f"--columns={columns}", f"--out={out}")
+                         f"--columns={columns}", f"--out={out}")
     bpb = float(rows(out, "baseline")[0]["val_bpb"])
     table = [line.split() for line in output[output.index("\nvariant "):].splitlines()[1:4]]
     assert status == 1 and table == ["variant bpb compiled val_data exit_code status".split(),
@@ -106,7 +106,7 @@ def test_named_variants_are_rows_of_a_table_with_chosen_columns(compared, base, 
 
 @pytest.mark.slow
 def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out):
-    status, output = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", f"--out={out}")
+    status, output = lab(base, "gate", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock", f"--out={out}")
     assert status == 0, output
     resumed, = rows(out, "candidate-resumed")
     assert resumed["killed_at"].startswith("step_0000") and resumed["status"] == "ok"
@@ -118,7 +118,7 @@ def test_a_gate_kills_a_run_and_resumes_it_to_the_same_bits(compared, base, out)
 
 @pytest.mark.slow
 def test_a_against_a(compared, base, out):
-    status, output = lab(base, "noise", "--no-calibrate", f"--out={out}")
+    status, output = lab(base, "noise", "--no-calibrate", "--no-clock", f"--out={out}")
     assert status == 0, output
     again, baseline = rows(out, "again"), [r for r in rows(out, "baseline") if not r["killed_at"]]
     assert [(r["seed"], r["val_bpb"]) for r in again] == [(r["seed"], r["val_bpb"]) for r in baseline]  # the same bits
@@ -131,7 +131,7 @@ def test_a_against_a(compared, base, out):
 def test_two_workers_share_a_sweep_and_a_stopped_one_loses_nothing(compared, base):
     out, template = base / "shared", base / "mine.json"
     template.write_text(json.dumps({"variants": {"cosine": "--warmdown-shape=cosine"}}))
-    argv = ("sweep", template, "--baseline=--num-iterations=40 --save-every=5", "--no-calibrate", f"--out={out}")
+    argv = ("sweep", template, "--baseline=--num-iterations=40 --save-every=5", "--no-calibrate", "--no-clock", f"--out={out}")
     stopped, other = start(base, *argv), start(base, *argv)
     while not any((base / "lab").glob("text-*/base_checkpoints/*/step_*")) and stopped.poll() is None:
         time.sleep(0.05)
@@ -144,6 +144,30 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_nothing(compared, bas
     begun = [len(re.findall(r"^\+ ", log.read_text(), re.MULTILINE)) for log in (out / "cells").glob("*/log.txt")]
     assert len(begun) == 4 and sum(begun) <= 5  # only the run that was stopped was started again
     assert not list((out / "cells").glob("*.claim"))
+
+
+@pytest.mark.slow
+def test_two_experiments_at_once_train_and_evaluate_a_shared_cell_once(compared, base):
+    code = """import sys
+from pathlib import Path
+from nanochat.lab.cells import Cell, Folder
+from nanochat.lab.plan import read_profile
+base, name = Path(sys.argv[1]), sys.argv[2]
+folder = Folder(base / name, name, next(base.glob("lab/text-*")))
+folder.run([Cell("baseline", 7, tuple(read_profile(str(base / "tiny.flags"))), shared=True)])"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(base), name], cwd=ROOT, stdout=subprocess.PIPE,
+                             env={**os.environ, "NANOCHAT_BASE_DIR": str(base)}) for name in ("first", "second")]
+    assert [process.wait(300) for process in both] == [0, 0], [process.stdout.read() for process in both]
+    (one,), (two,) = rows(base / "first"), rows(base / "second")
+    assert one["lab_val_bpb"] == two["lab_val_bpb"] != "" and one["weights_sha256"] == two["weights_sha256"]
+    assert sorted(bool(row["shared_from"]) for row in (one, two)) == [False, True]  # one of them has run it
+    assert [row["experiment_name"] for row in (one, two)] == ["first/baseline", "second/baseline"]
+    logs = [next((base / name / "cells").glob("*/log.txt")).read_text() for name in ("first", "second")]
+    assert logs[0] == logs[1] and logs[0].count("+ ") == 1
+    evaluations = [(base / name / "evaluation.txt").exists() for name in ("first", "second")]
+    assert sorted(evaluations) == [False, True]
+    store = Path(one["shared_from"] or two["shared_from"])
+    assert not list(store.glob("cells/*.claim")) and not list(base.glob(f"lab/text-*/base_checkpoints/*{one['cell']}"))
 
 
 @pytest.mark.slow

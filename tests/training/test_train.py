@@ -18,6 +18,7 @@ import torch
 from nanochat.features import FEATURES
 from nanochat.runtime.compilation import CompiledModel, graphs_compiled
 from nanochat.runtime.device import cpu_multiplies_bf16
+from nanochat.runtime.provenance import source_fingerprint
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
@@ -95,6 +96,10 @@ def test_a_run_leaves_its_records(plain, base):
     assert done["val_bpb"] == done["val_curve"][-1][2] == rows[-1]["val_bpb"] and done["fp8_layers"] is None
     assert done["train_time_sec"] == pytest.approx(sum(r["dt_ms"] or 0 for r in rows) / 1000)
     assert done["tok_per_sec_avg"] == pytest.approx(STEPS * 256 / done["train_time_sec"])
+    assert done["audit"] is None and done["source_fingerprint"] == source_fingerprint()
+    assert done["save_time_sec"] > 0 and done["unnamed_time_sec"] > 0 and done["loop_time_sec"] < done["wall_time_sec"]
+    parts = ("train_time_sec", "eval_time_sec", "compile_time_sec", "save_time_sec", "unnamed_time_sec")
+    assert done["loop_time_sec"] == pytest.approx(sum(done[part] for part in parts))
     assert (run_dir / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(p.name for p in run_dir.glob("step_*")) == ["step_000005", "step_000010", "step_000012"]
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
