@@ -16,5 +16,6 @@
 | `cycle.py` | an optimization cycle: target, phases and their order, what counts, plateau, rollback, change log |
 | `resume_proof.py` | kill runs and resume them, and compare the bits (`scripts.prove_resume`) |
 
-No module here imports torch (but `evaluation_process.py`, a program of its own) or reads the output of a run. For users: docs/lab.md.
+No module here imports torch, but `evaluation_process.py`, a program of its own; none reads the output of a run. For users:
+docs/lab.md.
 """

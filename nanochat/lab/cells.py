@@ -64,8 +64,9 @@ class Folder:
     """An experiment's folder.
 
     base_dir: the NANOCHAT_BASE_DIR of its runs. processes: how many a run takes, one per GPU. show_output: print the output of
-    the runs instead of writing it to log.txt. With keep_checkpoints or show_output no cell is shared. judged: the runs are to be
-    compared, so they are audited (--audit), and their final checkpoints are evaluated by the lab; a row without that is not enough.
+    the runs instead of writing it to log.txt. With keep_checkpoints or show_output no cell is shared. judged: the runs are to
+    be compared, so they are audited (--audit), and their final checkpoints are evaluated by the lab; a row without that is not
+    enough.
 
     Raises: UserError where the folder cannot be written.
     """
@@ -126,8 +127,10 @@ class Folder:
     def row(self, cell: Cell) -> dict | None:
         """The row of a finished cell."""
         row = read_row(self.cell_dir(cell) / "row.json")
-        finished = row and row["status"] != "interrupted" and (row.get("judged", True) or row["status"] != "ok" or not self.judged)
-        return row if finished else None
+        if not row or row["status"] == "interrupted":
+            return None
+        enough = row.get("judged", True) or row["status"] != "ok" or not self.judged
+        return row if enough else None
 
     def write_row(self, cell: Cell, row: dict) -> None:
         write_atomic(self.cell_dir(cell) / "row.json", json.dumps(row))

@@ -161,9 +161,10 @@ def measure(folder: Path, name: str, baseline: Sequence[str], candidate: Sequenc
         path = folder / f"{stem}-job{n + 1}.json"
         # one job at a time on a machine
         with hold_claim(lab / f".timing-{platform.node()}.claim", poll=POLL_SECONDS) as claim:
-            job = read_job(path)
-            fresh = job is None or not job.is_enough(accept_load)
-            if fresh:
+            known = read_job(path)
+            job = known if known and known.is_enough(accept_load) else None
+            fresh = job is None
+            if job is None:
                 logs = {side: folder / f"{name}-job{n + 1}-{side}.txt" for side in SIDES}
                 try:
                     job = run_job(flags, logs, pace, base_dir, n, accept_load, claim.heartbeat)
@@ -346,7 +347,8 @@ class Side:
 def log_ratio(rounds: Sequence[Round]) -> float:
     """ln(the baseline's time / the candidate's) over these rounds: of sums, as of two whole runs. Where steps cost different
     amounts, as in dynamic suffix training, the mean of the rounds' logarithms would be another number. Nothing is trimmed: steps
-    that are rare and slow would vanish. Only the load of others sets a round apart, which does not depend on what a step costs."""
+    that are rare and slow would vanish. Only the load of others sets a round apart, which does not depend on what a step
+    costs."""
     return math.log(sum(r.baseline for r in rounds) / sum(r.candidate for r in rounds))
 
 

@@ -22,6 +22,7 @@ PROFILE = """# A few seconds a run, most of them Python's imports.
 --num-iterations=12 --warmup-steps=2 --lr-multiplier=20
 --eval-every=6 --eval-tokens=512 --core-metric-every=-1 --sample-every=-1
 """
+COSINE = ("--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def rows(folder, variant=None):
 @pytest.fixture(scope="module")
 def compared(base, out):
     """Four runs that the other tests use too, as the same baseline is never trained twice; a copy is in `as-compared`."""
-    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock", f"--out={out}")
+    status, output = lab(base, "compare", *COSINE, f"--out={out}")
     shutil.copytree(out, base / "as-compared")
     return status, output
 
@@ -74,7 +75,7 @@ def test_a_comparison(compared, base):
 @pytest.mark.slow
 def test_the_same_command_again_trains_nothing(compared, base, out):
     before = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")}
-    status, output = lab(base, "compare", "--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock", f"--out={out}")
+    status, output = lab(base, "compare", *COSINE, f"--out={out}")
     assert status == 0 and output.splitlines()[-1] == compared[1].splitlines()[-1]
     assert {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*/log.txt")} == before
 
