@@ -88,7 +88,8 @@ def judge(baseline: list[dict], candidate: list[dict], calibration: list[dict], 
         return Verdict("no change", f"the same weights, bit for bit, with seed {numbers}", (stable, alike),
                        quality=Estimate(0.0, 0.0, math.inf), next="--judge-time measures whether its steps are faster")
     gain = net_gain(pairs, worth, measure, clock, seeds=seeds, most=most)
-    first = g.gate_time_to_target(pairs, clock, extrapolated) or g.gate_fallback(gain)
+    reached = None if unchanged else g.gate_time_to_target(pairs, clock, extrapolated)  # with the same bits, a step's time is all
+    first = reached or g.gate_fallback(gain)
     found = tuple(gate for gate in (
         first, stable, alike, g.gate_matched(pairs, match, clock), g.gate_audit(candidate), g.gate_evaluated(pairs, measure),
         g.gate_clock(pairs, clock), g.gate_resume(resumed, resume_detail),

@@ -150,8 +150,10 @@ def net_gain(pairs: list[tuple[dict, dict]], worth: Slope | None, measure: str, 
         def margin(alpha: float) -> float:
             return math.hypot(saved.margin(alpha), lost.margin(alpha) / k.value)
     worst, best = (k.low, k.high) if lost.mean > 0 else (k.high, k.low)  # for the candidate: a loss costs most where k is small
-    mean_low = saved.mean - lost.mean / worst if worst > 0 else -math.inf
-    mean_high = saved.mean - lost.mean / best if best > 0 else math.inf
+
+    def mean_at(k: float, unknown: float) -> float:
+        return saved.mean if not lost.mean else saved.mean - lost.mean / k if k > 0 else unknown
+    mean_low, mean_high = mean_at(worst, -math.inf), mean_at(best, math.inf)
     look = seeds or len(pairs)
 
     def at(total: float) -> float:  # no looks are planned where the bits are the same: more seeds would tell nothing

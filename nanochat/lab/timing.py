@@ -17,6 +17,7 @@ load of a GPU's other users is not seen. What --dyn-require-stable waits for com
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -53,6 +55,7 @@ STRETCH_SECONDS = 0.25    # of a stretch, at least: asking and answering take 0.
 DEFERRED_STRETCH = 5      # steps of a stretch, at least, where losses are read a step late: only its end waits for the device
 LEAD_IN = 5               # steps of each side before the first round: they compile, and fill caches and pools of memory
 CLEAN_ROUNDS = 10         # without other load, that a job needs
+SLOW = 1.25               # times the usual, from which on a stretch is a slow spell of the machine
 ATTEMPTS = 2              # pairs of processes, one after the other, to come to CLEAN_ROUNDS
 PATIENCE = 60.0           # seconds that an attempt waits, in all, for other programs to be quiet
 LOOK = 0.5                # seconds for which they are watched
@@ -75,10 +78,14 @@ class Pace:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds per step of both sides, and the share of all cores' time that others had meanwhile; None where unknown."""
+    """Seconds per step of both sides, and the share of all cores' time that others had meanwhile; None where unknown.
+
+    step: of the runs, at its end.
+    """
     baseline: float
     candidate: float
     load: float | None
+    step: int = 0
 
     @property
     def spoilt(self) -> bool:
@@ -106,8 +113,8 @@ class Clock:
     """The time that a candidate saves.
 
     log_ratio: ln(the baseline's seconds per step / the candidate's).   se, df: its standard error, infinite where the time is not
-    known, and the degrees of freedom that this has.   set_apart: rounds that do not count, as other programs ran.
-    note: what the user should know.   seconds: that the measurement took.
+    known, and the degrees of freedom that this has.   set_apart: rounds that do not count, as other programs ran or the machine
+    was slow.   note: what the user should know.   seconds: that the measurement took.
     """
     log_ratio: float
     se: float
@@ -128,12 +135,14 @@ class Stretch(NamedTuple):
     seconds: float
     compiled: bool
     load: float | None
+    step: int = 0  # the next one
 
 
 def round_of(baseline: Stretch, candidate: Stretch) -> Round:
+    """The round of two stretches of the same steps."""
     loads = [stretch.load * stretch.seconds for stretch in (baseline, candidate) if stretch.load is not None]
     seconds = baseline.seconds + candidate.seconds
-    return Round(baseline.seconds, candidate.seconds, sum(loads) / seconds if len(loads) == 2 else None)
+    return Round(baseline.seconds, candidate.seconds, sum(loads) / seconds if len(loads) == 2 else None, baseline.step)
 
 
 class RunFailed(Exception):
@@ -176,7 +185,7 @@ def measure(folder: Path, name: str, baseline: Sequence[str], candidate: Sequenc
             break
         if fresh:
             kept = job.kept(accept_load)
-            print0(f"timing {name}, job {n + 1} of {jobs}: {-math.expm1(-log_ratio(kept)):+.2%} of the time saved | "
+            print0(f"timing {name}, job {n + 1} of {jobs}: a step takes {math.expm1(-log_ratio(kept)):+.2%} | "
                    f"{len(kept)} of {len(job.rounds)} rounds | {job.seconds:.0f} s")
     key = [platform.node(), found[0].device, digest_of(read_profile(profile)), *(["with other load"] if accept_load else [])]
     card = NoiseCard(lab / "clock_noise.json", " | ".join(key))
@@ -319,8 +328,8 @@ class Side:
             os.write(self.requests, f"go {steps}\n".encode())
         except BrokenPipeError:
             raise self.failure() from None
-        compiled = self.answer().split()[2]
-        return Stretch((time.perf_counter() - started) / steps, compiled == "1", load.share())
+        _, step, compiled = self.answer().split()
+        return Stretch((time.perf_counter() - started) / steps, compiled == "1", load.share(), int(step))
 
     def failure(self) -> RunFailed:
         code, result = self.process.wait(SHUTDOWN_SECONDS), read_result(self.run_dir / "result.json")
@@ -346,9 +355,8 @@ class Side:
 
 def log_ratio(rounds: Sequence[Round]) -> float:
     """ln(the baseline's time / the candidate's) over these rounds: of sums, as of two whole runs. Where steps cost different
-    amounts, as in dynamic suffix training, the mean of the rounds' logarithms would be another number. Nothing is trimmed: steps
-    that are rare and slow would vanish. Only the load of others sets a round apart, which does not depend on what a step
-    costs."""
+    amounts, as in dynamic suffix training, the mean of the rounds' logarithms would be another number, and a trimmed mean would
+    lose steps that are rare and slow."""
     return math.log(sum(r.baseline for r in rounds) / sum(r.candidate for r in rounds))
 
 
@@ -372,12 +380,15 @@ def clock_of(jobs: Sequence[Job], accept_load: bool, pooled_with: Callable[[Spre
     so far. So the variance is the card's, or the jobs' own where that is larger, as a candidate may be noisier than others; the
     degrees of freedom are the card's. The error is then too large rather than too small: with three jobs, by 14 % on average.
     """
-    set_apart = sum(len(job.rounds) - len(job.kept(accept_load)) for job in jobs)
     seconds, notes = sum(job.seconds for job in jobs), notes_on(jobs, accept_load)
     if short := next((job for job in jobs if not job.is_enough(accept_load)), None):
-        guess = log_ratio(short.rounds) if short.rounds else 0.0
-        return Clock(guess, math.inf, 0, len(jobs), set_apart, "; ".join([why_short(short), *notes]), seconds)
-    values = [log_ratio(job.kept(accept_load)) for job in jobs]
+        guess, spoilt = log_ratio(short.rounds) if short.rounds else 0.0, sum(r.spoilt for job in jobs for r in job.rounds)
+        return Clock(guess, math.inf, 0, len(jobs), spoilt, "; ".join([why_short(short), *notes]), seconds)
+    counted = without_slow_spells([job.kept(accept_load) for job in jobs])
+    set_apart = sum(len(job.rounds) for job in jobs) - sum(map(len, counted))
+    if slow := sum(len(job.kept(accept_load)) for job in jobs) - sum(map(len, counted)):
+        notes.append(f"the machine was slow in {slow} rounds, set apart")
+    values = [log_ratio(rounds) for rounds in counted]
     mean = statistics.fmean(values)
     own = Spread(sum((value - mean) ** 2 for value in values), len(values) - 1)
     pooled = pooled_with(own)
@@ -385,6 +396,32 @@ def clock_of(jobs: Sequence[Job], accept_load: bool, pooled_with: Callable[[Spre
     if not pooled.df:
         notes.append("one job does not show its error: run more")
     return Clock(mean, math.sqrt(variance / len(jobs)), pooled.df, len(jobs), set_apart, "; ".join(notes), seconds)
+
+
+def without_slow_spells(jobs: Sequence[Sequence[Round]]) -> list[Sequence[Round]]:
+    """The rounds of each job but for those in which the machine was slow for a while: some virtual machines take half as long
+    again for seconds, and their system shows no load.
+
+    A stretch that took SLOW times as long as the same steps do in the median of all jobs, compared with the other stretches of
+    its job, sets its round apart. So steps that cost more stay: they do so in every job. What is slow at random is taken for the
+    machine's doing, and only if it falls on both sides alike (within 3 standard deviations of an even split). A job that would be
+    left fewer than CLEAN_ROUNDS stays whole.
+    """
+    same_steps, slow = defaultdict(list), []
+    for round_ in itertools.chain(*jobs):
+        same_steps[round_.step].append(round_)
+    for side in SIDES:
+        usual = {step: statistics.median(getattr(r, side) for r in found) for step, found in same_steps.items() if len(found) > 2}
+        found = set[Round]()
+        for rounds in jobs:
+            relative = {r: getattr(r, side) / usual[r.step] for r in rounds if r.step in usual}
+            found |= {r for r, times in relative.items() if times > SLOW * statistics.median(relative.values())}
+        slow.append(found)
+    few, many = sorted(map(len, slow))
+    if many - few > 3 * math.sqrt(many + few):
+        return list(jobs)
+    left = [[r for r in rounds if not any(r in found for found in slow)] for rounds in jobs]
+    return [rest if len(rest) >= CLEAN_ROUNDS else rounds for rest, rounds in zip(left, jobs, strict=True)]
 
 
 def why_short(job: Job) -> str:

@@ -238,6 +238,8 @@ def test_the_same_bits_are_no_change_and_their_time_alone_counts():
     assert quality_lost(pairs_of(*one), "lab_val_bpb") == Estimate(0.0, 0.0, math.inf)
     assert judge(*one, [], clock=Clock(0.04, 0.002, 8, 3, 0, ""), resumed=True).decision == "promote"
     assert judge(*one, [], clock=Clock(0.0, 0.002, 8, 3, 0, ""), resumed=True).decision == "keep optional"
+    few = [simulate(random.Random(s), 0, steps=share, noise=0.5) for s, share in ((0, 1.0), (1, 0.95), (2, 0.9))]
+    assert math.isfinite(judge(*one, few, clock=Clock(0.04, 0.002, 8, 3, 0, ""), resumed=True).gain.high)  # k does not matter
 
 
 @pytest.mark.parametrize("baseline, candidate, expected", [

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from nanochat.lab.timing import (
     measure,
     round_of,
     shortened,
+    without_slow_spells,
 )
 from nanochat.recipe.suffix_policy import freeze_start, recovery_start
 
@@ -40,7 +42,7 @@ DYNAMIC = "--block-update-schedule=dynamic_suffix"
 
 
 def job(ratio, rounds=20, load=0.0):
-    return Job(tuple(Round(ratio, 1.0, load) for _ in range(rounds)), seconds=30.0)
+    return Job(tuple(Round(ratio, 1.0, load, step) for step in range(rounds)), seconds=30.0)
 
 
 def alone(spread):
@@ -72,7 +74,7 @@ def test_the_error_is_the_noise_cards_or_the_jobs_own_if_that_is_larger(pooled, 
 
 
 def test_rounds_beside_other_programs_are_set_apart_unless_they_are_accepted():
-    spoilt = tuple(Round(3.0, 1.0, 0.4) for _ in range(8))
+    spoilt = tuple(Round(3.0, 1.0, 0.4, step) for step in range(12, 20))
     mixed = [Job((*job(1.1, rounds=12).rounds, *spoilt)), job(1.1)]
     clock = clock_of(mixed, False, alone)
     assert clock.log_ratio == pytest.approx(math.log(1.1)) and clock.set_apart == 8 and "8 of 40 rounds" in clock.note
@@ -80,6 +82,33 @@ def test_rounds_beside_other_programs_are_set_apart_unless_they_are_accepted():
     assert clock.log_ratio > math.log(1.2) and clock.set_apart == 0 and "8 of 40 rounds" in clock.note
     unknown = clock_of([job(1.1, load=None), job(1.1, load=None)], False, alone)  # where the system does not say
     assert unknown.set_apart == 0 and math.isfinite(unknown.se)
+
+
+def noisy(ratio, cost=lambda step: 1.0, seed=0, stalls=0):
+    """A job's rounds. cost: of the candidate's step. stalls: in how many rounds, at random, the candidate takes twice as long."""
+    draw = random.Random(seed)
+    stalled = draw.sample(range(40), stalls)
+    return [Round(ratio * draw.gauss(1, 0.03), cost(step) * draw.gauss(1, 0.03) * (2 if step in stalled else 1), 0.0, step)
+            for step in range(40)]
+
+
+def test_a_slow_spell_of_the_machine_is_set_apart():
+    jobs = [noisy(1.1, seed=seed) for seed in range(3)]
+    slowed = [replace(r, baseline=r.baseline * (1.6 if 10 <= r.step < 14 else 1.0), candidate=r.candidate * (1.6 + r.step % 2)
+                      if 10 <= r.step < 15 else r.candidate) for r in jobs[1]]
+    found = without_slow_spells([jobs[0], slowed, jobs[2]])
+    assert found[0] == jobs[0] and found[2] == jobs[2]
+    assert [r.step for r in found[1]] == [*range(10), *range(15, 40)]
+    slower = [replace(r, baseline=1.5 * r.baseline, candidate=1.5 * r.candidate) for r in jobs[1]]  # all the time
+    assert without_slow_spells([jobs[0], slower, jobs[2]]) == [jobs[0], slower, jobs[2]]
+    assert without_slow_spells([slowed]) == [slowed] and without_slow_spells([jobs[0], slowed]) == [jobs[0], slowed]
+
+
+def test_what_a_candidate_costs_is_no_slow_spell():
+    rare = [noisy(1.1, cost=lambda step: 4.0 if step % 10 == 0 else 1.0, seed=seed) for seed in range(3)]  # at the same steps
+    assert without_slow_spells(rare) == rare
+    stalls = [noisy(1.1, seed=seed, stalls=4) for seed in range(3)]  # at other steps each time
+    assert without_slow_spells(stalls) == stalls
 
 
 def test_work_in_the_other_sides_turn_spoils_the_round():
