@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Feature:
     """An optimization behind flags. Every hook does nothing unless it is overridden.
 
-    before_step, after_step, step_columns and eval_context are outside of a step's time. They leave weights, gradients and moments as
-    they are: --audit checks it.
+    before_step, after_step, step_columns and eval_context are outside of a step's time. They leave weights, gradients and moments
+    as they are: --audit checks it.
     """
 
     name: str                     # key of its flags in `config.features` and of its state in checkpoints

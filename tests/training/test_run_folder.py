@@ -18,7 +18,7 @@ from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.runtime.files import set_aside
 from nanochat.training import run_folder
-from nanochat.training.build import build_run
+from nanochat.training.build import FailedStart, build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import close, fit
 from processes import Served
@@ -202,3 +202,12 @@ def test_what_is_set_aside_takes_the_first_free_name(tmp_path_factory, taken):
         (folder / f"x~{number}").symlink_to("nowhere")
     aside = set_aside(folder / "x")
     assert aside.name == f"x~{min(set(range(1, 7)) - set(taken))}" and aside.read_text() == "it"
+
+
+def test_a_resume_that_finds_no_memory_leaves_the_runs_result(base, monkeypatch):
+    folder = train(base, "kept")
+    before = (folder / "result.json").read_text()
+    monkeypatch.setattr("nanochat.recipe.memory_estimate.host_memory", lambda available: 2**16)
+    with pytest.raises(FailedStart, match="out of memory"):
+        train(base, "kept", "--resume-from-step=latest")
+    assert (folder / "result.json").read_text() == before
