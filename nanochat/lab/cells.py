@@ -76,7 +76,7 @@ class Folder:
         self.path, self.name, self.base_dir = path, name, base_dir
         self.keep_checkpoints, self.processes, self.show_output, self.judged = keep_checkpoints, processes, show_output, judged
         self.data_is_ready = self.sources_compared = False
-        self.text: dict = {}  # what identifies the text of the runs, once it is ready
+        self.text: dict = {}  # what identifies the text of runs that are judged, once it is ready
         self.store: Store | None = None
         self.trained: set[str] = set()    # ids of cells, by this object
         self.evaluated: set[str] = set()  # also in vain
@@ -365,8 +365,9 @@ class Folder:
                         process.kill()
                 if process.returncode:
                     raise UserError(f"the text could not be prepared; the error is at the end of {log.name}")
-        self.text = {"flags": steps[-1][1], "tokenizer": get_tokenizer(self.base_dir / "tokenizer").fingerprint(),
-                     "sources": digest([source_identity(source) for source in (data.data, data.val_data) if source])}
+        if self.judged:
+            self.text = {"flags": steps[-1][1], "tokenizer": get_tokenizer(self.base_dir / "tokenizer").fingerprint(),
+                         "sources": digest([source_identity(source) for source in (data.data, data.val_data) if source])}
         self.data_is_ready = True
 
 

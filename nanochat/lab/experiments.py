@@ -82,9 +82,10 @@ class Comparison:
         return rows
 
     def cell(self, variant: Variant, seed: int) -> Cell:
-        """The run of a variant with a seed. The baseline's, of any length, are shared with other experiments."""
+        """The run of a variant with a seed. The baseline's, of any length, are shared with other experiments, unless their time
+        counts: then both sides run in alternating order."""
         own = {self.baseline.name, *(at_share(self.baseline, share).name for share in CALIBRATION_SHARES)}
-        return Cell(variant.name, seed, variant.flags, shared=variant.name in own)
+        return Cell(variant.name, seed, variant.flags, shared=self.clock and variant.name in own)
 
     def seeds_run(self, seeds: list[int]) -> list[int]:
         """`seeds`, and those with which this folder has runs of a candidate that were not asked for: they count as well, or the

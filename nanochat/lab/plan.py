@@ -34,10 +34,11 @@ NAME = r"[\w.+-]+"       # of a variant
 RELATIVE = r"x\d*\.?\d+"  # a flag's value
 HORIZON = ("--num-iterations", "--target-flops", "--target-param-data-ratio")  # what sets the length of a run
 OWN = ("--seed", "--model-tag", "--result-json", "--resume-from-step", "--overwrite")  # set by the lab
-# What is measured: the text, its tokens, when and on what is evaluated, the target. A candidate that changes one of these is
-# measured by another rule than the baseline.
-MEASURED = ("data", "val_data", "max_chars", "text_column", "skip_bad", "doc_cap", "vocab_size", "eval_every", "eval_tokens",
-            "compile_evaluation", "target_metric_name", "target_metric_threshold")
+# What is measured and where: device, text, its tokens, when and on what is evaluated, the target, records. A candidate that
+# changes one of these is measured by another rule than the baseline.
+MEASURED = ("device_type", "max_train_seconds", "run", "tracker", "data", "val_data", "max_chars", "text_column", "skip_bad",
+            "doc_cap", "vocab_size", "eval_every", "eval_tokens", "compile_evaluation", "target_metric_name",
+            "target_metric_threshold")
 RESERVED = r"baseline(-.*)?|control|again|pilot-.*|.*-resumed"  # names of the lab's own runs
 SHARE_OF = r"(.+)-\d+"  # a variant at a share of its steps, in percent
 ALIASES = {"cpu": "lab-cpu", "gpu": "lab-gpu", "d12": "plan-d12"}  # earlier names of profiles
