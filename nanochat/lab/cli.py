@@ -27,7 +27,7 @@ from nanochat.cli.flag_files import profiles
 from nanochat.cli.flags import LARGEST_SEED, flag, flag_name, parse, raise_problems
 from nanochat.cli.paths import output_problem, writable_base_dir
 from nanochat.common import UserError, format_table, get_base_dir, print0, resolve
-from nanochat.lab import cycle as cycles, experiments, plan, stats
+from nanochat.lab import cycle as cycles, experiments, plan, stats, timing
 from nanochat.lab.cells import Folder
 from nanochat.lab.decide import Verdict
 from nanochat.lab.gain import succeeded
@@ -276,7 +276,7 @@ class Experiment:
 
     def compare(self) -> tuple[Verdict, int]:
         verdict, rows = experiments.compare(self.comparison(), self.seeds, self.max_seeds, always_resume=self.command == "gate")
-        return verdict, write_outputs(self.path, verdict, rows, self.about)
+        return verdict, write_outputs(self.path, verdict, rows, self.about, cost=cost_of([self.path]))
 
     gate = compare
 
@@ -284,7 +284,7 @@ class Experiment:
         verdict, rows, ranking = experiments.sweep(self.comparison(), self.seeds, self.max_seeds)
         self.best = next((r["variant"] for r in ranking if r["screening"] == experiments.CONFIRMED), None)
         print0("\n" + format_table(ranking))
-        return verdict, write_outputs(self.path, verdict, rows, self.about, ranking=ranking)
+        return verdict, write_outputs(self.path, verdict, rows, self.about, ranking=ranking, cost=cost_of([self.path]))
 
     def noise(self) -> tuple[None, int]:
         comparison = self.comparison()
@@ -309,8 +309,10 @@ class Experiment:
         comparisons = {depth: self.comparison(depth) for depth in self.depths}
         verdict, by_depth, rows = experiments.series(comparisons, self.seeds, self.max_seeds)
         write_atomic(self.path / "results.csv", csv_text(rows, experiments.SERIES_COLUMNS))
-        write_verdict(self.path, verdict, self.about, {}, series=rows, by_depth={d: v.as_dict() for d, v in by_depth.items()})
-        for folder in (*(comparison.folder.path for comparison in comparisons.values()), self.path):
+        folders = [comparison.folder.path for comparison in comparisons.values()]
+        write_verdict(self.path, verdict, self.about, {}, series=rows, by_depth={d: v.as_dict() for d, v in by_depth.items()},
+                      cost=cost_of(folders))
+        for folder in (*folders, self.path):
             write_report(folder)
         print0("\n" + format_table(rows, list(experiments.SERIES_COLUMNS)))
         return verdict, int(any(not succeeded(row) for row in rows))
@@ -338,6 +340,12 @@ class Experiment:
         if self.judging.log:
             gain = verdict.gain.mean if verdict.gain else None
             cycles.write_log(resolve(self.judging.log), cycles.log_entry(change, verdict.decision, verdict.why, gain, details))
+
+
+def cost_of(folders: list[Path]) -> dict:
+    """Of experiments' folders: runs made and taken from others, and the seconds that runs and timing have taken."""
+    cost = Folder.cost(row for folder in folders for row in read_rows(folder))
+    return cost | {"seconds": cost["seconds"] + sum(timing.seconds_spent(folder) for folder in folders)}
 
 
 def report_command(folder: Path) -> int:

@@ -32,6 +32,7 @@ from nanochat.lab.stats import Estimate, Slope, levels, pairs_needed, partially_
 if TYPE_CHECKING:
     from nanochat.lab.timing import Clock
 
+MANY = 99  # pairs; more are not counted
 CAUSES = ("same conditions", "evaluated by the lab", "time")  # gates that, when unclear, make others unclear
 DECISIONS = ("reject", "keep optional", "no change", "inconclusive", "promote")
 
@@ -125,10 +126,11 @@ def seeds_wanted(pairs: list[tuple[dict, dict]], worth: Slope | None, measure: s
         return ""
     each = [(c[measure] - b[measure]) / worth.value for b, c in pairs]
     last = levels(most, PROMOTE_ALPHA)[most]
-    low, high = (pairs_needed(sd, gain.mean, last) for sd in sd_range(statistics.stdev(each), len(each) - 1))
+    low, high = (pairs_needed(sd, gain.mean, last, most=MANY) for sd in sd_range(statistics.stdev(each), len(each) - 1))
     if high <= len(pairs):
         return ""
-    return f"{len(pairs)} seeds so far, {low} to {'many' if high >= 99 else high} would decide with a power of 80 %"
+    wanted = "far more" if low >= MANY else f"{low} to {'many' if high >= MANY else high}"
+    return f"{len(pairs)} seeds so far, {wanted} would decide with a power of 80 %"
 
 
 def judge_series(by_depth: dict[int, Verdict]) -> Verdict:

@@ -465,5 +465,10 @@ def read_job(path: Path) -> Job | None:
     return Job(tuple(Round(**r) for r in found["rounds"]), found["compiled"], found["device"], found["seconds"])
 
 
+def seconds_spent(folder: Path) -> float:
+    """What the finished jobs of an experiment's folder have taken."""
+    return sum(read_result(path).get("seconds", 0.0) for path in (folder / "timing").glob("*-job*.json"))
+
+
 def digest_of(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

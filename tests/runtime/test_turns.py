@@ -92,6 +92,7 @@ def steps_of(rows):
     return [(row["step"], row["loss"], row["batch_crc32"]) for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--deferred-loss-logging"]], ids=["plain", "deferred"])
 def test_a_run_takes_the_steps_it_is_asked_for(base, lab, monkeypatch, flags):
     tag, seen = f"turns-{len(flags)}", []
