@@ -1,9 +1,9 @@
 """The verdict, from the gates (gates.py) and the net gain (gain.py). Pure functions; docs/lab.md explains them to users.
 
 **Errors.** To promote, the lower confidence bound of the net gain must be above zero. Seeds may be added while the verdict is
-open, up to `most`, and all these tests together err in 1 % or less (`stats.levels`). That a gain of 3 % is ruled out errs in 5
-% over all tests, being worse than a margin in 1.25 % for each margin. The limits on loss and bits per byte are non-inferiority
-margins.
+open, up to `most`, and all these tests together err in 1 % or less (`stats.levels`). The statement that a gain of 3 % is ruled
+out errs in 5 % over all tests, each statement that a margin is exceeded in 1.25 %. The limits on loss and bits per byte are
+non-inferiority margins.
 """
 
 import math

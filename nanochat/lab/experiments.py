@@ -25,12 +25,12 @@ from nanochat.lab.gain import (
 from nanochat.lab.outputs import summary
 from nanochat.lab.plan import Variant, interleaved, matched, pilot, shorter
 from nanochat.lab.rows import config_of, number, write_csv
-from nanochat.lab.stats import Estimate, t_quantile
+from nanochat.lab.stats import Estimate, levels, t_quantile
 from nanochat.lab.timing import Clock
 from nanochat.recipe.shape import scaling_params
 from nanochat.runtime.files import write_atomic
 
-CALIBRATION_SHARES = (0.95, 0.9)  # of the horizon, beside the whole of it
+CALIBRATION_SHARES = (0.95, 0.9)   # of the horizon, beside the whole of it
 CALIBRATION_SEEDS = 3              # at most: with more, the noise of the seeds' own runs dominates
 CONTROL_SHARE = 0.95               # of the steps: the control only trains less
 PILOT_SHARE = 0.5                  # of the steps: the run that measures a candidate's rate, where times are to be equal
@@ -82,10 +82,11 @@ class Comparison:
         return rows
 
     def cell(self, variant: Variant, seed: int) -> Cell:
-        """The run of a variant with a seed. The baseline's, of any length, are shared with other experiments, unless their time
-        counts: then both sides run in alternating order."""
-        own = {self.baseline.name, *(at_share(self.baseline, share).name for share in CALIBRATION_SHARES)}
-        return Cell(variant.name, seed, variant.flags, shared=self.clock and variant.name in own)
+        """The run of a variant with a seed. Shared with other experiments are the baseline's calibration runs, of which only
+        steps and quality count, and, where its time does not count, the baseline itself: else both sides run in turn."""
+        calibration = {at_share(self.baseline, share).name for share in CALIBRATION_SHARES}
+        untimed = self.clock and self.match != "time" and variant.name == self.baseline.name
+        return Cell(variant.name, seed, variant.flags, shared=untimed or variant.name in calibration)
 
     def seeds_run(self, seeds: list[int]) -> list[int]:
         """`seeds`, and those with which this folder has runs of a candidate that were not asked for: they count as well, or the
@@ -171,7 +172,7 @@ class Comparison:
 
 
 def at_share(variant: Variant, share: float) -> Variant:
-    """The variant with a share of its steps, named after it: baseline-97."""
+    """The variant with a share of its steps, named after it: baseline-95."""
     return shorter(variant, share, share_name(variant.name, share))
 
 
@@ -273,14 +274,15 @@ def agree(x, y, tolerance: float) -> bool:
 def sweep(comparison: Comparison, seeds: list[int], max_seeds: int) -> tuple[Verdict, dict, list[dict]]:
     """Screen the candidates on `seeds`, then compare the best with the baseline on as many fresh seeds, which alone count.
 
-    Screening is by successive halving (Jamieson and Talwalkar, AISTATS 2016): after each seed the better half goes on. The best
-    of many equal candidates looks good on the seeds that selected it (selection bias). Returns verdict, rows, ranking.
+    Screening is by successive halving (Jamieson and Talwalkar, AISTATS 2016): after each seed the better half goes on, by whole
+    runs. The best of many equal candidates looks good on the seeds that selected it (selection bias). Returns verdict, rows,
+    ranking.
     """
     left: list[Variant] = list(comparison.candidates)
     rows: dict[str, list[dict]] = {}
     scores: dict[str, tuple[float, str]] = {}  # net gain, decision
     for i in range(len(seeds)):
-        now = replace(comparison, candidates=tuple(left)).run(seeds[:i + 1])
+        now = replace(comparison, candidates=tuple(left), clock=False).run(seeds[:i + 1])
         rows |= now
         measure = measure_of(*now.values())
         worth = worth_of_a_step(comparison.calibration(now), measure)
@@ -319,7 +321,7 @@ def noise(comparison: Comparison, seeds: list[int]) -> tuple[dict, dict]:
     Time: of whole runs, each seed twice, and of steps in turn, which is what verdicts use. Quality: over seeds, which is an upper
     bound on the differences between pairs of one seed, after a change has made their runs diverge.
     """
-    rows = comparison.run(seeds)
+    rows = replace(comparison, clock=False).run(seeds)  # the whole runs' time counts too
     pairs, measure = pairs_of(rows["baseline"], rows["again"]), measure_of(*rows.values())
     worth = worth_of_a_step(comparison.calibration(rows), measure)
     saved = [math.log(b["train_time_sec"] / c["train_time_sec"]) for b, c in pairs]
@@ -330,7 +332,8 @@ def noise(comparison: Comparison, seeds: list[int]) -> tuple[dict, dict]:
     time_sd, quality_sd = statistics.stdev(saved) / math.sqrt(2), statistics.stdev(values)
     pair_sd = worth and math.sqrt(2) * quality_sd / worth.value
     time_se = clock.se if clock and math.isfinite(clock.se) else time_sd * math.sqrt(2 / len(pairs))
-    t_sum = {n: t_quantile(1 - PROMOTE_ALPHA / 2, n - 1) + t_quantile(POWER, n - 1) for n in (2, 3, 4, 6, 8)}
+    t_sum = {n: t_quantile(1 - level, n - 1) + t_quantile(POWER, n - 1)
+             for n, level in levels(MOST_PAIRS, PROMOTE_ALPHA).items()}
     card = {
         "pairs": len(pairs), "time_sd": time_sd, "clock": clock and clock.as_dict(), "quality_sd": quality_sd,
         "quality_per_ln_steps": worth and worth.value,

@@ -42,8 +42,8 @@ def gate_stable(baseline: list[dict], candidate: list[dict]) -> Gate:
     lost what it had reached. The baseline may fail as well: the candidate fails the gate if it fails in more than half of its
     runs, or significantly more often than the baseline (Fisher's exact test, 1 %)."""
     baseline_too = {r["seed"] for r in baseline if validation_rose(r)}  # the baseline overfits as well
-    trouble = {(r["seed"], what) for r in candidate if (what := instability(r, r["seed"] in baseline_too))}
-    before = {(r["seed"], what) for r in baseline if (what := instability(r, True))}
+    trouble = [(r["seed"], what) for r in candidate if (what := instability(r, r["seed"] in baseline_too))]
+    before = [r for r in baseline if instability(r, may_rise=True)]
     listed = "; ".join(f"seed {seed}: {what}" for seed, what in sorted(trouble))
     if not trouble:
         return Gate("no instability", "pass", f"{len(candidate)} runs succeeded")

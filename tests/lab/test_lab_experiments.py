@@ -7,8 +7,8 @@ import re
 import zlib
 
 import pytest
-from simulated import WORTH, simulate
 
+from dev.lab_error_rates import WORTH, simulate
 from nanochat.lab import experiments
 from nanochat.lab.experiments import Comparison
 from nanochat.lab.outputs import write_outputs

@@ -1,10 +1,21 @@
-"""Experiments with a known truth, judged by the lab's own functions: runs are drawn instead of trained."""
+"""How often does the lab err? Experiments with a known truth, judged by its own functions: runs are drawn instead of trained.
+
+    python -m dev.lab_error_rates                  # the table of docs/lab.md: two minutes
+    python -m dev.lab_error_rates --experiments 100
+
+Tests hold these rates too (tests/lab/test_lab_decide.py).
+"""
 
 import math
 import random
+import statistics
 from dataclasses import dataclass
 
-from nanochat.lab.decide import judge
+from nanochat.cli.flags import flag, parse
+from nanochat.cli.program import cli
+from nanochat.common import format_table
+from nanochat.lab.decide import Verdict, judge
+from nanochat.lab.gates import FALLBACK_GAIN
 from nanochat.lab.timing import Clock
 
 WORTH = 0.12   # bits per byte per unit of ln(steps)
@@ -41,6 +52,10 @@ WORLDS = {
     "worth of a step from few runs": World(calibrated=2), "slow spells": World(slow=0.15),
     "whole runs": World(clock=None), "whole runs, time and quality err alike": World(clock=None, together=True),
 }
+
+TRUTHS = {"no difference": {}, "trains 3.5 % less": {"steps": 0.965}, "1.5 % faster": {"pace": 0.985},
+          "5 % faster": {"pace": 0.95}, "5 % better at the same speed": {"better": -math.log(0.95)}}
+SHOWN = ("1 % a pair", "2 % a pair", "heavy tails", "5 % diverge", "whole runs")  # worlds of the table
 
 
 def draw(rng: random.Random, world: World) -> float:
@@ -98,3 +113,36 @@ def experiment(rng, world=None, most=8, first=2, match="free", target=None, **ca
             if verdict.decision != "inconclusive":
                 break
     return verdict, n + 1
+
+
+def experiments(n: int, world: World | None, **how) -> list[tuple[Verdict, int]]:
+    """The verdicts and numbers of seeds of `n` experiments, always the same."""
+    rng = random.Random(7)
+    return [experiment(rng, world, **how) for _ in range(n)]
+
+
+@dataclass
+class RateFlags:
+    """Error rates of the lab"""
+    experiments: int = flag(1000, "experiments of each kind", low=1)
+
+
+def main() -> None:
+    flags, = parse([RateFlags], prog="python -m dev.lab_error_rates", description="How often does the lab err?")
+    rows = []
+    for truth, how in TRUTHS.items():
+        for name in SHOWN:
+            for target in (None, TARGET):
+                found = experiments(flags.experiments, WORLDS[name], target=target, **how)
+                promoted = [verdict for verdict, _ in found if verdict.decision == "promote"]
+                called = sum(verdict.gain is not None and verdict.gain.mean >= FALLBACK_GAIN for verdict in promoted)
+                rejected = sum(verdict.decision == "reject" for verdict, _ in found)
+                shares = {"promoted": len(promoted), "called 3 %": called, "rejected": rejected}
+                rows.append({"truth": truth, "noise": name, "target": "reached" if target else "none",
+                             **{what: f"{100 * count / len(found):.1f}" for what, count in shares.items()},
+                             "median runs": statistics.median(seeds for _, seeds in found)})
+    print(format_table(rows))
+
+
+if __name__ == "__main__":
+    cli(main)
