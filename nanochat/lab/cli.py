@@ -87,8 +87,11 @@ class JudgeFlags:
     cycle: str | None = flag(None, "take the target from this cycle file, and record the decision there", metavar="PATH")
 
     def validate(self):
-        return ["--horizons takes three or more different shares: fewer do not determine the curve"] \
-            if self.horizons and len(set(self.horizons)) < 3 else []
+        if len(set(self.horizons)) < len(self.horizons):
+            return ["--horizons has a share twice: it would count as two"]
+        if self.horizons and len(self.horizons) < 3:
+            return ["--horizons takes three or more shares: fewer do not determine the curve"]
+        return []
 
 
 @dataclass

@@ -179,6 +179,7 @@ folder.run([Cell("baseline", 7, tuple(read_profile(str(base / "tiny.flags"))), s
     (["run", "--variant", "a=--no-such"], "--no-such"), (["run", "--variant", "a=", "--candidate=--depth=3"], "--candidate"),
     (["run", "--variant", "a=", "b=--num-iterations=5", "--match=time"], "--match"),
     (["run", "--control", "--horizons", ".5", ".6", ".7"], "--control"),
+    (["compare", "--candidate=--depth=3", "--horizons", ".5", ".5", ".6"], "--horizons"),
     (["sweep", "B", "--match=time"], "--match"), (["noise", "--candidate=--fp8"], "--candidate"),
     (["sweep", "Z"], "A-theory"), (["judge"], "judge"),
     (["miniseries", "--candidate=--fp8", "--depths", "4"], "--depths"),
