@@ -165,7 +165,7 @@ class Training:
 
     def train_step(self) -> bool:
         """Take a step. True where the policy has new information, which may change the number of steps."""
-        step, decision, gate = self.step, self.decide(), self.policy.freeze_step
+        step, decision, known = self.step, self.decide(), (self.policy.freeze_step, self.policy.ended_at)
         scale = lr_scale(min(step, self.planned - 1), self.planned, warmup_steps=0, final_lr_frac=0.0,
                          warmdown_ratio=self.flags.warmdown_ratio)
         for group in self.optimizer.param_groups:
@@ -179,7 +179,7 @@ class Training:
         self.losses.append(loss)
         if relevance:
             self.relevance.append([step, relevance])
-        return decision.needs_relevance or self.policy.freeze_step != gate
+        return decision.needs_relevance or (self.policy.freeze_step, self.policy.ended_at) != known
 
     def _update(self, x, y, decision):
         """The timed part: forward, backward, relevance where it is needed, update. Frozen blocks have no gradient."""

@@ -13,7 +13,8 @@ class Feature:
     """
 
     name: str                     # key of its flags in `config.features` and of its state in checkpoints
-    dynamic_forward_args = False  # whether before_step's answers differ from step to step. The model is then compiled in parts:
+    dynamic_forward_args = False  # whether before_step's answers differ from step to step
+    many_variants = False         # whether there are more than two such answers in a run. The model is then compiled in parts:
                                   # their few graphs serve every variant, where a whole model needs a graph for each
     memory: dict = {}             # its fields of MemoryConfig (nanochat/recipe/memory_estimate.py)
 
@@ -98,6 +99,10 @@ class Features:
     @property
     def dynamic_forward_args(self) -> bool:
         return any(feature.dynamic_forward_args for feature in self.enabled)
+
+    @property
+    def many_variants(self) -> bool:
+        return any(feature.many_variants for feature in self.enabled)
 
     def memory(self) -> dict:
         return _merged(feature.memory for feature in self.enabled)

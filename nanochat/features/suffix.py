@@ -13,7 +13,7 @@ from nanochat.cli.flags import flag, one_of
 from nanochat.common import UserError
 from nanochat.features.base import Feature
 from nanochat.recipe.shape import flops_per_token, padded_vocab_size
-from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, predicted_speedup, problems
+from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, chooses_once, predicted_speedup, problems
 
 EPSILON = 1e-12  # keeps the relevance finite where all weights of a block are zero
 PARTS_KEPT = 32  # full steps whose forward, backward and update times are kept
@@ -35,6 +35,10 @@ class Suffix(Feature):
     @classmethod
     def enabled(cls, config) -> bool:
         return config.features[cls.name].block_update_schedule != "full_update"
+
+    @property
+    def many_variants(self) -> bool:
+        return not chooses_once(self.config)
 
     @classmethod
     def validate(cls, config) -> list[str]:
@@ -87,17 +91,19 @@ class Suffix(Feature):
             "speedup_predicted": predicted_speedup(self.active, self.policy.n_layer, cost),
             "speedup_measured": full_seconds / full_steps / (seconds / steps) if full_steps else None,
             "backward_over_forward": cost.backward_block / cost.forward_block,
+            "guard_ended_at": self.policy.ended_at,
         }
 
     def report(self) -> str | None:
         result = self.summary()
         if not self.active:
             return None
-        measured = result["speedup_measured"]
+        measured, ended = result["speedup_measured"], self.policy.ended_at
         return (f"{result['schedule']}: {result['active_layers_mean']:.2f} of {self.policy.n_layer} blocks trained on average "
                 f"({result['active_layers_range']}) | speed-up over full steps: predicted {result['speedup_predicted']:.2f} with "
                 f"k {result['backward_over_forward']:.2f}{'' if self.parts else ' (assumed)'}, "
-                + (f"measured {measured:.2f}" if measured else "not measured, as no step was full"))
+                + (f"measured {measured:.2f}" if measured else "not measured, as no step was full")
+                + (f" | the loss rose, so all blocks are trained from step {ended} on" if ended is not None else ""))
 
     def cost(self) -> CostModel:
         """A step's cost in seconds, from the measured full steps of this run; in FLOPs until there are any."""

@@ -12,13 +12,16 @@ total relevance. The phases of a `dynamic_suffix` run:
     warmup      all blocks, without measuring: output projections start at zero, so the gradients above them say nothing yet
     full        all blocks, measuring relevance at the interval of the probes, until the freeze gate opens: at a step or a share
                 of the run, optionally also not before the loss is stable. Once open it stays open
-    suffix      the chosen suffix, with a full step at every probe and refresh. Optionally these also adapt the budget, the
-                maximum number of blocks in a suffix: up if their loss is above the EMA of earlier ones, down if it is below
+    suffix      the chosen suffix, with a full step at every probe and refresh, if there are any
     recovery    optional: all blocks again, at once (`full`) or in three stages that never train less than the suffix
 
-The defaults are those that won at equal training time (dev/LOG.md): all blocks for a fifth of the steps, then all of them in
-every fourth step and the top third or a little more in the others. So no block is frozen for long, and all of them follow the
-decay of the learning rate; a recovery at the end cost more than it gained.
+Optionally each measurement also adapts the budget, the maximum number of blocks in a suffix: up if its step's loss is above the
+EMA of earlier ones, down if it is below.
+
+The guard ends the schedule where it does harm: if the loss of suffix steps rises again, all blocks are trained from then on.
+
+The defaults are those that won at equal training time (docs/dynamic-suffix.md): all blocks for most of the run, then the top
+quarter to the end, without probes. Lower blocks that move only now and then can undo what is learned above them.
 
 Call `decide(step)`, which changes nothing, before a step, and `observe(step, loss, relevance)` after it. The whole state is
 plain JSON, so a resumed run decides exactly as an uninterrupted one.
@@ -36,6 +39,8 @@ DYNAMIC = {"block_update_schedule": "dynamic_suffix"}  # for `requires`: the fla
 ADAPT = DYNAMIC | {"dyn_adapt_budget": True}
 STABLE = DYNAMIC | {"dyn_require_stable": True}
 STAGED = DYNAMIC | {"dyn_final_recovery_mode": "staged"}
+MEASURE_EVERY = 4   # steps between measurements while all blocks are trained, if there are no probes later
+GUARD_STEPS = 16    # losses of a mean that the guard compares
 
 
 @dataclass
@@ -45,13 +50,14 @@ class SuffixFlags:
                                       "--static-active-layers, or a suffix chosen by relevance", choices=SCHEDULES)
     static_active_layers: int = flag(-1, "blocks that static_suffix trains", requires={"block_update_schedule": "static_suffix"})
     dyn_warmup_steps: int = flag(25, "full steps at the start", requires=DYNAMIC)
-    dyn_probe_every: int = flag(4, "steps between probes: full steps that measure relevance", requires=DYNAMIC)
-    dyn_refresh_every: int = flag(120, "steps between refreshes, full steps that replace a probe; 0 is none", requires=DYNAMIC)
+    dyn_probe_every: int = flag(0, "steps between probes: full steps that measure relevance; 0 is none once blocks are "
+                               "frozen", requires=DYNAMIC)
+    dyn_refresh_every: int = flag(0, "steps between refreshes, full steps that replace a probe; 0 is none", requires=DYNAMIC)
     dyn_relevance_metric: str = flag("grad_ratio", "relevance of a block: |gradient| / |weight|, or sum of |gradient * weight|",
                                      choices=("grad_ratio", "saliency_abs_gp"), requires=DYNAMIC)
     dyn_relevance_ema_decay: float = flag(0.9, "decay of the moving average of relevance", requires=DYNAMIC)
-    dyn_relevance_threshold: float = flag(0.25, "share of the total relevance that the suffix must hold", requires=DYNAMIC)
-    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a third of them", requires=DYNAMIC)
+    dyn_relevance_threshold: float = flag(0.1, "share of the total relevance that the suffix must hold", requires=DYNAMIC)
+    dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a quarter of them", requires=DYNAMIC)
     dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them", requires=DYNAMIC)
     dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of the probes", requires=DYNAMIC)
     dyn_loss_upper: float = flag(1.01, "more blocks if a probe's loss exceeds this multiple of its average", requires=ADAPT)
@@ -59,9 +65,11 @@ class SuffixFlags:
     dyn_budget_step_up: int = flag(2, "by how many blocks it rises", requires=ADAPT)
     dyn_budget_step_down: int = flag(1, "by how many blocks it falls", requires=ADAPT)
     dyn_loss_ema_decay: float = flag(0.9, "decay of the moving average of a probe's loss", requires=ADAPT)
-    dyn_freeze_start_frac: float = flag(0.2, "share of the steps before which nothing is frozen",
+    dyn_freeze_start_frac: float = flag(0.7, "share of the steps before which nothing is frozen",
                                         requires=DYNAMIC | {"dyn_freeze_start_step": -1})
     dyn_freeze_start_step: int = flag(-1, "step before which nothing is frozen; -1 uses the share", requires=DYNAMIC)
+    dyn_guard: float = flag(0.01, "train all blocks to the end if the mean loss of suffix steps rises by this share; 0 never does",
+                            requires=DYNAMIC)
     dyn_require_stable: bool = flag(False, "freeze nothing before the loss is stable", requires=DYNAMIC)
     dyn_stability_window: int = flag(12, "number of recent losses that must be stable", requires=STABLE)
     dyn_stability_rel_change: float = flag(0.02, "stable: the means of both halves differ by at most this share", requires=STABLE)
@@ -88,12 +96,12 @@ class LayerCounts:
 
 
 def layer_counts(flags: SuffixFlags, n_layer: int) -> LayerCounts:
-    """The counts of the flags; -1 is derived from `n_layer`: 4, 12, 7 and 9 of 12 blocks."""
+    """The counts of the flags; -1 is derived from `n_layer`: 3, 12, 6 and 9 of 12 blocks."""
     def given(count: int, derived: int) -> int:
         return derived if count == -1 else count
 
     high = given(flags.dyn_max_active_layers, n_layer)
-    low = given(flags.dyn_min_active_layers, min((n_layer + 2) // 3, high))
+    low = given(flags.dyn_min_active_layers, min((n_layer + 3) // 4, high))
     return LayerCounts(
         low=low, high=high,
         stage1=given(flags.dyn_final_recovery_stage1_layers, low + round((n_layer - low) / 3)),
@@ -104,6 +112,13 @@ def freeze_start(flags: SuffixFlags, num_steps: int) -> int:
     """First step that may freeze blocks, apart from --dyn-require-stable."""
     start = flags.dyn_freeze_start_step
     return max(flags.dyn_warmup_steps, round(flags.dyn_freeze_start_frac * num_steps) if start == -1 else start)
+
+
+def chooses_once(flags: SuffixFlags) -> bool:
+    """Whether a run trains at most one suffix besides all blocks: nothing is measured once blocks are frozen."""
+    if flags.block_update_schedule != "dynamic_suffix":
+        return True
+    return flags.dyn_probe_every == flags.dyn_refresh_every == 0 and flags.dyn_final_recovery_mode == "full"
 
 
 def recovery_start(flags: SuffixFlags, num_steps: int) -> int:
@@ -150,12 +165,13 @@ def _number_problems(flags: SuffixFlags) -> list[str]:
     decay = "must be at least 0 and below 1: at 1 the first value would stay"
     rules = (  # (is valid, name, rule)
         (flags.dyn_warmup_steps >= 0, "dyn_warmup_steps", "must be at least 0"),
-        (flags.dyn_probe_every >= 1, "dyn_probe_every", "must be at least 1: only probes measure relevance"),
+        (flags.dyn_probe_every >= 0, "dyn_probe_every", "must be at least 1, or 0 for no probes once blocks are frozen"),
         (flags.dyn_refresh_every >= 0, "dyn_refresh_every", "must be at least 1, or 0 for no refreshes"),
         (0 < flags.dyn_relevance_threshold <= 1, "dyn_relevance_threshold", "must be above 0 and at most 1"),
         (0 <= flags.dyn_relevance_ema_decay < 1, "dyn_relevance_ema_decay", decay),
         (0 <= flags.dyn_loss_ema_decay < 1, "dyn_loss_ema_decay", decay),
         (flags.dyn_freeze_start_step >= -1, "dyn_freeze_start_step", "must be a step, or -1 to use --dyn-freeze-start-frac"),
+        (flags.dyn_guard >= 0, "dyn_guard", "must be a share above 0, or 0 for no guard"),
         (0 <= flags.dyn_freeze_start_frac < 1, "dyn_freeze_start_frac", "must be at least 0 and below 1"),
         (flags.dyn_final_full_frac == -1 or 0 <= flags.dyn_final_full_frac < 1, "dyn_final_full_frac",
          "must be at least 0 and below 1, or -1 to derive it"),
@@ -252,7 +268,7 @@ class Decision:
 class SuffixPolicy:
     """The decisions for the steps of one run, by the rules at the top of this file. Raises: ValueError for invalid flags."""
 
-    STATE = ("relevance", "probe_loss", "budget", "losses", "freeze_step")
+    STATE = ("relevance", "probe_loss", "budget", "losses", "freeze_step", "recent", "lowest", "ended_at")
 
     def __init__(self, flags: SuffixFlags, n_layer: int, num_steps: int):
         if found := problems(flags, n_layer, num_steps):
@@ -267,6 +283,9 @@ class SuffixPolicy:
         self.budget = self.counts.high             # current maximum of blocks in a suffix
         self.losses: list[float] = []              # the stability window; not updated once the gate is open
         self.freeze_step = None if flags.dyn_require_stable else self.freeze_start  # first step with the freeze gate open
+        self.recent: list[float] = []              # the guard's: losses since the freeze, at most GUARD_STEPS
+        self.lowest: list[float] = []              # those with the lowest mean so far
+        self.ended_at: int | None = None           # step at which the guard ended the schedule
 
     def decide(self, step: int) -> Decision:
         """Decide what to train at `step`. Changes no state."""
@@ -277,11 +296,13 @@ class SuffixPolicy:
             return Decision(self.n_layer - flags.static_active_layers, "suffix", False)
         if step < flags.dyn_warmup_steps:
             return Decision(0, "warmup", False)
+        if self.ended_at is not None:
+            return Decision(0, "full", False)
         if step >= self.recovery_start:
             stage = self._recovery_layers(step)
             return Decision(0, "recovery", False) if stage == self.n_layer else self._suffix(step, stage, "recovery")
         if self.freeze_step is None or step < self.freeze_step:
-            return Decision(0, "full", step % flags.dyn_probe_every == 0)
+            return Decision(0, "full", step % (flags.dyn_probe_every or MEASURE_EVERY) == 0)
         return self._suffix(step, self.counts.low, "suffix")
 
     def observe(self, step: int, loss: float, relevance: list[float] | None = None) -> None:
@@ -292,30 +313,33 @@ class SuffixPolicy:
         flags = self.flags
         if flags.block_update_schedule != "dynamic_suffix":
             return
-        kind = self.decide(step).kind
+        decision = self.decide(step)
         if relevance is not None:
             assert len(relevance) == self.n_layer, f"{len(relevance)} values of relevance for {self.n_layer} blocks"
             if all(map(math.isfinite, relevance)):
                 self.relevance = list(relevance) if self.relevance is None else [
                     ema(old, new, flags.dyn_relevance_ema_decay) for old, new in zip(self.relevance, relevance, strict=True)]
-        if kind in ("probe", "refresh") and math.isfinite(loss):
+        if decision.needs_relevance and math.isfinite(loss):
             self._adapt_budget(loss)
         if self.freeze_step is None:
             self._watch_stability(step, loss)
+        elif step >= self.freeze_step and flags.dyn_guard and self.ended_at is None and math.isfinite(loss):
+            self._watch_harm(step, loss)
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.STATE:
-            setattr(self, name, state[name])
+            if name in state:  # the guard's are missing in older checkpoints
+                setattr(self, name, state[name])
 
     def _suffix(self, step: int, at_least: int, kind: str) -> Decision:
         """A refresh or probe if one is due, or nothing was measured yet; else the chosen suffix, of `at_least` blocks."""
         flags = self.flags
         if flags.dyn_refresh_every and step % flags.dyn_refresh_every == 0:
             return Decision(0, "refresh", True)
-        if self.relevance is None or step % flags.dyn_probe_every == 0:
+        if self.relevance is None or flags.dyn_probe_every and step % flags.dyn_probe_every == 0:
             return Decision(0, "probe", True)
         chosen = choose_suffix(self.relevance, flags.dyn_relevance_threshold, self.counts.low, self.budget)
         return Decision(self.n_layer - max(chosen, at_least), kind, False)
@@ -340,6 +364,17 @@ class SuffixPolicy:
         elif flags.dyn_adapt_budget and loss < flags.dyn_loss_lower * self.probe_loss:
             self.budget = max(self.budget - flags.dyn_budget_step_down, self.counts.low)
         self.probe_loss = ema(self.probe_loss, loss, flags.dyn_loss_ema_decay)
+
+    def _watch_harm(self, step: int, loss: float) -> None:
+        """End the schedule if the mean loss is above the lowest since the freeze, by more than its error and the guard's share."""
+        self.recent = [*self.recent, loss][-GUARD_STEPS:]
+        if len(self.recent) < GUARD_STEPS:
+            return
+        if not self.lowest or fmean(self.recent) < fmean(self.lowest):
+            self.lowest = self.recent
+        error = math.hypot(pstdev(self.recent), pstdev(self.lowest)) / math.sqrt(GUARD_STEPS)
+        if fmean(self.recent) > (1 + self.flags.dyn_guard) * fmean(self.lowest) + 2 * error:
+            self.ended_at = step + 1
 
     def _watch_stability(self, step: int, loss: float) -> None:
         """Open the freeze gate for the next step if the loss is stable, but not during recovery."""

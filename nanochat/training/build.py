@@ -170,7 +170,7 @@ def make_plan(config: Config, device: torch.device, ranks: Ranks, dtype: torch.d
     return RunPlan(
         config=config, device=device, ranks=ranks, dtype=dtype, tokenizer=tokenizer, tokens=tokens, shape=shape, horizon=horizon,
         micro_batch_size=config.horizon.device_batch_size, compile=config.run.compile,
-        compile_whole=not (config.run.compile_parts or features.dynamic_forward_args),
+        compile_whole=not (config.run.compile_parts or features.many_variants),
         memory=MemoryConfig(dtype.itemsize, config.run.compile, cuda=device.type == "cuda", **config.memory_fields(),
                             **features.memory()))
 

@@ -12,7 +12,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.features import FEATURES
-from nanochat.features.suffix import cost_in_flops, cost_in_seconds, relevance_of_blocks
+from nanochat.features.suffix import Suffix, cost_in_flops, cost_in_seconds, relevance_of_blocks
 from nanochat.recipe.shape import GPTConfig, flops_per_token
 from nanochat.recipe.suffix_policy import predicted_speedup
 from nanochat.runtime.compilation import compile_parts
@@ -70,6 +70,30 @@ def test_decisions_reach_the_records(base, capsys):
     assert steps[-1]["cost_share"] == 1 and steps[3]["cost_share"] == pytest.approx(early.step(active[3], 4) / early.step(4, 4))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dynamic_suffix: "))
     assert f"measured {result['speedup_measured']:.2f}" in line and f"k {result['backward_over_forward']:.2f}," in line
+
+
+def test_by_default_the_top_quarter_is_trained_to_the_end_once_frozen(base):
+    _, steps, result = train(base, "defaults", "--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2")
+    assert [(r["step_kind"], r["active_layers"]) for r in steps] == [("warmup", 4)] * 2 + [("full", 4)] * 6 + [("suffix", 1)] * 4
+    assert result["guard_ended_at"] is None
+
+
+def test_the_guard_reaches_the_records(base, capsys):
+    """At this rate the loss rises from the freeze on."""
+    more = ["--num-iterations=60", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=0", "--dyn-freeze-start-step=4",
+            "--lr-multiplier=3000", "--warmup-steps=20", "--no-compile", "--eval-every=-1"]
+    _, steps, result = train(base, "guard", *more)
+    ended = result["guard_ended_at"]
+    assert ended and {r["active_layers"] for r in steps[ended:]} == {4} and {r["active_layers"] for r in steps[5:ended]} == {1}
+    assert f"trained from step {ended} on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra, many", [([], False), (["--dyn-probe-every=4"], True), (["--dyn-refresh-every=9"], True),
+                                         (["--dyn-final-recovery-mode=staged"], True)])
+def test_where_two_graphs_serve_the_model_is_compiled_whole(base, extra, many):
+    config = parse_config(FEATURES, argv(base, "whole", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2",
+                                         "--dyn-freeze-start-frac=0.3", *extra))
+    assert Suffix(config).many_variants == many
 
 
 @pytest.mark.slow
@@ -147,7 +171,7 @@ except SystemExit as e: sys.exit(9 if "torch" in sys.modules else e.code)"""
 @pytest.mark.parametrize("extra, names", [
     (["--dyn-min-active-layers=3", "--dyn-max-active-layers=2"], ["--dyn-min-active-layers", "--dyn-max-active-layers"]),
     (["--block-update-schedule=static_suffix"], ["--block-update-schedule", "--dyn-warmup-steps"]),
-    (["--dyn-probe-every=0"], ["--dyn-probe-every"]),
+    (["--dyn-probe-every=-1"], ["--dyn-probe-every"]),
 ])
 def test_impossible_schedules_are_refused(base, extra, names):
     with pytest.raises(UserError) as e:

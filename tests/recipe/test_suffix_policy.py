@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from nanochat.cli.flags import flag_name, parse
 from nanochat.common import UserError
 from nanochat.recipe.suffix_policy import (
+    MEASURE_EVERY,
     CostModel,
     Decision,
     SuffixFlags,
@@ -46,7 +47,7 @@ def runs(draw, **fixed):
     low, high = sorted((draw(st.integers(1, n)), draw(st.integers(1, n))))
     stage1, stage2 = sorted((draw(st.integers(low, n)), draw(st.integers(low, n))))
     flags = dynamic(**dict(
-        dyn_warmup_steps=draw(st.integers(0, 8)), dyn_probe_every=draw(st.integers(1, 12)),
+        dyn_warmup_steps=draw(st.integers(0, 8)), dyn_probe_every=draw(st.integers(0, 12)), dyn_guard=0.0,
         dyn_refresh_every=draw(st.integers(0, 20)), dyn_relevance_threshold=draw(thresholds),
         dyn_relevance_ema_decay=draw(st.floats(0, 0.99)), dyn_min_active_layers=low, dyn_max_active_layers=high,
         dyn_adapt_budget=draw(st.booleans()), dyn_budget_step_up=draw(st.integers(1, 3)),
@@ -126,7 +127,7 @@ def test_every_decision_is_a_top_suffix_and_full_where_it_says_so(run, seed):
         else:
             assert decision.kind == "suffix" and low <= active <= high
         assert decision.needs_relevance == (decision.kind in ("probe", "refresh") or
-                                            decision.kind == "full" and step % flags.dyn_probe_every == 0)
+                                            decision.kind == "full" and step % (flags.dyn_probe_every or MEASURE_EVERY) == 0)
 
 
 @given(run=runs(), seed=seeds)
@@ -146,7 +147,7 @@ def test_kinds_come_in_their_order_and_at_their_cadence(run, seed):
     for step in range(opened, recovery):
         if flags.dyn_refresh_every and step % flags.dyn_refresh_every == 0:
             assert kinds[step] == "refresh"
-        elif step % flags.dyn_probe_every == 0 or not measured and step == opened:
+        elif flags.dyn_probe_every and step % flags.dyn_probe_every == 0 or not measured and step == opened:
             assert kinds[step] == "probe"
         else:
             assert kinds[step] == "suffix"
@@ -183,11 +184,12 @@ def test_a_run_is_monotone_in_the_threshold(run, other, seed):
     assert all(a.kind == b.kind and a.active_start >= b.active_start for a, b in zip(fewer, more, strict=True))
 
 
-@given(run=runs(), seed=seeds, data=st.data())
+@given(run=runs(dyn_guard=0.01), seed=seeds, data=st.data())
 def test_a_resumed_run_decides_as_the_one_that_was_never_killed(run, seed, data):
     flags, n, steps = run
     kill = data.draw(st.integers(0, steps))
     losses, relevance = history(seed, n, steps)
+    losses = [loss * data.draw(st.sampled_from([1.0, 1.02])) ** step for step, loss in enumerate(losses)]  # 1.02 ends it
     first, resumed = SuffixPolicy(*run), SuffixPolicy(*run)
     for step in range(kill):
         observe(first, step, losses, relevance)
@@ -253,14 +255,55 @@ def test_the_budget_moves_only_at_probes_by_its_rule_and_within_its_bounds(run, 
     policy, (losses, relevance) = SuffixPolicy(*run), history(seed, n, steps)
     for step in range(steps):
         budget, average = policy.budget, policy.probe_loss
-        kind = observe(policy, step, losses, relevance).kind
-        ratio = losses[step] / average if kind in ("probe", "refresh") and average is not None else 1.0
+        measured = observe(policy, step, losses, relevance).needs_relevance
+        ratio = losses[step] / average if measured and average is not None else 1.0
         if ratio > flags.dyn_loss_upper:
             assert policy.budget == min(budget + flags.dyn_budget_step_up, flags.dyn_max_active_layers)
         elif ratio < flags.dyn_loss_lower:
             assert policy.budget == max(budget - flags.dyn_budget_step_down, flags.dyn_min_active_layers)
         else:
             assert policy.budget == budget
+
+
+def test_the_budget_falls_before_the_freeze_too_as_in_the_reference():
+    """Its runs froze to their minimum of 12 of 18 at once: measurements of the first phase had brought the budget down."""
+    flags = dynamic(dyn_adapt_budget=True, dyn_probe_every=10, dyn_warmup_steps=0, dyn_freeze_start_step=100,
+                    dyn_min_active_layers=12, dyn_relevance_threshold=0.92, dyn_guard=0.0)
+    policy = SuffixPolicy(flags, 18, 200)
+    for step in range(101):
+        decision = policy.decide(step)
+        policy.observe(step, 3 * 0.99**step, [1.0] * 18 if decision.needs_relevance else None)
+    assert policy.budget == 12 and policy.decide(101) == Decision(6, "suffix", False)
+
+
+# The guard
+
+def guarded(losses, **kw) -> list[int]:
+    """Blocks trained of 4 at each step; the top one from step 20 on."""
+    policy = SuffixPolicy(dynamic(**dict(dyn_warmup_steps=0, dyn_freeze_start_step=20, dyn_min_active_layers=1) | kw), 4, 200)
+    active = []
+    for step, loss in enumerate(losses):
+        decision = policy.decide(step)
+        active.append(4 - decision.active_start)
+        policy.observe(step, loss, [1.0] * 4 if decision.needs_relevance else None)
+    return active
+
+
+def test_the_guard_trains_all_blocks_to_the_end_where_the_loss_rises():
+    fell_then_rose = [3 * 0.99**s for s in range(60)] + [3 * 0.99**60 * 1.01**s for s in range(1, 141)]
+    active = guarded(fell_then_rose)
+    ended = len(active) - active[::-1].index(1)
+    assert set(active[21:ended]) == {1} and set(active[ended:]) == {4}
+    assert fell_then_rose[ended] < 1.2 * min(fell_then_rose)
+    assert set(guarded(fell_then_rose, dyn_guard=0.0)[21:]) == {1}
+    unseen = [3 * 1.01**s for s in range(20)] + [2.5] * 180  # what rose before the freeze is none of its business
+    assert set(guarded(unseen)[21:]) == {1}
+
+
+@given(seed=seeds, noise=st.floats(0.0, 0.05))
+def test_noise_on_a_falling_loss_does_not_trigger_the_guard(seed, noise):
+    rng = random.Random(seed)
+    assert set(guarded([3 * 0.998**s * (1 + noise * rng.uniform(-1, 1)) for s in range(200)])[21:]) == {1}
 
 
 # The freeze gate
@@ -360,7 +403,7 @@ def test_the_flags_have_the_names_of_the_reference():
         --dyn-final-recovery-mode staged --dyn-final-recovery-stage1-progress 0.34 --dyn-final-recovery-stage1-layers 14
         --dyn-final-recovery-stage2-progress 0.67 --dyn-final-recovery-stage2-layers 16 --dyn-loss-upper 1.01
         --dyn-loss-lower 0.997 --dyn-budget-step-up 2 --dyn-budget-step-down 1 --dyn-loss-ema-decay 0.9
-        --dyn-relevance-ema-decay 0.9 --dyn-freeze-start-step -1 --block-update-schedule dynamic_suffix""".split()
+        --dyn-relevance-ema-decay 0.9 --dyn-freeze-start-step -1 --dyn-guard 0 --block-update-schedule dynamic_suffix""".split()
     flags, = parse([SuffixFlags], argv)
     assert problems(flags, n_layer=18, num_steps=200) == []
     assert {flag_name(f.name) for f in fields(SuffixFlags)} == {word for word in argv if word.startswith("--")}
@@ -384,7 +427,7 @@ STAGED = dict(dyn_final_recovery_mode="staged")
     (dict(block_update_schedule="static_suffix", static_active_layers=13), "--static-active-layers"),
     (dict(dyn_relevance_metric="norm"), "--dyn-relevance-metric"),
     (dict(dyn_warmup_steps=-1), "--dyn-warmup-steps"),
-    (dict(dyn_probe_every=0), "--dyn-probe-every"),
+    (dict(dyn_probe_every=-1), "--dyn-probe-every"), (dict(dyn_guard=-0.1), "--dyn-guard"),
     (dict(dyn_refresh_every=-1), "--dyn-refresh-every"),
     (dict(dyn_relevance_threshold=0.0), "--dyn-relevance-threshold"),
     (dict(dyn_relevance_threshold=1.1), "--dyn-relevance-threshold"),
@@ -402,7 +445,7 @@ STAGED = dict(dyn_final_recovery_mode="staged")
     (dict(dyn_require_stable=True, dyn_stability_window=1000), "--dyn-stability-window"),
     (dict(dyn_require_stable=True, dyn_stability_cv=0.0), "--dyn-stability-cv"),
     (STAGED | dict(dyn_final_recovery_stage1_layers=11, dyn_final_recovery_stage2_layers=9), "--dyn-final-recovery-stage2"),
-    (STAGED | dict(dyn_final_recovery_stage1_layers=3), "--dyn-final-recovery-stage1-layers"),
+    (STAGED | dict(dyn_final_recovery_stage1_layers=2), "--dyn-final-recovery-stage1-layers"),
     (STAGED | dict(dyn_final_recovery_stage2_layers=13), "--dyn-final-recovery-stage2-layers"),
     (STAGED | dict(dyn_final_recovery_stage1_progress=0.8), "--dyn-final-recovery-stage1-progress"),
     (STAGED | dict(dyn_final_full_frac=0.0), "--dyn-final-full-frac"),
@@ -441,7 +484,7 @@ def test_recovery_is_asked_for_or_comes_with_its_stages():
 
 
 def test_all_problems_are_told_at_once_and_only_those_of_the_schedule():
-    flags = dynamic(dyn_probe_every=0, dyn_relevance_threshold=2.0, dyn_min_active_layers=99)
+    flags = dynamic(dyn_probe_every=-1, dyn_relevance_threshold=2.0, dyn_min_active_layers=99)
     assert len(problems(flags, 12, 1000)) == 3
     assert problems(replace(flags, block_update_schedule="full_update"), 12, 1000) == []
     assert problems(replace(flags, block_update_schedule="static_suffix", static_active_layers=6), 12, 1000) == []

@@ -22,7 +22,7 @@ from processes import anew, compile_with, tiny_flags
 STEPS, MICRO_BATCHES = 5, 2
 CPU = torch.device("cpu")
 FP8 = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
-DYNAMIC = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=2"]
+DYNAMIC = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-freeze-start-frac=0", "--dyn-probe-every=2"]
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,9 @@ def test_no_step_waits_for_the_compiler(base, monkeypatch, extra):
     assert trained.forward.eager_fallbacks == 0 and optimizer.state
 
 
-@pytest.mark.parametrize("extra", [[], ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=2"]],
-                         ids=["plain", "suffix"])
+@pytest.mark.parametrize("extra", [
+    [], ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-freeze-start-frac=0", "--dyn-probe-every=2"]],
+    ids=["plain", "suffix"])
 def test_the_state_is_all_that_the_next_steps_depend_on(base, extra):
     """Half of the steps, its state through JSON into a trainer that was just built, and the rest: the same bits."""
     def steps(trained, n):
