@@ -68,7 +68,7 @@ class SuffixFlags:
     dyn_freeze_start_frac: float = flag(0.7, "share of the steps before which nothing is frozen",
                                         requires=DYNAMIC | {"dyn_freeze_start_step": -1})
     dyn_freeze_start_step: int = flag(-1, "step before which nothing is frozen; -1 uses the share", requires=DYNAMIC)
-    dyn_guard: float = flag(0.01, "train all blocks to the end if the mean loss of suffix steps rises by this share; 0 never does",
+    dyn_guard: float = flag(0.01, "train all blocks to the end if the mean loss of suffix steps rises by this share; 0 never",
                             requires=DYNAMIC)
     dyn_require_stable: bool = flag(False, "freeze nothing before the loss is stable", requires=DYNAMIC)
     dyn_stability_window: int = flag(12, "number of recent losses that must be stable", requires=STABLE)
@@ -366,7 +366,7 @@ class SuffixPolicy:
         self.probe_loss = ema(self.probe_loss, loss, flags.dyn_loss_ema_decay)
 
     def _watch_harm(self, step: int, loss: float) -> None:
-        """End the schedule if the mean loss is above the lowest since the freeze, by more than its error and the guard's share."""
+        """End the schedule if the mean loss is above the lowest since the freeze, by more than its error and --dyn-guard."""
         self.recent = [*self.recent, loss][-GUARD_STEPS:]
         if len(self.recent) < GUARD_STEPS:
             return
