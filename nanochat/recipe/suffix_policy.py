@@ -20,7 +20,7 @@ EMA of earlier ones, down if it is below.
 
 The guard ends the schedule where it does harm: if the loss of suffix steps rises again, all blocks are trained from then on.
 
-The defaults are those that won at equal training time (docs/dynamic-suffix.md): all blocks for most of the run, then the top
+The defaults are those that cost the least quality per second saved (docs/dynamic-suffix.md): all blocks for most of the run, then the top
 quarter to the end, without probes. Lower blocks that move only now and then can undo what is learned above them.
 
 Call `decide(step)`, which changes nothing, before a step, and `observe(step, loss, relevance)` after it. The whole state is
@@ -59,7 +59,7 @@ class SuffixFlags:
     dyn_relevance_threshold: float = flag(0.1, "share of the total relevance that the suffix must hold", requires=DYNAMIC)
     dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a quarter of them", requires=DYNAMIC)
     dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them", requires=DYNAMIC)
-    dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of the probes", requires=DYNAMIC)
+    dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of steps that measure relevance", requires=DYNAMIC)
     dyn_loss_upper: float = flag(1.01, "more blocks if a probe's loss exceeds this multiple of its average", requires=ADAPT)
     dyn_loss_lower: float = flag(0.997, "fewer blocks if a probe's loss is below this multiple of its average", requires=ADAPT)
     dyn_budget_step_up: int = flag(2, "by how many blocks it rises", requires=ADAPT)
@@ -323,7 +323,7 @@ class SuffixPolicy:
             self._adapt_budget(loss)
         if self.freeze_step is None:
             self._watch_stability(step, loss)
-        elif step >= self.freeze_step and flags.dyn_guard and self.ended_at is None and math.isfinite(loss):
+        elif flags.dyn_guard and self.freeze_step <= step < self.recovery_start and self.ended_at is None:
             self._watch_harm(step, loss)
 
     def state_dict(self) -> dict:
@@ -367,7 +367,7 @@ class SuffixPolicy:
 
     def _watch_harm(self, step: int, loss: float) -> None:
         """End the schedule if the mean loss is above the lowest since the freeze, by more than its error and --dyn-guard."""
-        self.recent = [*self.recent, loss][-GUARD_STEPS:]
+        self.recent = [*self.recent, loss][-GUARD_STEPS:] if math.isfinite(loss) else self.recent
         if len(self.recent) < GUARD_STEPS:
             return
         if not self.lowest or fmean(self.recent) < fmean(self.lowest):
