@@ -59,7 +59,7 @@ class SuffixFlags:
     dyn_relevance_threshold: float = flag(0.1, "share of the total relevance that the suffix must hold", requires=DYNAMIC)
     dyn_min_active_layers: int = flag(-1, "fewest blocks to train; -1 is a quarter of them", requires=DYNAMIC)
     dyn_max_active_layers: int = flag(-1, "most blocks to train on a suffix step; -1 is all of them", requires=DYNAMIC)
-    dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of steps that measure relevance", requires=DYNAMIC)
+    dyn_adapt_budget: bool = flag(False, "adapt the most blocks to train to the loss of steps that measure", requires=DYNAMIC)
     dyn_loss_upper: float = flag(1.01, "more blocks if a probe's loss exceeds this multiple of its average", requires=ADAPT)
     dyn_loss_lower: float = flag(0.997, "fewer blocks if a probe's loss is below this multiple of its average", requires=ADAPT)
     dyn_budget_step_up: int = flag(2, "by how many blocks it rises", requires=ADAPT)
