@@ -20,8 +20,9 @@ EMA of earlier ones, down if it is below.
 
 The guard ends the schedule where it does harm: if the loss of suffix steps rises again, all blocks are trained from then on.
 
-The defaults are those that cost the least quality per second saved (docs/dynamic-suffix.md): all blocks for most of the run, then the top
-quarter to the end, without probes. Lower blocks that move only now and then can undo what is learned above them.
+The defaults cost the least quality per second saved of all that were tried (docs/dynamic-suffix.md): all blocks for most of the
+run, then the top quarter to the end, without probes. Lower blocks that move only now and then can undo what is learned above
+them.
 
 Call `decide(step)`, which changes nothing, before a step, and `observe(step, loss, relevance)` after it. The whole state is
 plain JSON, so a resumed run decides exactly as an uninterrupted one.
