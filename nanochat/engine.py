@@ -50,12 +50,13 @@ class KVCache:
 
     num_heads: key/value heads, H_kv.
     seq_len: initial capacity T_max in tokens; `reserve` doubles it when needed, up to `max_seq_len` (None: no limit).
+    short_conv, width: taps K of the model's short convolutions (0: none), and their channels C.
 
     `prev_embedding` (B, 1, C), or None before the first token, is the embedding of the last token, for the model's smear.
     """
 
     def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int, device, dtype,
-                 max_seq_len: int | None = None):
+                 max_seq_len: int | None = None, short_conv: int = 0, width: int = 0):
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
         self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
@@ -63,13 +64,15 @@ class KVCache:
         self.cache_seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.pos = 0  # the same number on the host: reading it does not synchronize with the device
         self.prev_embedding = None
+        self.conv_states = torch.zeros((num_layers, 2, batch_size, short_conv - 1, width), device=device, dtype=dtype) \
+            if short_conv else None
 
     @classmethod
     def for_model(cls, model, batch_size: int, seq_len: int) -> "KVCache":
         """An empty cache with the shape, dtype, limit and device of `model`."""
         c = model.config
         return cls(batch_size, c.n_kv_head, min(seq_len, model.max_seq_len), c.n_embd // c.n_head, c.n_layer,
-                   model.get_device(), model.compute_dtype, max_seq_len=model.max_seq_len)
+                   model.get_device(), model.compute_dtype, model.max_seq_len, c.short_conv, c.n_embd)
 
     @property
     def seq_len(self) -> int:
@@ -84,6 +87,10 @@ class KVCache:
         """(k, v) of a layer, (B, T_max, H_kv, D) each: views, which attention writes in place."""
         return self.k_cache[layer], self.v_cache[layer]
 
+    def get_conv_states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """The last inputs of a layer's two short convolutions, (B, K-1, C) each, which they replace; None for a model without."""
+        return (None, None) if self.conv_states is None else tuple(self.conv_states[layer])
+
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens; the model calls it after all layers have written them."""
         assert self.pos + num_tokens <= self.seq_len, "written past the end: call reserve() before the forward pass"
@@ -95,6 +102,8 @@ class KVCache:
         self.pos = 0
         self.cache_seqlens.zero_()
         self.prev_embedding = None
+        if self.conv_states is not None:
+            self.conv_states.zero_()
 
     def reserve(self, num_tokens: int) -> None:
         """Grow the capacity, by doubling, so that `num_tokens` more tokens fit. Raises: UserError beyond `max_seq_len`."""
@@ -123,6 +132,8 @@ class KVCache:
         self.v_cache[:, :, :other.pos] = other.v_cache[:, :, :other.pos]
         if other.prev_embedding is not None:
             self.prev_embedding = other.prev_embedding.expand(self.batch_size, -1, -1)
+        if self.conv_states is not None:
+            self.conv_states.copy_(other.conv_states.expand_as(self.conv_states))
         self.advance(other.pos)
 
 

@@ -3,8 +3,8 @@
     ids (B, T) -> embedding wte -> norm -> smear = x0      (B, T, C), also the residual stream x before the first block
     for each block i:
         x = resid_lambda_i x + x0_lambda_i x0              learned scalars
-        x = x + attention(norm(x))
-        x = x + MLP(norm(x))
+        x = x + attention(conv(norm(x)))
+        x = x + MLP(conv(norm(x)))
     norm(x - backout_lambda x_mid) -> lm_head -> softcap   logits (B, T, V), or the cross-entropy loss
 
 Differences from GPT-2, and where they come from:
@@ -14,6 +14,7 @@ Differences from GPT-2, and where they come from:
 - sliding-window attention in a pattern such as SSSL: three layers see a quarter of the context, the fourth all of it;
 - value embeddings in every second layer (ResFormer, arXiv 2410.17897): one more embedding table, added to v through a gate;
 - x0 is mixed into the input of every block (modded-nanogpt);
+- with --short-conv, a short causal convolution before attention and MLP (nanochat/kernels/short_conv.py);
 - smear: a gated share of the previous token's embedding is added to each token's;
 - backout: a learned share of the residual stream after the middle block is subtracted before the last norm;
 - untied input embedding and lm_head, logits soft-capped to +-15 (Gemma 2, arXiv 2408.00118).
@@ -37,6 +38,7 @@ from nanochat.kernels.linear import Linear
 from nanochat.kernels.norms import add_norm, mix_norm, rms_norm
 from nanochat.kernels.qkv import separate_qkv
 from nanochat.kernels.rotary import rotary_norm
+from nanochat.kernels.short_conv import ShortConv
 from nanochat.optim import MuonAdamW
 from nanochat.recipe.shape import (
     SMEAR_GATE_CHANNELS,
@@ -54,6 +56,7 @@ ROTARY_REACH = 10      # rotary tables cover this many times the training contex
 # its scale: the gradient of these scalars is rounding noise. With the usual 1e-10 AdamW follows that noise at full step size
 # until x vanishes (dev/LOG.md).
 SCALAR_EPS = 1e-3
+CONV_LR = 0.02         # AdamW's of the short convolutions, for every batch (dev/LOG.md)
 
 
 def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -143,6 +146,8 @@ class Block(nn.Module):
 
     What differs from layer to layer (scalars, window, value embedding) comes as an argument, so that all blocks of a kind
     share one compiled graph.
+
+    cache: None in training; else that of attention, and the (B, K-1, C) inputs of both convolutions before x.
     """
 
     def __init__(self, config: GPTConfig, with_value_embedding: bool, kernels: Kernels):
@@ -150,10 +155,17 @@ class Block(nn.Module):
         self.kernels = kernels
         self.attn = CausalSelfAttention(config, with_value_embedding, kernels)
         self.mlp = MLP(config, kernels)
+        convs = (ShortConv(config.n_embd, config.short_conv) for _ in range(2)) if config.short_conv else (None, None)
+        self.attn_conv, self.mlp_conv = convs
 
     def forward(self, x, x0, resid_lambda, x0_lambda, ve, cos, sin, window, cache):
+        cache, conv_states = cache or (None, (None, None))
         x, normed = self.kernels.mix_norm(x, x0, resid_lambda, x0_lambda)
+        if self.attn_conv is not None:
+            normed = self.attn_conv(normed, conv_states[0])
         x, normed = self.kernels.add_norm(x, self.attn(normed, ve, cos, sin, window, cache))
+        if self.mlp_conv is not None:
+            normed = self.mlp_conv(normed, conv_states[1])
         return x + self.mlp(normed)
 
 
@@ -221,6 +233,8 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)             # so the signal reaches all depths unchanged
             if block.attn.ve_gate is not None:
                 nn.init.uniform_(block.attn.ve_gate.weight, 0.0, 0.02)  # gates near 3 sigmoid(0) = 1.5
+        for conv in self.short_convs():
+            conv.init_weights()
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)       # like the output of c_v, to which it is added
         self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, n))  # early blocks: more of the stream and
@@ -249,6 +263,9 @@ class GPT(nn.Module):
     def linears(self) -> dict[str, nn.Module]:
         """Name -> linear layer, of whatever class (FP8 for example): 6 per block, the value-embedding gates, and lm_head."""
         return {name: m for name, m in self.named_modules() if hasattr(m, "in_features") and hasattr(m, "weight")}
+
+    def short_convs(self) -> list[ShortConv]:
+        return [m for m in self.modules() if isinstance(m, ShortConv)]
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0, detach_x0=True):
         """Token ids idx (B, T) int64 -> logits (B, T, V) fp32; with `targets` (B, T) int64, -1 = ignored, the loss in nats.
@@ -308,7 +325,7 @@ class GPT(nn.Module):
         resid_lambdas, x0_lambdas = lambdas
         for i in layers:
             ve = self.value_embeds[str(i)](idx, by_token).to(x.dtype) if str(i) in self.value_embeds else None
-            cache = None if kv_cache is None else (*kv_cache.get_layer_cache(i), start)
+            cache = None if kv_cache is None else ((*kv_cache.get_layer_cache(i), start), kv_cache.get_conv_states(i))
             x = self.transformer.h[i](x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin, self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:
                 mid = x
@@ -339,7 +356,9 @@ class GPT(nn.Module):
             adamw([self.x0_lambdas], scalar_lr, (0.96, 0.95), eps=SCALAR_EPS),
             adamw(smear_and_backout, 0.2, (0.8, 0.95), eps=SCALAR_EPS),
         ]
-        matrices = list(self.transformer.h.parameters())
+        if convs := [conv.weight for conv in self.short_convs()]:
+            groups.append(adamw(convs, CONV_LR, (0.8, 0.95), eps=SCALAR_EPS))
+        matrices = [p for module in self.linears().values() for p in module.parameters() if module is not self.lm_head]
         for shape in sorted({tuple(p.shape) for p in matrices}):  # a group per shape: Muon updates a stack of matrices at once
             groups.append(dict(kind="muon", params=[p for p in matrices if tuple(p.shape) == shape], lr=matrix_lr,
                                momentum=0.95, beta2=0.9, weight_decay=weight_decay))

@@ -9,7 +9,7 @@ from nanochat.gpt import GPT, relu_square
 from nanochat.kernels.linear import Linear
 from nanochat.recipe.shape import GPTConfig, flops_per_token, param_counts, shape_of_depth, window_sizes
 
-TINY = GPTConfig(sequence_len=32, vocab_size=101, n_layer=5, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
+TINY = GPTConfig(sequence_len=32, vocab_size=101, n_layer=5, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL", short_conv=3)
 
 
 def tiny_model(config=TINY, seed=0, dtype=torch.float32, device="cpu"):
@@ -21,6 +21,8 @@ def tiny_model(config=TINY, seed=0, dtype=torch.float32, device="cpu"):
         for block in model.transformer.h:
             block.attn.c_proj.weight.normal_(std=0.1)
             block.mlp.c_proj.weight.normal_(std=0.1)
+        for conv in model.short_convs():
+            conv.weight.normal_(std=0.3)
         model.lm_head.weight.normal_(std=0.1)
         model.smear_lambda.fill_(0.5)
     return model.to(device)
@@ -51,7 +53,7 @@ def assert_same(a, b, name=""):
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 12, 20])
 def test_counts_from_the_config_are_the_models(depth):
-    config = shape_of_depth(depth, vocab_size=1000)
+    config = shape_of_depth(depth, vocab_size=1000, short_conv=depth % 4)
     with torch.device("meta"):
         model = GPT(config)
     assert sum(p.numel() for p in model.parameters()) == param_counts(config)["total"]

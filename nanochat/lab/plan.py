@@ -19,7 +19,6 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,7 +239,8 @@ def pilot(variant: Variant, share: float) -> Variant:
 
 
 def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match: str) -> Variant:
-    """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds."""
+    """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds. Learning rates and
+    weight decay follow its own length (nanochat/recipe/horizon.py)."""
     if match == "flops":
         flops = baseline_row["flops_per_token"] * baseline_row["tokens_seen"]
         length = ["--num-iterations=-1", f"--target-flops={flops:.17g}"]
@@ -248,22 +248,7 @@ def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match:
         assert pilot_row is not None, "equal time needs the rate of a pilot"
         seconds = pilot_row["train_time_sec"] / pilot_row["steps_done"]
         length = steps_of(max(1, math.floor(baseline_row["train_time_sec"] / seconds)))
-    flags = (*variant.flags, *length)
-    return Variant(variant.name, (*flags, *same_tau(flags, baseline_row)))
-
-
-def same_tau(flags: Sequence[str], baseline_row: dict) -> list[str]:
-    """Flags that give a run of another shape the tau = B / (eta lambda D) of the baseline's run (arXiv 2405.13698).
-
-    A run takes D for proportional to its parameters (nanochat/recipe/horizon.py). Where both have the same FLOPs or the same
-    time, a larger model sees fewer tokens instead, so weight decay is multiplied by what the two differ by.
-    """
-    config, base = config_of(flags), config_of(baseline_row["flags"])
-    if config.model == base.model:
-        return []
-    own, other = horizon_of(config), horizon_of(base)
-    assumed, seen = own.target_tokens / other.target_tokens, own.total_tokens / baseline_row["tokens_seen"]
-    return [f"--wd-multiplier={config.optim.wd_multiplier * assumed / seen:.6g}"]
+    return Variant(variant.name, (*variant.flags, *length))
 
 
 def steps_of(number: int) -> list[str]:

@@ -3,9 +3,13 @@
 The reference is d12, tuned by hand at a batch of B_ref = 2^19 tokens. For other models:
 - tokens         D = ratio * (parameters of block matrices and lm_head), a fixed ratio as in Chinchilla (arXiv 2203.15556)
 - batch size     B = B_ref (D / D_ref)^0.383, the power law of arXiv 2505.13738, rounded to a power of two
-- learning rate  * sqrt(B / B_ref): the usual square-root rule, derived for AdamW, assumed to hold for Muon
-- weight decay   * sqrt(B / B_ref) * D_ref / D, which keeps tau = B / (eta lambda D) constant (arXiv 2405.13698);
-                 again derived for AdamW
+- learning rate  * sqrt(B / B_ref) * (D_ref / D)^0.4 where D < D_ref. The square root is the usual rule, derived for AdamW,
+                 assumed to hold for Muon. That a shorter run needs a higher rate is known, with an exponent of 0.32 (arXiv
+                 2409.19913); 0.4 was fitted here at d2 to d6 and 3*10^5 to 6*10^6 tokens (docs/recipe.md), and meets the
+                 reference. Beyond D_ref nothing was measured here, and the public nanochat was tuned without this term
+- weight decay   the one that keeps tau = B / (eta lambda D) constant (arXiv 2405.13698), again derived for AdamW
+
+D is the number of tokens that the run trains on, whatever flag decides it; for the rates, at least SHORTEST.
 """
 
 import math
@@ -17,6 +21,8 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19  # tokens
 BATCH_EXPONENT = 0.383
 DEFAULT_RATIO = 12.0     # tokens per scaling parameter
+HORIZON_EXPONENT = 0.4   # of the learning rate in D_ref / D
+SHORTEST = 2**18         # tokens: the shortest run that the law of the learning rate was fitted to
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,11 @@ def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int =
         steps, reason = max(1, round(target_flops / (flops * batch))), "--target-flops"
     else:
         steps, reason = max(1, int(tokens // batch)), "--target-param-data-ratio"
-    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+    trained = tokens if reason == "--target-param-data-ratio" else steps * batch  # before rounding to whole steps
+    horizon_scale = DEFAULT_RATIO * scaling_params(reference) / max(trained, SHORTEST)  # D_ref / D
+    lr_factor = math.sqrt(batch / REFERENCE_BATCH) * max(1.0, horizon_scale)**HORIZON_EXPONENT
     return Horizon(
         num_iterations=steps, total_batch_size=batch, grad_accum_steps=batch // micro,
-        lr_factor=batch_scale * lr_multiplier,
-        weight_decay=weight_decay * batch_scale * (reference_tokens / tokens) * wd_multiplier,
+        lr_factor=lr_factor * lr_multiplier,
+        weight_decay=weight_decay * batch / REFERENCE_BATCH * horizon_scale / lr_factor * wd_multiplier,
         target_tokens=int(tokens), flops_per_token=flops, reason=reason)

@@ -23,6 +23,7 @@ class GPTConfig:
     n_kv_head: int = 6            # key/value heads; fewer than n_head is grouped-query attention
     n_embd: int = 768             # width of the residual stream
     window_pattern: str = "SSSL"  # per layer, repeated: S sees a quarter of the context, L all of it; the last is always L
+    short_conv: int = 0           # tokens that the convolutions before attention and MLP see, with their own; 0: none
 
     @property
     def head_dim(self) -> int:
@@ -30,11 +31,11 @@ class GPTConfig:
 
 
 def shape_of_depth(depth: int, aspect_ratio: int = 64, head_dim: int = 128, *, sequence_len: int = 2048,
-                   vocab_size: int = 32768, window_pattern: str = "SSSL") -> GPTConfig:
+                   vocab_size: int = 32768, window_pattern: str = "SSSL", short_conv: int = 0) -> GPTConfig:
     """The shape of depth `depth`: width = depth * aspect_ratio, rounded up to a multiple of head_dim."""
     heads = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
-                     n_embd=heads * head_dim, window_pattern=window_pattern)
+                     n_embd=heads * head_dim, window_pattern=window_pattern, short_conv=short_conv)
 
 
 def has_value_embedding(layer: int, n_layer: int) -> bool:
@@ -57,13 +58,14 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def param_counts(config: GPTConfig) -> dict[str, int]:
-    """Number of parameters by role: block_matrices, lm_head, wte, value_embeds, scalars, total."""
+    """Number of parameters by role: block_matrices, short_convs, lm_head, wte, value_embeds, scalars, total."""
     n, width, vocab = config.n_layer, config.n_embd, padded_vocab_size(config.vocab_size)
     kv_dim = config.n_kv_head * config.head_dim
     with_ve = sum(has_value_embedding(i, n) for i in range(n))
     per_block = 2 * width * width + 2 * width * kv_dim + 8 * width * width  # c_q and c_proj, c_k and c_v, MLP
     counts = {
         "block_matrices": n * per_block + with_ve * VE_GATE_CHANNELS * config.n_kv_head,
+        "short_convs": 2 * n * max(0, config.short_conv - 1) * width,
         "lm_head": vocab * width,
         "wte": vocab * width,
         "value_embeds": with_ve * vocab * kv_dim,

@@ -114,11 +114,15 @@ class ModelFlags:
     head_dim: int = flag(128, "width of an attention head", low=2, high=512)
     max_seq_len: int = flag(2048, "context length T in tokens", low=2, high=2**24)
     window_pattern: str = flag("SSSL", "attention windows tiled over layers: S a quarter of the context, L all of it")
+    short_conv: int = flag(0, "tokens, with its own, that each token sees through a short convolution before attention and MLP "
+                           "(arXiv 2109.08668, 2512.17351); 0 is none", low=0, high=64)
 
     def validate(self):
         problems = []
         if not re.fullmatch("[SLsl]+", self.window_pattern):
             problems.append(f"--window-pattern is made of S and L, as in SSSL, got {self.window_pattern!r}")
+        if self.short_conv == 1:
+            problems.append("--short-conv 1 sees no other token: give 2 or more, or 0 for none")
         if self.head_dim % 2:
             problems.append(f"--head-dim must be even (rotary positions come in pairs): use {self.head_dim + 1}")
         elif self.shape(vocab_size=1).n_embd < SMEAR_GATE_CHANNELS:
@@ -128,7 +132,7 @@ class ModelFlags:
 
     def shape(self, vocab_size: int) -> GPTConfig:
         return shape_of_depth(self.depth, self.aspect_ratio, self.head_dim, sequence_len=self.max_seq_len,
-                              vocab_size=vocab_size, window_pattern=self.window_pattern)
+                              vocab_size=vocab_size, window_pattern=self.window_pattern, short_conv=self.short_conv)
 
 
 @dataclass

@@ -125,7 +125,8 @@ def open_checkpoint(run_dir: Path, step: str) -> tuple[dict, dict, dict]:
 def result_fingerprint(plan: RunPlan) -> dict:
     """Settings beyond the flags that decide the result: a resume with another of these is a resume with other flags."""
     return {"the tokens": plan.tokens.fingerprint(), "the compute dtype": dtype_name(plan.dtype),
-            "the number of steps": plan.horizon.num_iterations, "tokens per step": plan.horizon.total_batch_size}
+            "the number of steps": plan.horizon.num_iterations, "tokens per step": plan.horizon.total_batch_size,
+            "the scale of the learning rates": plan.horizon.lr_factor, "the weight decay": plan.horizon.weight_decay}
 
 
 def numerics_environment(plan: RunPlan) -> dict:
@@ -140,7 +141,7 @@ def numerics_environment(plan: RunPlan) -> dict:
 
 def differences(was: dict, now: dict) -> list[str]:
     """["name old -> new", ...]"""
-    return [f"{name} {was.get(name)} -> {now[name]}" for name in now if now[name] != was.get(name)]
+    return [f"{name} {was.get(name, '(not recorded)')} -> {now[name]}" for name in now if now[name] != was.get(name)]
 
 
 def refuse_changes(config: Config, changes: list[str]) -> None:

@@ -27,10 +27,30 @@ def test_the_reference_point_is_itself():
 def test_tau_is_kept(depth, ratio, multiplier):
     """tau = B / (eta lambda D) is the reference's for every depth, ratio and batch multiplier (arXiv 2405.13698)."""
     horizon = plan(depth, target_param_data_ratio=ratio, batch_multiplier=multiplier)
-    reference_tokens = ratio * scaling_params(shape_of_depth(12))
+    reference_tokens = 12 * scaling_params(shape_of_depth(12))
     tau = horizon.total_batch_size / (horizon.lr_factor * horizon.weight_decay * horizon.target_tokens)
     assert tau == pytest.approx(REFERENCE_BATCH / (0.28 * reference_tokens), rel=1e-4)
-    assert horizon.lr_factor == pytest.approx(math.sqrt(horizon.total_batch_size / REFERENCE_BATCH))
+    shorter = max(1, reference_tokens / horizon.target_tokens)
+    assert horizon.lr_factor == pytest.approx(math.sqrt(horizon.total_batch_size / REFERENCE_BATCH) * shorter**0.4, rel=1e-4)
+
+
+@given(depth=depths, steps=st.integers(200, 4000), batch=st.sampled_from([2**11, 2**13, 2**16]))
+def test_a_shorter_run_has_higher_rates_and_keeps_tau(depth, steps, batch):
+    """Also where --num-iterations decides about the length; and a run of the reference's length has those of the batch alone."""
+    reference_tokens = 12 * scaling_params(shape_of_depth(12))
+    tau, factors = REFERENCE_BATCH / (0.28 * reference_tokens), []
+    for length in (steps, 2 * steps):
+        horizon = plan(depth, num_iterations=length, total_batch_size=batch)
+        factors.append(horizon.lr_factor / math.sqrt(batch / REFERENCE_BATCH))
+        assert batch / (horizon.lr_factor * horizon.weight_decay * horizon.total_tokens) == pytest.approx(tau)
+    assert factors[0] / factors[1] == pytest.approx(2**0.4)
+    whole = plan(depth, num_iterations=-(-int(reference_tokens) // batch), total_batch_size=batch)
+    assert whole.lr_factor == pytest.approx(math.sqrt(batch / REFERENCE_BATCH), rel=1e-3)
+
+
+def test_a_run_of_a_few_steps_takes_the_rates_of_the_shortest_that_was_measured():
+    first, second = (plan(4, num_iterations=n, total_batch_size=2**11) for n in (1, 100))
+    assert first.lr_factor == second.lr_factor and first.weight_decay == second.weight_decay
 
 
 @given(depth=depths, rows=st.integers(1, 48), ranks=st.sampled_from([1, 2, 8]))
