@@ -25,7 +25,7 @@ from nanochat.runtime.files import file_digest, write_atomic
 from nanochat.training.records import read_metrics
 
 COMMON = ("--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=4 --total-batch-size=128 "
-          "--vocab-size=300 --num-iterations=16 --warmup-steps=2 --lr-multiplier=20 --eval-every=6 --eval-tokens=512 "
+          "--vocab-size=300 --num-iterations=16 --warmup-steps=2 --eval-every=6 --eval-tokens=512 "
           "--save-every=4 --core-metric-every=-1 --sample-every=-1 --device-type=cpu --no-compile "
           "--attention-backend=chunked --weight-gradient=torch --rotary-norm=torch "
           "--fused-qkv=separate")  # measured, these could change each time

@@ -329,8 +329,11 @@ def saved_shape(state: dict, run_dir: Path) -> GPTConfig:
         values = asdict(shape)
         if any(type(values[f.name]) is not type(f.default) for f in fields(shape)):
             raise ValueError("values of another type")
+        taps = values.pop("short_conv")  # 0: none
         if not all(1 <= value <= LARGEST_SIZE for value in values.values() if isinstance(value, int)):
             raise ValueError(f"sizes go from 1 to {LARGEST_SIZE:,}")
+        if taps and not 2 <= taps <= LARGEST_SIZE:
+            raise ValueError("a short convolution sees at least 2 tokens")
         if shape.n_embd % shape.n_head or shape.n_head % shape.n_kv_head or not re.fullmatch("[SLsl]+", shape.window_pattern):
             raise ValueError("its parts do not fit together")
     except (KeyError, TypeError, ValueError) as e:

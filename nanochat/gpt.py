@@ -357,7 +357,7 @@ class GPT(nn.Module):
             adamw(smear_and_backout, 0.2, (0.8, 0.95), eps=SCALAR_EPS),
         ]
         if convs := [conv.weight for conv in self.short_convs()]:
-            groups.append(adamw(convs, CONV_LR, (0.8, 0.95), eps=SCALAR_EPS))
+            groups.append(adamw(convs, CONV_LR, (0.8, 0.95), eps=1e-8))  # their gradients are of about 1e-4
         matrices = [p for module in self.linears().values() for p in module.parameters() if module is not self.lm_head]
         for shape in sorted({tuple(p.shape) for p in matrices}):  # a group per shape: Muon updates a stack of matrices at once
             groups.append(dict(kind="muon", params=[p for p in matrices if tuple(p.shape) == shape], lr=matrix_lr,

@@ -42,13 +42,13 @@ detect_device() {
 
 # --- the profile: a file of flags in configs/, and environment variables that override it -----------------------------
 
-# PROFILE names the file; by default the device decides. Sets CONFIG, its path, and the values that the runners need.
+# PROFILE names the file; by default the device decides, with $1 for a CPU. Sets CONFIG, its path, and what the runners need.
 choose_profile() {
     DEVICE_TYPE="${DEVICE_TYPE:-$(detect_device)}"
     case "$DEVICE_TYPE" in
         cuda) : "${PROFILE:=gpu-d12}" ;;
         mps) : "${PROFILE:=mps-d6}" ;;
-        cpu) : "${PROFILE:=cpu-d4}" "${CHUNKED_CE:=1}" ;;  # measured to pay on CPUs
+        cpu) : "${PROFILE:=${1:-cpu-d2}}" "${CHUNKED_CE:=1}" ;;  # measured to pay on CPUs
         *) die "DEVICE_TYPE=$DEVICE_TYPE: choose cuda, mps or cpu, or leave it out" ;;
     esac
     CONFIG="$ROOT/configs/$PROFILE.flags"

@@ -5,7 +5,7 @@
 # USE_FP8_COMPARE=1 FP8_BACKEND_COMPARE=custom: both train with FP8. SEEDS, OUT and KEEP_CHECKPOINTS: see `compare` in _lib.sh.
 # Other variables, and arguments, as for speedrun_small.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-choose_profile
+choose_profile cpu-d4
 USE_FP8="${USE_FP8_COMPARE:-${USE_FP8-}}" FP8_BACKEND="${FP8_BACKEND_COMPARE:-${FP8_BACKEND-}}"
 if [[ ${EQUAL_TIME:-0} == 1 ]]; then
     MATCH=time NUM_ITERATIONS="${FULL_NUM_ITERATIONS:-${NUM_ITERATIONS-}}" FULL_NUM_ITERATIONS='' DYNAMIC_NUM_ITERATIONS=''

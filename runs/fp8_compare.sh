@@ -7,7 +7,7 @@
 # arguments, as for speedrun_small.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 given="${PROFILE-}"
-choose_profile
+choose_profile cpu-d4
 if [[ $DEVICE_TYPE == cpu && ${FP8_EMULATE:-0} == 1 && -z $given ]]; then  # it shows numbers and no speed: three minutes are enough
     : "${NUM_ITERATIONS:=40}" "${MAX_CHARS:=8000000}"
     max_chars=$MAX_CHARS

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. About four minutes on two cores of a CPU.
 #   DEPTH=6 DATA=~/texts bash runs/speedrun_small.sh --max-train-seconds=600
-# The numbers are in configs/: cpu-d4, mps-d6 or gpu-d12, by device; PROFILE names another. Environment variables override
+# The numbers are in configs/: cpu-d2, mps-d6 or gpu-d12, by device; PROFILE names another. Environment variables override
 # them (see `overrides` in _lib.sh), and arguments go to scripts.base_train, behind everything else.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-choose_profile  # $CONFIG is configs/cpu-d4.flags, or ...
+choose_profile  # $CONFIG is configs/cpu-d2.flags, or ...
 
 say "text -> tokenizer -> tokens"
 prepare scripts.tok_train --data="$data" --max-chars="$max_chars" --vocab-size="$vocab_size"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from nanochat.checkpoint_manager import (
     recover_interrupted_writes,
     safetensors_blocks,
     save_checkpoint,
+    saved_shape,
     step_dir,
     total_bytes,
 )
@@ -344,3 +346,13 @@ def test_generators_go_on_where_they_were():
     assert draw() != expected
     set_rng_state(state, torch.device("cpu"))
     assert draw() == expected
+
+
+@pytest.mark.parametrize("taps, said", [(0, None), (4, None), (1, "sees at least 2 tokens"), (-3, "sees at least 2 tokens")])
+def test_a_checkpoint_says_how_many_tokens_a_short_convolution_sees(tmp_path, taps, said):
+    config = GPTConfig(short_conv=taps)
+    if said is None:
+        assert saved_shape({"model_config": asdict(config)}, tmp_path) == config
+    else:
+        with pytest.raises(UserError, match=said):
+            saved_shape({"model_config": asdict(config)}, tmp_path)

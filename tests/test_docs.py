@@ -6,7 +6,7 @@ stand-in there (STAND_IN):
 
 - What prepares text, trains, evaluates or writes (the keys of SMALL) runs, with flags appended that make it small.
 - Any other program of ours, and training that names a flag of the compiler, checks its command line: it ends with status 0 as
-  soon as it would load torch or start a program, since every problem of a command line is found before that.
+  soon as it would load torch, start a program or listen, since every problem of a command line is found before that.
 - A program of others (pytest, ruff) does nothing; nor do pip, uv and the like.
 
 In a block that begins with ```bash check, for what needs a GPU, a network or minutes, our programs only check their command
@@ -14,6 +14,7 @@ lines, and the text is prepared, small. What `torchrun` starts is checked in eve
 replace (DIR, FILE) are left out.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -59,7 +60,7 @@ NEEDS_COMPILER = ("--compile", "--recompute")
 
 def accepted(event, arguments):
     """The command line is right: work would begin now."""
-    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn") or event == "import" and arguments[0] == "torch":
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "socket.bind") or event == "import" and arguments[0] == "torch":
         os._exit(0)
 
 
@@ -242,6 +243,18 @@ def test_the_table_of_optimizations_names_flags_of_base_train():
     options = {option for action in build_parser(groups)._actions for option in action.option_strings}
     named = re.findall(r"^\| `(--[\w-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(named) > 5 and set(named) <= options
+
+
+def test_the_messages_that_are_explained_are_those_of_the_source():
+    """What stands in docs/troubleshooting.md between the "…", which are put in while a program runs."""
+    known = [path.read_text(encoding="utf-8") for path in (ROOT / "runs").glob("*.sh")]
+    for path in (path for folder in ("nanochat", "scripts") for path in (ROOT / folder).rglob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        known += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    parts = [part.strip() for match in BLOCK.finditer(page) if match[1] == "text" for part in re.split("[…\n]", match[3])]
+    assert len(parts) > 100
+    assert [part for part in parts if not any(part in text for text in known)] == []
 
 
 def test_a_page_stands_beside_each_folder():

@@ -777,7 +777,7 @@ EMULATED = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
 
 def argv(base, tag, *extra):
     return [*(f"--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-              f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=3 --eval-tokens=256 --save-every=3 "
+              f"--num-iterations={STEPS} --warmup-steps=2 --eval-every=3 --eval-tokens=256 --save-every=3 "
               f"--core-metric-every=-1 --sample-every=-1 --vocab-size=300 --device-type=cpu --data={base / 'text'} "
               f"--model-tag={tag}").split(), *extra]
 

@@ -143,7 +143,7 @@ def test_the_steps_and_their_order(sandbox):
     assert modules_of(calls) == STEPS
     assert arguments_of(calls, "scripts.tok_train") == ["--data=python", "--max-chars=40000000", "--vocab-size=4096"]
     assert arguments_of(calls, "nanochat.dataset") == ["--data=python", "--max-chars=40000000"]
-    launched = [f"@{sandbox.root}/configs/cpu-d4.flags", "--model-tag=d4", "--device-type=cpu", "--chunked-ce"]
+    launched = [f"@{sandbox.root}/configs/cpu-d2.flags", "--model-tag=d2", "--device-type=cpu", "--chunked-ce"]
     assert arguments_of(calls, "scripts.base_train") == launched
     assert f"scripts.base_train {' '.join(launched)}" in process.stdout, "the command that is launched must be visible"
 
@@ -191,7 +191,7 @@ def test_environment_becomes_flags(sandbox, default, environment, added, removed
     given = arguments_of(calls, "scripts.base_train")
     assert [a for a in given[1:] if a not in default] == added
     assert [a.split("=")[0] for a in default if a not in given and not a.startswith("@")] == removed
-    assert given[0].startswith("@") and given[0].endswith("/configs/cpu-d4.flags"), "so that what is behind it counts"
+    assert given[0].startswith("@") and given[0].endswith("/configs/cpu-d2.flags"), "so that what is behind it counts"
 
 
 def test_arguments_go_to_base_train_last(sandbox):
@@ -308,7 +308,7 @@ def test_profiles_are_valid_runs(sandbox, runner, device):
     config = parse_config(FEATURES, arguments_of(calls, "scripts.base_train"))
     assert config.features["chunked_ce"].chunked_ce == (device == "cpu")
     assert config.run.device_type == device
-    assert config.model.depth == (6 if runner == "runcpu.sh" else {"cpu": 4, "mps": 6, "cuda": 12}[device])
+    assert config.model.depth == (6 if runner == "runcpu.sh" else {"cpu": 2, "mps": 6, "cuda": 12}[device])
     assert config.eval.core_metric_every == -1, "CORE would need a download"
 
 
@@ -391,7 +391,7 @@ def test_the_schedules_are_compared_in_the_reference_table_by_a_comparison_that_
 
 def test_the_schedules_differ_in_nothing_else(sandbox):
     """Each is the run of speedrun_small.sh but for its steps and its schedule; the text is prepared once."""
-    environment = dict(DEPTH="6", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
+    environment = dict(PROFILE="cpu-d4", DEPTH="6", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
     arguments = "--run='two words' --tracker tensorboard"
     plain = arguments_of(sandbox.launch(arguments=arguments, **environment)[1], "scripts.base_train")
     compared = Comparison(sandbox, SUFFIX, arguments, FULL_NUM_ITERATIONS="520", DYN_PROBE_EVERY="20", **environment)

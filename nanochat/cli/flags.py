@@ -13,6 +13,8 @@ flags with the nearest known one; values of the wrong type, out of range or not 
 
 A word after a flag that takes a value is its value, even if it begins with a dash, unless it is a flag of the same program:
 `--prompt --- --seed 1`.
+
+Every program also has the flags of `CommonFlags`: `--config FILE.toml`, `--print-config` and `--print-completion SHELL`.
 """
 
 import argparse
@@ -22,10 +24,11 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
-from nanochat.cli.flag_files import expand_flag_files
-from nanochat.common import UserError
+from nanochat.cli.config_files import config_text
+from nanochat.cli.flag_files import expand_flag_files, flags_in
+from nanochat.common import UserError, print0
 
 LARGEST = 10**15          # upper bound of an int without its own: steps, characters and bytes stay below, and a product of two
                           # that sizes a tensor is refused by torch with a message instead of overflowing
@@ -80,16 +83,20 @@ def default_of(f):
     return f.default_factory() if f.default is MISSING else f.default
 
 
+@dataclass
+class CommonFlags:
+    """Of every program"""
+    config: str | None = flag(None, "take flags from this file; those of the command line win", metavar="FILE.toml")
+    print_config: bool = flag(False, "print all flags and their values as such a file, and stop")
+    print_completion: str | None = flag(None, "print what makes this shell complete flags, and stop (nanochat/cli/completion.py)",
+                                        choices=("bash", "zsh", "fish"))
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises UserError instead of exiting."""
 
     def error(self, message):
         raise UserError(message)
-
-    def flags_in(self, argv: list[str]) -> set[str]:
-        """Field names of the flags that stand in `argv` themselves, not in an @FILE of it."""
-        names = [word.split("=")[0] for word in self._with_values_marked(argv)]
-        return {self._option_string_actions[name].dest for name in names if name in self._option_string_actions}
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but a word is a flag if the program has it, not if it looks like one."""
@@ -120,11 +127,15 @@ def build_parser(groups: list[type], prog: str | None = None, description: str |
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for group in groups:
-        title = (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
-        arguments = parser.add_argument_group(title)
+        arguments = parser.add_argument_group(title_of(group))
         for f in fields(group):
             _add_argument(arguments, f)
     return parser
+
+
+def title_of(group: type) -> str:
+    """The heading of a group of flags: its docstring's first line."""
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
 def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = None, description: str | None = None,
@@ -135,26 +146,37 @@ def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = 
     Raises: UserError, which lists every problem.
     """
     argv = sys.argv[1:] if argv is None else argv
+    groups = [*groups, CommonFlags]
+    problems: list[str] = []
     parser = build_parser(groups, prog, description)
-    typed = parser.flags_in(argv)  # a file of flags may hold some that others of the command line make useless
-    argv = expand_flag_files(argv, parser)
-    known = [s for action in parser._actions for s in action.option_strings]
+    typed = flags_in(argv, parser._option_string_actions)  # a file may hold some that others of the command line make useless
+    argv = expand_flag_files(argv, parser, problems)
+    known = [s for action in parser._actions if action.help != argparse.SUPPRESS for s in action.option_strings]
     namespace, unknown = parser.parse_known_args(argv)
-    problems = [_unknown_flag(token, known) for token in unknown if token.startswith("-")]
+    problems += [_unknown_flag(token, known) for token in unknown if token.startswith("-")]
     problems += [f"unexpected argument {token!r}" for token in unknown if not token.startswith("-")] if not problems else []
-    instances = []
+    instances, as_given = [], []
     for group in groups:
         values = {}
         for f in fields(group):
             values[f.name], trouble = _convert(f, getattr(namespace, f.name))
             problems += trouble
         instances.append(group(**values))
+        as_given.append((title_of(group), [(f, values[f.name]) for f in fields(group)]))
+    *instances, common = instances
+    if common.print_completion and not problems:
+        from nanochat.cli.completion import completion  # which imports this module
+        print0(completion(common.print_completion, parser.prog, groups))
+        sys.exit(0)
     if not problems:  # these checks rely on every value being of its type
         problems += flags_without_effect(instances, typed)
         for instance in instances:
             problems += instance.validate() if hasattr(instance, "validate") else []
         problems += validate(*instances) if validate else []
     raise_problems(problems)
+    if common.print_config:
+        print0(config_text(as_given[:-1]))
+        sys.exit(0)
     return instances
 
 
@@ -201,6 +223,8 @@ def _add_argument(arguments, f) -> None:
     if isinstance(default, bool):
         action = argparse.BooleanOptionalAction if default else "store_true"
         arguments.add_argument(*names, dest=f.name, action=action, default=default, help=help)
+        if not default:  # for who has it in a file of flags
+            arguments.add_argument(f"--no-{names[0][2:]}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
         return
     choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else None
     metavar = meta["metavar"] or choices or _base_type(f).__name__.upper()

@@ -61,8 +61,8 @@ def tolerant_streams(go_on: bool = True) -> None:
             with suppress(OSError):
                 stream.flush()
             binary = io.BufferedWriter(io.FileIO(stream.fileno(), "wb", closefd=False))
-            stream = TolerantStream(binary, encoding=stream.encoding, errors="replace", line_buffering=stream.line_buffering,
-                                    write_through=stream.write_through)
+            by_line = stream.line_buffering or stream.write_through  # the latter under PYTHONUNBUFFERED
+            stream = TolerantStream(binary, encoding=stream.encoding, errors="replace", line_buffering=by_line)
             stream.go_on = go_on
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)

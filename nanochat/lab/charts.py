@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanochat.training.curves import COLOURS, nice_step
+
 AXIS_WIDTH, AXIS_HEIGHT, EDGE = 480, 67, 24  # an estimate's chart, in units of its view box; EDGE: beside the axis
-COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#dd4477", "#66aa00")
 WIDTH, HEIGHT, ROW = 5.6, 3.2, 0.32  # inches: width of a chart, height of one of lines, height of a row of dots
 
 
@@ -54,12 +55,6 @@ class Estimate:
             f'<text x="{min(max(margin, 60), AXIS_WIDTH - 60)}" y="9">{self.margin_label}</text>',
             f'<text x="{AXIS_WIDTH / 2}" y="64">{self.axis_label}</text>']
         return f'<svg role="img" aria-label="{about}" viewBox="0 0 {AXIS_WIDTH} {AXIS_HEIGHT}">{"".join(parts)}</svg>'
-
-
-def nice_step(least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is not below `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,7 @@ def pilot(variant: Variant, share: float) -> Variant:
 
 
 def matched(variant: Variant, baseline_row: dict, pilot_row: dict | None, match: str) -> Variant:
-    """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds. Learning rates and
+    """The variant trained for as many FLOPs as the baseline's run, or, by its pilot's rate, for as many seconds. Rates and
     weight decay follow its own length (nanochat/recipe/horizon.py)."""
     if match == "flops":
         flops = baseline_row["flops_per_token"] * baseline_row["tokens_seen"]

@@ -19,6 +19,7 @@ from nanochat.lab.gates import BPB_MARGIN, FALLBACK_GAIN
 from nanochat.lab.rows import number, read_result, read_rows
 from nanochat.lab.stats import margin_of_error
 from nanochat.runtime.files import write_atomic
+from nanochat.training.page import figure, page, table
 
 BPB = "validation (bits per byte)"
 MEANINGS = {"promote": "A real gain: every gate passed.", "keep optional": "Not worth a default: it stays an option.",
@@ -27,33 +28,17 @@ MEANINGS = {"promote": "A real gain: every gate passed.", "keep optional": "Not 
 CAPTION = ("The dot is the estimate, the bar its 95 % interval, the dashed line the margin. Better is to the right. The net "
            "gain is the time saved less what the quality lost is worth in time.")
 MARKS = {"pass": "\N{CHECK MARK}", "unclear": "?", "fail": "\N{BALLOT X}"}
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # makes the browser load nothing
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --text: #222; --back: #fff; --blue: #3366cc; --good: #0a7d16; --bad: #c62a0c;
-        --open: #a86200 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ddd; --back: #181a1b; --blue: #7ba4ff; --good: #4fd15c; --bad: #ff7a5c; --open: #ffb547 }
-  img { filter: invert(.9) hue-rotate(180deg) }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 52rem; margin: 0 auto;
-       padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } summary { font-weight: 600; margin-top: 1rem }
+@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg) } }
 .verdict { border-left: .5rem solid; padding: .6rem 1rem; background: #8881 } .verdict b { font-size: 1.3rem }
 .promote { border-color: var(--good) } .reject { border-color: var(--bad) } .inconclusive { border-color: var(--open) }
 .keep, .no { border-color: var(--blue) }
-.numbers p { margin: .8rem 0 0 } svg { max-width: 40rem; width: 100%; display: block }
-svg text { font: 10px system-ui, sans-serif; fill: var(--text); text-anchor: middle }
-@media (max-width: 30rem) { svg text { font-size: 12px } }
+.numbers p { margin: .8rem 0 0 }
 svg .axis, svg .zero { stroke: var(--text); fill: none } svg .margin { stroke: var(--text); stroke-dasharray: 4 3 }
 svg .range { stroke: var(--blue); stroke-width: 5 } svg circle { fill: var(--blue); stroke: var(--back); stroke-width: 1.5 }
 svg .good { fill: var(--good); opacity: .15 } svg .bad { fill: var(--bad); opacity: .15 }
 .pass { color: var(--good) } .fail { color: var(--bad) } .unclear { color: var(--open) }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-td:first-child, th:first-child, .text td, .text th { text-align: left } .text td { white-space: normal }
-.text td:first-child { min-width: 6rem }
 img { width: 100%; height: auto; border-radius: .3rem }
-pre { font-size: .75rem; white-space: pre-wrap; background: #8881; padding: .6rem }
 """
 
 
@@ -105,11 +90,7 @@ def write_report(folder: Path) -> Path:
         parts.append("<h2>Machine and source</h2>" + _table(_machines(rows), "text"))
         commands = "".join(f"<pre>{escape(row['command'])}</pre>" for row in rows if row["command"])
         parts.append(f"<details><summary>Commands</summary>{commands}</details>" if commands else "")
-    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(folder.name)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n")
-    write_atomic(folder / "report.html", page)
+    write_atomic(folder / "report.html", page(folder.name, parts, STYLE))
     return folder / "report.html"
 
 
@@ -271,30 +252,13 @@ def _machines(rows: list[dict]) -> list[dict]:
 
 
 def _table(rows: list[dict], kind: str = "") -> str:
-    """Rows as a table; a column in which nothing is known is left out."""
-    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if any(row.get(c) is not None for row in rows)]
-    if not columns:
-        return "<p>none</p>"
-    head = "".join(f"<th>{escape(str(c))}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(_cell(row.get(c)) for c in columns) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+    return table(rows, kind, _cell)
 
 
 def _cell(value) -> str:
     if isinstance(value, str) and value in MARKS:
         return f'<td class="{value}">{MARKS[value]} {value}</td>'
     return f"<td>{escape(figure(value))}</td>"
-
-
-def figure(value) -> str:
-    """A value of a table as text: numbers with five digits, of which at most four are decimals."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or number(value) is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
 
 
 def _rounded(value):

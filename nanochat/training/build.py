@@ -20,7 +20,9 @@ from nanochat.kernels.linear import Linear, use_own_weight_gradient
 from nanochat.kernels.qkv import choose_qkv, fused_qkv
 from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
 from nanochat.kernels.weight_gradient import choose_weight_gradient
+from nanochat.recipe.horizon import Horizon
 from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
+from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
 from nanochat.runtime.device import device_name, dtype_name, init_device, pick_compute_dtype
@@ -167,6 +169,12 @@ def make_plan(config: Config, device: torch.device, ranks: Ranks, dtype: torch.d
     if saved and saved["step"] > horizon.num_iterations:
         raise UserError(f"the checkpoint is of step {saved['step']}, and the run ends at {horizon.num_iterations} "
                         f"({horizon.reason}): lengthen it, or resume from an earlier step.")
+    return plan_of(config, device, ranks, dtype, features, tokenizer, tokens, shape, horizon)
+
+
+def plan_of(config: Config, device: torch.device, ranks: Ranks, dtype: torch.dtype, features: Features,
+            tokenizer: Tokenizer | None, tokens, shape: GPTConfig, horizon: Horizon) -> RunPlan:
+    """The plan of a run on these tokens: a TokenDataset, or what stands in for one. Its Trainer needs no tokenizer."""
     return RunPlan(
         config=config, device=device, ranks=ranks, dtype=dtype, tokenizer=tokenizer, tokens=tokens, shape=shape, horizon=horizon,
         micro_batch_size=config.horizon.device_batch_size, compile=config.run.compile,

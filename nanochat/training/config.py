@@ -174,7 +174,7 @@ class OptimFlags:
     matrix_lr: float = flag(0.02, "Muon learning rate of block matrices: spectral norm per update", low=0)
     scalar_lr: float = flag(0.5, "AdamW learning rate of the per-layer scalars", low=0)
     weight_decay: float = flag(0.28, "cautious weight decay of the block matrices", low=0)
-    lr_multiplier: float = flag(1.0, "multiplies every learning rate above (smear and backout keep theirs, as under any batch)",
+    lr_multiplier: float = flag(1.0, "multiplies every learning rate above (smear, backout and short convolutions keep theirs)",
                                 low=0)
     wd_multiplier: float = flag(1.0, "multiplies the weight decay", low=0, requires={"weight_decay": above(0)})
     warmup_steps: int = flag(40, "steps of linear learning-rate warm-up", low=0)

@@ -21,6 +21,7 @@ from nanochat.training import run_folder
 from nanochat.training.config import Config
 from nanochat.training.console import Console, progress_line
 from nanochat.training.divergence import MAX_ROLLBACKS
+from nanochat.training.plan import forecast_for_result
 from nanochat.training.plot import plot_run
 from nanochat.training.records import MetricsFile, write_result
 from nanochat.training.state import RunPlan, TrainState
@@ -107,6 +108,8 @@ class Recorder:
             "graph_breaks": trainer.forward.graph_breaks.total() if plan.compile else 0,
             "eager_fallbacks": trainer.forward.eager_fallbacks if plan.compile else int(plan.config.run.compile),
             "kernel_choices": plan.kernel_choices, "audit": trainer.audit.summary() if trainer.audit else None,
+            # what scripts.plan foretold, where it was asked on this machine; for one rank, as it measures
+            "plan": forecast_for_result(plan.config, plan.shape) if plan.ranks.world_size == 1 else None,
         } | state.features.summary()
         write_result(result_files(plan.config, plan.run_dir), fields)
         for line in [*state.features.reports(), plot_run(plan.run_dir)]:

@@ -21,7 +21,7 @@ RESULT_FIELDS = (
     "val_bpb", "min_val_bpb", "val_curve", "target_metric_name", "target_metric_threshold",
     "time_to_target_sec_measured", "peak_mem_mib", "avg_step_peak_mem_mib", "skipped_steps", "rollbacks", "fp8_layers",
     "schedule", "active_layers_mean", "active_layers_range", "speedup_predicted", "compiled_graphs", "graph_breaks",
-    "eager_fallbacks", "kernel_choices", "audit")
+    "eager_fallbacks", "kernel_choices", "audit", "plan")
 
 
 class MetricsFile:

@@ -47,6 +47,7 @@ def messages(tmp_path_factory):
     (tmp / "file").write_text("")
     (tmp / "quote.flags").write_text("--run='a\n")
     (tmp / "loop.flags").write_text("@loop.flags\n")
+    (tmp / "wrong.toml").write_text("depht = 4\n[device]\ncompile = 'no'\nseed = [1, 2]\n")
     step = tmp / "base" / "base_checkpoints" / "taken" / "step_000005"
     step.mkdir(parents=True)
     (step / "model.safetensors").write_bytes(b"not a model")

@@ -87,3 +87,15 @@ def test_who_stops_when_nobody_reads_any_more(tmp_path, options, finishes):
                           capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout == b"b?rentr?ume ?? 0\n"
     assert path.exists() == finishes and (b"going on in silence" in done.stderr) == finishes
+
+
+def test_unbuffered_output_is_there_at_once():
+    """PYTHONUNBUFFERED, which containers set: a line must not wait for the end of the program, which may be sudden."""
+    program = """import os, sys
+from nanochat.cli.output import tolerant_streams
+tolerant_streams()
+print("out"); print("err", file=sys.stderr)
+os._exit(0)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")

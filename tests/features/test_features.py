@@ -104,7 +104,7 @@ ALL = (*FEATURES, Alternate)
 
 def train(base, tag, *extra, features=ALL):
     argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=4 --eval-tokens=256 "
+            f"--num-iterations={STEPS} --warmup-steps=2 --eval-every=4 --eval-tokens=256 "
             f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
             f"--data={base / 'text'} --model-tag={tag}").split()
     run = build_run(parse_config(features, anew([*argv, *extra])), features)

@@ -32,7 +32,7 @@ DYNAMIC = ["--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=2", "--
 
 def argv(base, tag, *extra):
     return [*(f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-              f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=6 --eval-tokens=256 "
+              f"--num-iterations={STEPS} --warmup-steps=2 --eval-every=6 --eval-tokens=256 "
               f"--core-metric-every=-1 --sample-every=-1 --vocab-size=300 --device-type=cpu --data={base / 'text'} "
               f"--model-tag={tag}").split(), *extra]
 

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
+from nanochat.checkpoint_manager import build_model
+from nanochat.gpt import CONV_LR
 from nanochat.kernels.short_conv import ShortConv
+from nanochat.recipe.shape import shape_of_depth
 
 
 def random_conv(width, taps, dtype=torch.float64):
@@ -44,3 +47,14 @@ def test_it_begins_as_the_identity_to_the_bit(dtype):
     conv, x = ShortConv(8, 4), torch.randn(2, 5, 8, dtype=dtype)
     conv.init_weights()
     assert torch.equal(conv(x), x) and conv.weight.dtype == torch.float32
+
+
+def test_its_rate_does_not_depend_on_the_size_of_the_gradients():
+    """They are about 1e-4 in training. With the eps of the learned scalars the convolutions would hardly move."""
+    model = build_model(shape_of_depth(2, 16, 16, sequence_len=8, vocab_size=50, short_conv=3), torch.float32, "cpu")
+    optimizer = model.setup_optimizer()
+    for conv in model.short_convs():
+        conv.weight.grad = 1e-4 * torch.randn_like(conv.weight).sign()
+    optimizer.step()
+    for conv in model.short_convs():
+        torch.testing.assert_close(conv.weight.detach(), -CONV_LR * conv.weight.grad.sign(), rtol=1e-3, atol=0)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROFILE = """# A few seconds a run, most of them Python's imports.
 --device-type=cpu --no-compile --dtype=float32 --data={text} --vocab-size=300
 --depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --window-pattern=L --device-batch-size=4 --total-batch-size=128
---num-iterations=12 --warmup-steps=2 --lr-multiplier=20
+--num-iterations=12 --warmup-steps=2
 --eval-every=6 --eval-tokens=512 --core-metric-every=-1 --sample-every=-1
 """
 COSINE = ("--candidate", "--warmdown-shape=cosine", "--no-calibrate", "--no-clock")

@@ -36,7 +36,7 @@ SUFFIX = ("--block-update-schedule=dynamic_suffix --dyn-warmup-steps=1 --dyn-pro
 
 
 def flags(base, tag, *extra):
-    return tiny_flags(base, tag, f"--num-iterations={STEPS}", "--lr-multiplier=20", *extra)
+    return tiny_flags(base, tag, f"--num-iterations={STEPS}", *extra)
 
 
 def make(base, tag, *extra):

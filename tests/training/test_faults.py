@@ -49,7 +49,7 @@ EVERY_BIT = "NANOCHAT_FUZZ" in os.environ  # else some of them, which takes less
 
 def argv(base, tag, *extra):
     return (f"--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-            f"--num-iterations={STEPS} --warmup-steps=2 --lr-multiplier=20 --eval-every=3 --eval-tokens=256 "
+            f"--num-iterations={STEPS} --warmup-steps=2 --short-conv=2 --eval-every=3 --eval-tokens=256 "
             f"--core-metric-every=-1 --sample-every=-1 --save-every=2 --vocab-size=300 --device-type=cpu --no-compile "
             f"--data={base / 'text'} --model-tag={tag}").split() + list(extra)
 

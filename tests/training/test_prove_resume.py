@@ -28,7 +28,7 @@ COMBINATIONS = {
 
 def flags(base, *extra):
     return (f"--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-            f"--num-iterations=16 --warmup-steps=2 --lr-multiplier=20 --eval-every=6 --eval-tokens=256 "
+            f"--num-iterations=16 --warmup-steps=2 --eval-every=6 --eval-tokens=256 "
             f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu --no-compile "
             f"--data={base / 'text'}").split() + list(extra)
 

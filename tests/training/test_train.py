@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 12
 TINY = ("--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=4 --total-batch-size=256 "
         f"--num-iterations={STEPS} --warmup-steps=4 --eval-every=6 --eval-tokens=1500 --core-metric-every=-1 --sample-every=-1 "
-        "--lr-multiplier=20 --device-type=cpu").split()
+        "--device-type=cpu").split()
 
 
 @pytest.fixture(scope="module")
