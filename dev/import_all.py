@@ -1,4 +1,4 @@
-"""Import every module of nanochat and scripts:   python -m dev.import_all
+"""Import every module of nanochat and scripts, but for those that exported models carry:   python -m dev.import_all
 
 This must work with the packages of an installation without extras (`pip install .`), as optional ones are imported where they
 are used. Exit status 1, with a list, where modules cannot be imported.
@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def modules() -> list[str]:
-    paths = [path for folder in ("nanochat", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    paths = [path for folder in ("nanochat", "scripts") for path in (ROOT / folder).rglob("*.py")
+             if path.parent.name != "hf_files"]
     return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths)
 
 

@@ -149,7 +149,8 @@ def sample_next_token(logits: torch.Tensor, rng: torch.Generator | None = None, 
         return logits.argmax(dim=-1, keepdim=True)
     if top_k:
         logits, choices = logits.topk(min(top_k, logits.size(-1)), dim=-1)
-    drawn = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1, generator=rng)
+    logits = logits / max(temperature, 1e-30)  # a smaller number is 0 in fp32
+    drawn = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1, generator=rng)
     return choices.gather(-1, drawn) if top_k else drawn
 
 

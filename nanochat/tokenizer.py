@@ -247,7 +247,7 @@ class Tokenizer:
 
     def visualize_tokenization(self, ids, mask) -> str:
         """Tokens separated by `|` for a terminal: green where mask is 1, red where it is 0."""
-        red, green, reset = "\033[91m", "\033[92m", "\033[0m"
+        red, green, reset = ("", "", "") if os.environ.get("NO_COLOR") else ("\033[91m", "\033[92m", "\033[0m")
         return "|".join(f"{green if trained else red}{self.decode([id])}{reset}" for id, trained in zip(ids, mask, strict=True))
 
 

@@ -171,7 +171,8 @@ def test_sampling_draws_from_the_softmax_of_the_k_likeliest():
 def test_temperature_zero_and_top_1_take_the_likeliest():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     likeliest = logits.argmax(-1, keepdim=True)
-    assert torch.equal(sample_next_token(logits, None, temperature=0), likeliest)
+    for temperature in (0, 1e-300, 1e-9):
+        assert torch.equal(sample_next_token(logits, None, temperature=temperature), likeliest)
     assert torch.equal(sample_next_token(logits, torch.Generator().manual_seed(1), top_k=1), likeliest)
 
 

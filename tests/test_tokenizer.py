@@ -260,7 +260,8 @@ def test_user_text_cannot_forge_turns(tok):
     assert ids.count(tok.encode_special("<|assistant_start|>")) == 1
 
 
-def test_visualization_marks_what_is_trained(tok):
+def test_visualization_marks_what_is_trained(tok, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     ids, mask = render(tok, ("user", "a"), ("assistant", "b"))
     shown = tok.visualize_tokenization(ids, mask)
     assert shown.count("\033[92m") == sum(mask) and shown.count("\033[91m") == len(mask) - sum(mask)

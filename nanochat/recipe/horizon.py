@@ -6,7 +6,8 @@ The reference is d12, tuned by hand at a batch of B_ref = 2^19 tokens. For other
 - learning rate  * sqrt(B / B_ref) * (D_ref / D)^0.4 where D < D_ref. The square root is the usual rule, derived for AdamW,
                  assumed to hold for Muon. That a shorter run needs a higher rate is known, with an exponent of 0.32 (arXiv
                  2409.19913); 0.4 was fitted here at d2 to d6 and 3*10^5 to 6*10^6 tokens (docs/recipe.md), and meets the
-                 reference. Beyond D_ref nothing was measured here, and the public nanochat was tuned without this term
+                 reference. Beyond D_ref nothing was measured here, and the public nanochat was tuned without this term. The
+                 per-layer scalars have the square root only: with more they overshoot during the warm-up, and the loss jumps
 - weight decay   the one that keeps tau = B / (eta lambda D) constant (arXiv 2405.13698), again derived for AdamW
 
 D is the number of tokens that the run trains on, whatever flag decides it; for the rates, at least SHORTEST.
@@ -31,7 +32,8 @@ class Horizon:
     num_iterations: int    # optimizer steps
     total_batch_size: int  # tokens per optimizer step, over all ranks
     grad_accum_steps: int  # micro-batches per optimizer step, on each rank
-    lr_factor: float       # multiplies every learning rate; includes --lr-multiplier
+    lr_factor: float       # multiplies every learning rate but those of the scalars; includes --lr-multiplier
+    scalar_lr_factor: float  # of the per-layer scalars; includes --lr-multiplier
     weight_decay: float    # Muon's at the start; includes --wd-multiplier
     target_tokens: int     # ratio * scaling parameters, whatever sets num_iterations
     flops_per_token: int
@@ -91,9 +93,10 @@ def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int =
         steps, reason = max(1, int(tokens // batch)), "--target-param-data-ratio"
     trained = tokens if reason == "--target-param-data-ratio" else steps * batch  # before rounding to whole steps
     horizon_scale = DEFAULT_RATIO * scaling_params(reference) / max(trained, SHORTEST)  # D_ref / D
-    lr_factor = math.sqrt(batch / REFERENCE_BATCH) * max(1.0, horizon_scale)**HORIZON_EXPONENT
+    batch_factor = math.sqrt(batch / REFERENCE_BATCH)
+    lr_factor = batch_factor * max(1.0, horizon_scale)**HORIZON_EXPONENT
     return Horizon(
         num_iterations=steps, total_batch_size=batch, grad_accum_steps=batch // micro,
-        lr_factor=lr_factor * lr_multiplier,
+        lr_factor=lr_factor * lr_multiplier, scalar_lr_factor=batch_factor * lr_multiplier,
         weight_decay=weight_decay * batch / REFERENCE_BATCH * horizon_scale / lr_factor * wd_multiplier,
         target_tokens=int(tokens), flops_per_token=flops, reason=reason)

@@ -235,7 +235,8 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     flags, factor = config.optim, plan.horizon.lr_factor
     optimizer = model.setup_optimizer(
         flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
-        flags.scalar_lr * factor, momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
+        flags.scalar_lr * plan.horizon.scalar_lr_factor,
+        momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
     state = TrainState(
         model=model, optimizer=optimizer, features=features, clock=Clock(plan.device),
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),

@@ -43,7 +43,8 @@ def report(config: Config) -> dict:
         "horizon": {"tokens_per_step": horizon.total_batch_size, "micro_batches_per_step": horizon.grad_accum_steps,
                     "steps": horizon.num_iterations, "steps_set_by": horizon.reason, "tokens": horizon.total_tokens,
                     "tokens_per_scaling_parameter": horizon.total_tokens / scaling_params(shape),
-                    "flops": horizon.total_flops, "lr_factor": horizon.lr_factor, "weight_decay": horizon.weight_decay},
+                    "flops": horizon.total_flops, "lr_factor": horizon.lr_factor,
+                    "scalar_lr_factor": horizon.scalar_lr_factor, "weight_decay": horizon.weight_decay},
         "memory": memory(config, shape),
         "disk": disk(config, shape, horizon.num_iterations),
         "schedule": schedule(config, horizon.num_iterations, horizon.weight_decay),
@@ -104,7 +105,8 @@ def as_text(found: dict, config: Config) -> str:
         "tokens in total": f"{horizon['tokens']:,} ({horizon['tokens_per_scaling_parameter']:.2f} per scaling parameter)",
         "FLOPs in total": f"{horizon['flops']:.4g}",
         "learning rates": f"x {horizon['lr_factor']:.4f} of the flags (by batch and length of the run, times "
-                          "--lr-multiplier; smear, backout and short convolutions keep theirs)",
+                          f"--lr-multiplier; the scalars x {horizon['scalar_lr_factor']:.4f}; smear, backout and short "
+                          "convolutions keep theirs)",
         "weight decay": f"{horizon['weight_decay']:.5f} (from --weight-decay {config.optim.weight_decay})",
         **{f"memory: {component}": size_text(size) for component, size in memory["components"].items()},
         "estimated memory": f"{size_text(memory['total'])} with {memory['rows']} rows per micro-batch (the larger of update, and "

@@ -24,6 +24,7 @@ from nanochat.training.divergence import MAX_ROLLBACKS
 from nanochat.training.plan import forecast_for_result
 from nanochat.training.plot import plot_run
 from nanochat.training.records import MetricsFile, write_result
+from nanochat.training.report import report_run
 from nanochat.training.state import RunPlan, TrainState
 from nanochat.training.step import StepResult, Trainer
 from nanochat.training.trackers import Trackers
@@ -112,7 +113,7 @@ class Recorder:
             "plan": forecast_for_result(plan.config, plan.shape) if plan.ranks.world_size == 1 else None,
         } | state.features.summary()
         write_result(result_files(plan.config, plan.run_dir), fields)
-        for line in [*state.features.reports(), plot_run(plan.run_dir)]:
+        for line in [*state.features.reports(), plot_run(plan.run_dir), report_run(plan.run_dir)]:
             self.console.line(line)
 
 

@@ -19,7 +19,7 @@ def plan(depth=12, device_batch_size=1, **kw):
 def test_the_reference_point_is_itself():
     horizon = plan(12, device_batch_size=32)
     assert horizon.total_batch_size == REFERENCE_BATCH and horizon.grad_accum_steps == 8
-    assert horizon.lr_factor == 1 and horizon.weight_decay == pytest.approx(0.28)
+    assert horizon.lr_factor == horizon.scalar_lr_factor == 1 and horizon.weight_decay == pytest.approx(0.28)
     assert horizon.num_iterations == 12 * scaling_params(shape_of_depth(12)) // REFERENCE_BATCH
 
 
@@ -42,6 +42,7 @@ def test_a_shorter_run_has_higher_rates_and_keeps_tau(depth, steps, batch):
     for length in (steps, 2 * steps):
         horizon = plan(depth, num_iterations=length, total_batch_size=batch)
         factors.append(horizon.lr_factor / math.sqrt(batch / REFERENCE_BATCH))
+        assert horizon.scalar_lr_factor == pytest.approx(math.sqrt(batch / REFERENCE_BATCH))
         assert batch / (horizon.lr_factor * horizon.weight_decay * horizon.total_tokens) == pytest.approx(tau)
     assert factors[0] / factors[1] == pytest.approx(2**0.4)
     whole = plan(depth, num_iterations=-(-int(reference_tokens) // batch), total_batch_size=batch)
