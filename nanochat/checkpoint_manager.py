@@ -277,6 +277,8 @@ def load_checkpoint(run_dir: Path, step: int | str, with_optimizer: bool = True)
 def _read(folder: Path, step: int, with_optimizer: bool) -> tuple[dict, dict, dict]:
     files = read_sealed(folder / MANIFEST, SCHEMA_VERSION)["files"]
     tensor_files = [MODEL, OPTIMIZER] if with_optimizer else [MODEL]
+    if with_optimizer and not (folder / OPTIMIZER).exists():
+        raise ValueError(f"{OPTIMIZER} is missing, as after `scripts.runs gc`; its weights are there")
     for name in (STATE, *tensor_files):
         check_file(folder / name, files[name])
     state = read_json(folder / STATE)

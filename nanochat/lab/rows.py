@@ -6,8 +6,6 @@ So several writers lose no row, a reader never sees half a line, and a cell that
 
 import csv
 import io
-import json
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from nanochat.features import FEATURES
 from nanochat.lab.claim import hold_claim
 from nanochat.runtime.files import write_atomic
 from nanochat.training.config import parse_config
+from nanochat.training.records import number as number, read_result  # other modules of the lab take both from here
 
 SCHEMA_VERSION = 1
 REQUIRED_COLUMNS = (
@@ -46,20 +45,6 @@ def config_of(flags: Sequence[str]):
     Raises: UserError for wrong flags.
     """
     return parse_config(FEATURES, list(flags))
-
-
-def number(value) -> float | None:
-    """`value` if it is a finite number, else None: result.json writes infinities and NaN as strings, and null where unknown."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def read_result(path: Path) -> dict:
-    """Read a result.json; {} where there is none or it cannot be read."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int) -> dict:

@@ -5,7 +5,7 @@ The reference is d12, tuned by hand at a batch of B_ref = 2^19 tokens. For other
 - batch size     B = B_ref (D / D_ref)^0.383, the power law of arXiv 2505.13738, rounded to a power of two
 - learning rate  * sqrt(B / B_ref) * (D_ref / D)^0.4 where D < D_ref. The square root is the usual rule, derived for AdamW,
                  assumed to hold for Muon. That a shorter run needs a higher rate is known, with an exponent of 0.32 (arXiv
-                 2409.19913); 0.4 was fitted here at d2 to d6 and 3*10^5 to 6*10^6 tokens (docs/recipe.md), and meets the
+                 2409.19913); 0.4 was fitted here at d2 and d4 and 3*10^5 to 5*10^6 tokens (docs/recipe.md), and meets the
                  reference. Beyond D_ref nothing was measured here, and the public nanochat was tuned without this term. The
                  per-layer scalars have the square root only: with more they overshoot during the warm-up, and the loss jumps
 - weight decay   the one that keeps tau = B / (eta lambda D) constant (arXiv 2405.13698), again derived for AdamW

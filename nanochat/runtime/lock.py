@@ -29,7 +29,7 @@ class RunLock:
     file: FileIO
 
     def __init__(self, run_dir: Path):
-        self.path = run_dir.with_name(f".{run_dir.name}.lock")
+        self.path = lock_path(run_dir)
         try:
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -65,17 +65,50 @@ class RunLock:
             self.file.close()
 
     def _replace_holder(self, run_dir: Path) -> None:
-        before, here = _read(self.file), _here()
+        before = _read(self.file)
         if before:
-            elsewhere = before.get("host") != here["host"] and before.get("boot") != here["boot"]
-            quiet = time.time() - max(_modified(p) for p in (self.path, run_dir, run_dir / "metrics.jsonl"))
-            if elsewhere and quiet < SILENCE:
+            quiet = _quiet(run_dir)
+            if _is_elsewhere(before) and quiet < SILENCE:
                 raise UserError(f"another run of this name may be training on another machine: {_describe(before)}; its last "
                                 f"sign of life is {max(0, quiet) / 60:.0f} minutes old. If it has ended, delete {self.path}.")
             print0(f"recovered the lock of a run that ended without giving it back: {_describe(before)}")
         self.file.truncate(0)
         self.file.seek(0)
-        self.file.write(json.dumps(here).encode())
+        self.file.write(json.dumps(_here()).encode())
+
+
+def lock_path(run_dir: Path) -> Path:
+    """The lock file of a run. It is there while the run trains, and after a process that was killed."""
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+def lock_holder(run_dir: Path) -> str | None:
+    """Who trains in a run's folder, in words; None where nobody does, also where a process left its lock when it was killed.
+
+    The lock file is not changed, but shared for some microseconds, to find out whether that is possible.
+    """
+    holder: dict = {}
+    try:
+        with open(lock_path(run_dir), "rb", buffering=0) as file:
+            holder = _read(file)
+            if fcntl:
+                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _describe(holder)
+    except OSError:
+        pass  # there is none, or it is somebody else's, or on a file system without locks
+    return _describe(holder) if holder and _is_elsewhere(holder) and _quiet(run_dir) < SILENCE else None
+
+
+def _is_elsewhere(holder: dict) -> bool:
+    """Whether a holder is on another machine, whose locks do not always reach here."""
+    here = _here()
+    return holder.get("host") != here["host"] and holder.get("boot") != here["boot"]
+
+
+def _quiet(run_dir: Path) -> float:
+    """Seconds since the last sign of life of a run."""
+    return time.time() - max(_modified(p) for p in (lock_path(run_dir), run_dir, run_dir / "metrics.jsonl"))
 
 
 def _flock(fd: int) -> bool:

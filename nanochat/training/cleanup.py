@@ -12,10 +12,10 @@ from pathlib import Path
 from nanochat.cli.paths import runs_dir, step_dir
 from nanochat.common import UserError, print0
 from nanochat.runtime.files import check_file, read_json
-from nanochat.runtime.lock import RunLock
+from nanochat.runtime.lock import RunLock, lock_holder
 from nanochat.training import run_folder
 from nanochat.training.run_facts import OPTIMIZER, best_checkpoint
-from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, StoredRun, folder_bytes, list_runs, lock_holder
+from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, StoredRun, folder_bytes, list_runs
 
 DELETING = "~deleting"  # `.NAME~deleting` is a run that is being deleted, which `list_tags` does not take for one
 OLD = 3600  # seconds after which the temporary file of a small record is taken for a leftover

@@ -58,11 +58,14 @@ class Evaluator:
         self.recorder.core_metric(results["core_metric"])
 
     def sample(self) -> None:
-        """Print a few greedy continuations, on rank 0."""
+        """Print and record a few greedy continuations, on rank 0."""
         if not is_main_rank():
             return
         self.recorder.console.line(f"step {self.state.step} | samples")
+        texts = []
         with self.evaluation_context():
             engine = Engine(self.state.model, self.plan.tokenizer)
             for prompt in sample_prompts(self.plan.config.data.data):
-                print0("  " + engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0).replace("\n", "\n  "))
+                texts.append(engine.complete(prompt, max_tokens=SAMPLE_TOKENS, temperature=0.0))
+                print0("  " + texts[-1].replace("\n", "\n  "))
+        self.recorder.samples(texts)

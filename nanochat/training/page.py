@@ -3,9 +3,10 @@
 The reports of runs (report.py, comparison.py) and of the lab (nanochat/lab/report.py) are such pages.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from html import escape
+
+from nanochat.training.records import number
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # makes the browser load nothing
 STYLE = """
@@ -62,8 +63,3 @@ def figure(value) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.{max(0, 5 - len(str(int(abs(value)))))}f}"
-
-
-def number(value) -> float | None:
-    """`value` if it is a finite number, else None: records write infinities and NaN as strings, and null where unknown."""
-    return value if isinstance(value, (int, float)) and abs(value) < math.inf else None

@@ -80,6 +80,10 @@ class Recorder:
         self.trackers.log({"core_metric": value}, step)
         self.console.line(f"step {step} | CORE metric {value:.4f}")
 
+    def samples(self, texts: list[str]) -> None:
+        """Record what the model writes: texts that begin with their prompts, which are always the same."""
+        self.metrics.write({"step": self.state.step, "train_time_sec": self.state.clock.train, "samples": texts})
+
     def roll_back(self, trouble: str, diverged_at: int) -> None:
         """Drop what was recorded after the present step: the run has returned to it, and goes on with other data."""
         self.metrics.close()
@@ -93,7 +97,7 @@ class Recorder:
         self.trackers.close()
 
     def result(self, trainer: Trainer, last_checkpoint: Path | None, status: str, error: str | None, exit_code: int) -> None:
-        """Write result.json and the plot, on rank 0."""
+        """Write result.json, the plot and the report, on rank 0."""
         plan, state, horizon, clock = self.plan, self.state, self.plan.horizon, self.state.clock
         peak = peak_flops(plan.device)
         peak = peak and peak * plan.ranks.world_size
@@ -141,6 +145,8 @@ def write_failed_start(run_dir: Path, described: dict, config: Config, error: st
         if own:
             run_dir.mkdir(parents=True, exist_ok=True)
         write_result(result_files(config, run_dir if own else None), described | fields)
+        if own:
+            report_run(run_dir)
 
 
 def result_files(config: Config, run_dir: Path | None) -> list[Path]:

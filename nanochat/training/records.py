@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochat.common import is_main_rank, print0
-from nanochat.runtime.files import write_atomic
+from nanochat.runtime.files import read_json, write_atomic
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("step", "loss", "smooth_loss", "lr_multiplier", "dt_ms", "tok_per_sec", "peak_mem_mib", "step_kind",
@@ -86,6 +86,19 @@ def _row(line: str) -> dict | None:
 def finite(value):
     """NaN and infinities as strings: JSON has no word for them."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value) -> float | None:
+    """`value` if it is a finite number, else None: what `finite` wrote as a string, and null where nothing is known."""
+    return value if isinstance(value, (int, float)) and abs(value) < math.inf else None
+
+
+def read_result(path: Path) -> dict:
+    """Read a result.json, or another JSON object; {} where there is none or it cannot be read."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
 
 
 def write_result(paths: list[Path], fields: dict) -> None:

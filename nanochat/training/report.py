@@ -14,7 +14,8 @@ from nanochat.common import format_duration
 from nanochat.runtime.files import write_atomic
 from nanochat.training import run_facts
 from nanochat.training.curves import STYLE as CHART_STYLE, Curve, bar, block_map, chart, grouped, time_axis
-from nanochat.training.page import cell, number, page, table
+from nanochat.training.page import cell, page, table
+from nanochat.training.records import number
 from nanochat.training.run_index import FOREIGN, StoredRun
 
 FILE_NAME = "report.html"

@@ -13,8 +13,9 @@ from nanochat.common import BASE, format_duration, get_base_dir
 from nanochat.features import FEATURES
 from nanochat.training.config import Config
 from nanochat.training.explain import size_text
-from nanochat.training.page import figure, number
-from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, STATUSES, StoredRun, folder_bytes, part, read_or_empty
+from nanochat.training.page import figure
+from nanochat.training.records import number, read_result
+from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, STATUSES, StoredRun, folder_bytes, part
 
 PARTS = {"train_time_sec": "training steps", "eval_time_sec": "evaluation and samples", "compile_time_sec": "compilation",
          "save_time_sec": "waiting for checkpoints", "unnamed_time_sec": "other, in the training loop"}
@@ -117,7 +118,7 @@ def changed_settings(run: StoredRun) -> dict[str, tuple]:
 def text_facts(run: StoredRun) -> dict[str, object]:
     """Tokenizer and tokens. What is read from the tokens' manifest is left out where they are gone."""
     tokens = run.state.get("tokens")
-    manifest = read_or_empty(located(tokens) / "manifest.json") if isinstance(tokens, str) else {}
+    manifest = read_result(located(tokens) / "manifest.json") if isinstance(tokens, str) else {}
     flags, fingerprint = run.flags, run.state.get("tokenizer")
     found: dict[str, object] = {
         "text": flags.get("data"), "text for validation": flags.get("val_data") or ("a part of it" if flags else None),
@@ -159,7 +160,7 @@ def evaluation_rows(run: StoredRun) -> list[dict]:
     """A row per checkpoint that scripts.base_eval has evaluated."""
     rows = []
     for path in sorted(run.folder.glob("eval_*.json")):
-        record = read_or_empty(path)
+        record = read_result(path)
         bpb = part(record, "bpb")
         rows.append({"step": record.get("step"), "training (bits per byte)": bpb.get("train"),
                      "validation (bits per byte)": bpb.get("val"), "CORE metric": part(record, "core").get("core_metric")})
@@ -236,7 +237,7 @@ def typed(run: StoredRun) -> list[str] | None:
     are not known."""
     if isinstance(argv := run.result.get("argv"), list):
         return [str(word) for word in argv]
-    command = read_or_empty(run.folder / "config.json").get("command")
+    command = read_result(run.folder / "config.json").get("command")
     with suppress(ValueError):  # a quote without its end
         return shlex.split(command)[1:] if isinstance(command, str) else None  # behind the program
     return None

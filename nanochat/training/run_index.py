@@ -8,18 +8,15 @@ import difflib
 import json
 import os
 import statistics
-import time
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 from nanochat.cli.paths import list_steps, runs_dir, step_dir
 from nanochat.common import UserError
-from nanochat.runtime.files import read_json
-from nanochat.runtime.lock import SILENCE, _describe, _here, _modified, _read, fcntl
+from nanochat.runtime.lock import lock_holder, lock_path
 from nanochat.training import run_folder
-from nanochat.training.page import number
-from nanochat.training.records import read_metrics
+from nanochat.training.records import number, read_metrics, read_result
 
 RUNNING, UNFINISHED, SET_ASIDE, FOREIGN = "running", "unfinished", "set aside", "foreign"
 STATUSES = {  # besides those of result.json: ok, interrupted, diverged, oom, failed
@@ -44,7 +41,7 @@ class StoredRun:
     @cached_property
     def result(self) -> dict:
         """result.json of the run's last process that came to its end."""
-        return read_or_empty(self.folder / "result.json")
+        return read_result(self.folder / "result.json")
 
     @cached_property
     def checkpoints(self) -> list[int]:
@@ -53,14 +50,14 @@ class StoredRun:
     @cached_property
     def state(self) -> dict:
         """state.json of the newest checkpoint that has one that can be read."""
-        return next(filter(None, (read_or_empty(step_dir(self.folder, step) / "state.json")
+        return next(filter(None, (read_result(step_dir(self.folder, step) / "state.json")
                                   for step in reversed(self.checkpoints))), {})
 
     @cached_property
     def flags(self) -> dict:
         """Field name of every flag -> its value: as of the last checkpoint, which may be of a resume with other flags, else as of
         the start."""
-        known = part(self.state, "user_config") or read_or_empty(self.folder / "config.json")
+        known = part(self.state, "user_config") or read_result(self.folder / "config.json")
         return {name: value for name, value in known.items() if name != "command"}
 
     @cached_property
@@ -186,14 +183,6 @@ def find_run(name: str) -> StoredRun:
                     + (", ..." if len(close) < len(runs) else ""))
 
 
-def read_or_empty(path: Path) -> dict:
-    """A JSON object from a file; {} where there is none or it cannot be read."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
-
-
 def part(record: dict, name: str) -> dict:
     """An object within a JSON object; {} where it is missing, or something else."""
     found = record.get(name)
@@ -224,30 +213,3 @@ def folder_bytes(folder: Path) -> int:
             with suppress(OSError):  # deleted meanwhile
                 total += os.lstat(os.path.join(path, name)).st_size
     return total
-
-
-# ---- locks
-
-def lock_path(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
-def lock_holder(folder: Path) -> str | None:
-    """Who trains in a run's folder, in words; None where nobody does, also where a process left its lock when it was killed.
-
-    The lock file is not changed, but shared for some microseconds, to find out whether that is possible.
-    """
-    path, here = lock_path(folder), _here()
-    holder: dict = {}
-    try:
-        with open(path, "rb", buffering=0) as file:
-            holder = _read(file)
-            if fcntl:
-                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _describe(holder)
-    except OSError:
-        pass  # there is none, or it is somebody else's, or on a file system without locks
-    elsewhere = holder and holder.get("host") != here["host"] and holder.get("boot") != here["boot"]
-    quiet = time.time() - max(_modified(place) for place in (path, folder, folder / "metrics.jsonl"))
-    return _describe(holder) if elsewhere and quiet < SILENCE else None

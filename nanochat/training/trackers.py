@@ -124,7 +124,7 @@ def _values(row: dict) -> dict:
         return {"val/bpb": row["val_bpb"], "val/train_time_sec": row["train_time_sec"]}
     if "core_metric" in row:
         return {"core_metric": row["core_metric"]}
-    if row["step_kind"] == "skipped":
+    if row["step_kind"] == "skipped" or "samples" in row:
         return {}
     return {f"train/{k}": v for k, v in row.items() if k != "step"}
 
