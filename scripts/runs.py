@@ -10,13 +10,12 @@
 saves have left, and runs that --overwrite has replaced.
 """
 
-import sys
 from dataclasses import dataclass, fields
 from datetime import datetime
 
 from nanochat.cli.flags import CommonFlags, default_of, flag, flag_name, parse
 from nanochat.cli.paths import output_problem, runs_dir
-from nanochat.cli.program import cli
+from nanochat.cli.program import cli, subcommand
 from nanochat.common import UserError, format_duration, format_table, get_base_dir, resolve
 from nanochat.runtime.files import write_atomic
 from nanochat.training import run_facts
@@ -63,19 +62,15 @@ def negative(value: float | None) -> float | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+    if not (found := subcommand(argv, COMMANDS, __doc__)):
         return 0
-    command, rest = argv[0], argv[1:]
-    if command not in COMMANDS:
-        raise UserError(f"{command} is not a command: choose one of {', '.join(COMMANDS)}; --help explains them")
+    command, rest = found
     run_command, flags_class, operands, least, most = COMMANDS[command]
     names, flags = split_operands(rest, flags_class)
-    found = parse([flags_class] if flags_class else [], flags, prog=f"python -m scripts.runs {command} {operands}".strip())
+    values = parse([flags_class] if flags_class else [], flags, prog=f"python -m scripts.runs {command} {operands}".strip())
     if not least <= len(names) <= most:
         raise UserError(f"runs {command} takes {operands or 'no names'}, got {' '.join(names) or 'none'}")
-    return run_command(names, *found)
+    return run_command(names, *values)
 
 
 def split_operands(words: list[str], flags_class: type | None) -> tuple[list[str], list[str]]:

@@ -29,7 +29,7 @@ from dev.bench.gpu_numbers import SCRIPT as NUMBERS, TINY_FP8, bench_flags
 from nanochat.benchmarks import expected_step
 from nanochat.benchmarks.parts import CUT_OFF, NO_TIME, Part, Summary, slug
 from nanochat.cli.flags import flag, parse
-from nanochat.cli.program import cli
+from nanochat.cli.program import cli, subcommand
 from nanochat.common import UserError, format_table, get_base_dir, resolve
 from nanochat.lab.processes import sigterm_as_interrupt
 from nanochat.lab.rows import number, read_csv
@@ -246,13 +246,9 @@ def run_parts(summary: Summary, parts: list[Part], flags: DayFlags, deadline: fl
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+    if not (found := subcommand(argv, COMMANDS, __doc__)):
         return 0
-    command, rest = argv[0], argv[1:]
-    if command not in COMMANDS:
-        raise UserError(f"{command} is not a command: choose numbers, steps or runs; --help explains them")
+    command, rest = found
     named = rest.pop(0) if rest and not rest[0].startswith("-") else None
     flags, = parse([DayFlags], rest, prog=f"bash dev/bench/on_gpu.sh {command}")
     began = time.monotonic()

@@ -20,6 +20,7 @@ from pathlib import Path
 from nanochat.benchmarks.result_tables import compare, first_difference, plot, read_result_file, tables
 from nanochat.cli.flags import flag, parse
 from nanochat.cli.paths import output_problem
+from nanochat.cli.program import subcommand
 from nanochat.common import ROOT, UserError, format_table, resolve
 
 RESULTS = ROOT / "attempts" / "results"
@@ -47,21 +48,17 @@ class ShowFlags:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+    if not (found := subcommand(argv, ("list", "run", "show"), __doc__)):
         return 0
-    command, rest = argv[0], argv[1:]
+    command, rest = found
     first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
     names, flags = rest[:first_flag], rest[first_flag:]
     if command == "run":
         return run(names, flags)
     if command == "show":
         return show(names, *parse([ShowFlags], flags, prog="python -m scripts.attempts show"))
-    if command == "list":
-        parse([], rest, prog="python -m scripts.attempts list")
-        return list_attempts()
-    raise UserError(f"{command} is not a command: choose list, run or show; --help explains them")
+    parse([], rest, prog="python -m scripts.attempts list")
+    return list_attempts()
 
 
 def scripts() -> dict[str, Path]:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 from nanochat.cli.launch_environment import check_launch_environment
 from nanochat.cli.output import tolerant_streams
@@ -42,6 +43,20 @@ def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
     except BrokenPipeError:
         status = 0
     sys.exit(status)
+
+
+def subcommand(argv: list[str] | None, commands: Iterable[str], help: str) -> tuple[str, list[str]] | None:
+    """The command that a program is given, and the words behind it. None where it is asked for help, which is printed.
+
+    argv: by default what was typed. Raises: UserError for a word that is no command.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help)
+        return None
+    if argv[0] not in commands:
+        raise UserError(f"{argv[0]} is not a command: choose one of {', '.join(commands)}; --help explains them")
+    return argv[0], argv[1:]
 
 
 def wait_to_be_ended() -> None:
