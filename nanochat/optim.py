@@ -102,7 +102,8 @@ class MuonAdamW(torch.optim.Optimizer):
     parameters of a Muon group have the same shape (m, n): those with a gradient are stacked and updated at once, in stacks of
     at most MUON_BATCH elements, as the temporaries take about twenty times the memory of the stack. lr is multiplied by
     max(1, m/n)^0.5.
-    names: parameter -> name, for `named_state`.
+    names: parameter -> name, for `named_state`. Of several ranks, each updates only what it owns, of large parameters rows
+    such as `NAME[0:512]` (nanochat/training/sharding.py).
     muon_dtype: dtype of Muon's matrix products.
     momentum_dtype: dtype in which first moments are stored; they are computed in fp32. Second moments are always fp32.
     compile: fuse each update rule with torch.compile. The size of a stack is dynamic, so all stacks of two or more matrices of a
@@ -115,6 +116,7 @@ class MuonAdamW(torch.optim.Optimizer):
         assert all(g["kind"] in ("adamw", "muon") for g in self.param_groups)
         assert all(len({p.shape for p in g["params"]}) <= 1 for g in self.param_groups if g["kind"] == "muon")
         self.names = names or {}
+        self.known = set(self.names.values())
         self.muon_dtype, self.momentum_dtype = muon_dtype, momentum_dtype
         self.compile = compile
         self._compiled_adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)  # lazy: compiled at the first call
@@ -224,14 +226,27 @@ class MuonAdamW(torch.optim.Optimizer):
     def load_named_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `named_state` returned. Parameters without an entry start with fresh state.
 
+        An optimizer that has only rows of a parameter (`NAME[0:512]`) takes these of the whole parameter's state.
         Raises: KeyError for an unknown parameter or key.
         """
-        owner = {self.names[p]: (p, group) for group in self.param_groups for p in group["params"]}
         self.state.clear()
+        owned: dict[str, list] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                name, rows = split_label(self.names[p])
+                owned.setdefault(name, []).append((p, group, rows))
         for key, tensor in tensors.items():
             name, _, slot = key.rpartition("/")
-            p, group = owner[name]
-            self._state(p, group)[slot].copy_(tensor)
+            if name not in self.known:
+                raise KeyError(name)
+            for p, group, rows in owned.get(name, ()):
+                self._state(p, group)[slot].copy_(tensor[rows] if tensor.dim() else tensor)
+
+
+def split_label(label: str) -> tuple[str, slice]:
+    """"lm_head.weight[0:512]" -> ("lm_head.weight", slice(0, 512)); the slice of a name without rows takes all."""
+    name, bracket, rows = label.partition("[")
+    return name, slice(*map(int, rows.rstrip("]").split(":"))) if bracket else slice(None)
 
 
 def even_parts(items: list, most: int) -> list[list]:

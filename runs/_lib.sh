@@ -2,6 +2,11 @@
 # Sourced by setup.sh, which the runners source. For bash 3.2 too (macOS): no associative arrays, no "${empty[@]}" under set -u.
 set -euo pipefail
 
+# --help or -h: what stands at the head of the runner, before anything is installed or started.
+for word in ${1+"$@"}; do
+    case "$word" in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+done
+
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 export NANOCHAT_CWD="${NANOCHAT_CWD:-$PWD}"  # the user's folder, which relative paths start from (nanochat/cli/paths.py)
 [[ ${PYTHON-} != */* || $PYTHON == /* ]] || PYTHON="$NANOCHAT_CWD/$PYTHON"
@@ -58,6 +63,10 @@ choose_profile() {
     vocab_size="${VOCAB_SIZE:-$(config_value vocab-size)}"
     : "${data:=python}" "${max_chars:=-1}" "${vocab_size:=32768}"  # base_train's defaults, where the profile has no value
     model_tag="${MODEL_TAG:-d$depth}"
+    count_processes
+    [[ ${NNODES:-1} == 1 ]] || : "${PREPARE_DATA:=0}"  # base_train does so once, where the machines share the base directory
+    [[ ${NNODES:-1} == 1 || -n ${RDZV_ENDPOINT-} ]] \
+        || die "NNODES=$NNODES: set RDZV_ENDPOINT=HOST:PORT, one of the machines as all can reach it"
 }
 config_value() { "$PYTHON" -m nanochat.cli.flag_files "$CONFIG" "$1"; }
 
@@ -110,7 +119,7 @@ prepare() {  # module [arguments]
     if [[ ${PREPARE_DATA:-1} == 1 ]]; then run "$PYTHON" -m "$@"; else echo "PREPARE_DATA=$PREPARE_DATA: without $1"; fi
 }
 
-# NPROC_PER_NODE: processes of a run, one for each GPU.
+# NPROC_PER_NODE: processes of a run on this machine, one for each GPU.
 count_processes() {
     local gpus
     gpus="$(count_gpus)"
@@ -119,10 +128,16 @@ count_processes() {
     [[ $DEVICE_TYPE != cuda || $PROCESSES -le $gpus ]] || die "NPROC_PER_NODE=$PROCESSES, but there are $gpus GPUs here"
 }
 
+# NNODES: machines; the same command is started on each, with RDZV_ENDPOINT=HOST:PORT of one of them, and RDZV_ID=NAME where several
+# runs meet there. MAX_RESTARTS: how often all processes are started again, from the last checkpoint, when one is lost.
 launch() {  # module [arguments]
-    count_processes
-    if [[ $PROCESSES == 1 ]]; then run "$PYTHON" -m "$@"; return; fi
-    run "$PYTHON" -m nanochat.runtime.launch --standalone --nproc_per_node="$PROCESSES" -m "$@"
+    local launcher=(--standalone)
+    if [[ $PROCESSES == 1 && ${NNODES:-1} == 1 ]]; then run "$PYTHON" -m "$@"; return; fi
+    if [[ ${NNODES:-1} != 1 ]]; then
+        launcher=("--nnodes=$NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$RDZV_ENDPOINT" "--rdzv-id=${RDZV_ID:-nanochat}")
+    fi
+    [[ -z ${MAX_RESTARTS-} ]] || launcher+=("--max-restarts=$MAX_RESTARTS")
+    run "$PYTHON" -m nanochat.runtime.launch "${launcher[@]}" --nproc_per_node="$PROCESSES" -m "$@"
 }
 
 # The results of a run as a table, and its files.
@@ -147,7 +162,7 @@ variant() {  # name [flags]
 # Every run has the profile, the overrides and the caller's arguments; the variant's flags come behind them.
 # SEEDS="1 2": a run and a row for each seed. OUT: folder of the experiment; with the folder of an earlier call, that one is
 # continued. KEEP_CHECKPOINTS=1 keeps the checkpoints of successful runs; SHOW_OUTPUT=1 shows the output of the runs;
-# MATCH=time: all variants take the time of the first.
+# MATCH=time: all variants take the time of the first; GPUS="0 1 2 3": runs side by side, one on each of these.
 compare() {  # "columns" [arguments of base_train]
     local columns seeds="${SEEDS:-${SEED:-42}}" baseline SEED=''
     columns="$(tr -s ' ' <<< "$1")"
@@ -156,10 +171,10 @@ compare() {  # "columns" [arguments of base_train]
     overrides
     baseline="$(quoted "@$CONFIG" "${ARGS[@]}" "$@")"
     : "${OUT:=$(base_dir)/lab/$(basename "$0" .sh)-$(date +%Y%m%d-%H%M%S)}"
-    count_processes
     ARGS=()
     flag match "${MATCH-}"; switch show-output "${SHOW_OUTPUT-}"; switch keep-checkpoints "${KEEP_CHECKPOINTS-}"
     [[ $PROCESSES == 1 ]] || flag nproc-per-node "$PROCESSES"
+    [[ -z ${GPUS-} ]] || words "--gpus $GPUS"
     words "--seeds $seeds"
     say "compare on $DEVICE_TYPE, d$depth (if interrupted, the same command with OUT=$(quoted "$OUT") continues)"
     echo "elapsed_sec is training time: without compilation and evaluation"

@@ -18,11 +18,11 @@ setup() {
     if [[ $found != "$wanted" || ! -x $VENV/bin/python ]]; then
         case "$found" in
             '') ;;  # no .venv, or one that somebody else made: kept
-            unfinished*)
-                other="${found#unfinished }"
+            unfinished* | updating*)
+                other="${found##* }"
                 [[ $other == $$ ]] || ! kill -0 "$other" 2> /dev/null \
                     || die "process $other is setting up $VENV: wait for it. (If it is something else, remove $VENV.)"
-                rm -rf "$VENV" || die "cannot clear $VENV: wait for what is still writing there, then try again" ;;
+                [[ $found == updating* ]] || rm -rf "$VENV" || die "cannot clear $VENV: wait for what is still writing there, then try again" ;;
             *) [[ -x $VENV/bin/python ]] || rm -rf "$VENV" ;;
         esac
         install
@@ -73,8 +73,9 @@ make_venv() {
     local there=0
     [[ ! -x $VENV/bin/python ]] || there=1
     mkdir -p "$VENV"
+    if [[ $there == 1 ]]; then echo "updating $$" > "$STAMP"; return; fi  # interrupted, it is updated again, not deleted
     echo "unfinished $$" > "$STAMP"
-    [[ $there == 1 ]] || run "$@" "$VENV"
+    run "$@" "$VENV"
 }
 
 find_python() {

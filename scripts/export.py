@@ -2,6 +2,7 @@
 
     python -m scripts.export --to hf --out DIR --model-tag NAME             a folder for Hugging Face's transformers
     python -m scripts.export --to safetensors --out FILE --model-tag NAME   one file of weights, with shape and tokenizer
+    python -m scripts.export --to checkpoint --out DIR --model-tag NAME     a checkpoint of several ranks in the files of one
     python -m scripts.export --from nanochat PATH --model-tag NAME          a checkpoint of the public nanochat becomes a run
     python -m scripts.export --from safetensors FILE --model-tag NAME       such a file becomes a run again
 """
@@ -10,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from nanochat.cli.flags import flag, parse
-from nanochat.cli.paths import output_problem
+from nanochat.cli.paths import output_problem, runs_dir
 from nanochat.cli.program import cli
 from nanochat.common import UserError, resolve
 
@@ -22,9 +23,10 @@ NO_GGUF = ("--to gguf: GGUF files name an architecture that llama.cpp knows, and
 @dataclass
 class ExportFlags:
     """What to export, or to import"""
-    to: str | None = flag(None, "hf: a folder for transformers; safetensors: one file of weights", metavar="{hf,safetensors}",
-                          choices=("hf", "safetensors", "gguf"))
-    out: str | None = flag(None, "the folder (hf) or file (safetensors) to write", metavar="PATH")
+    to: str | None = flag(None, "hf: a folder for transformers; safetensors: one file of weights; checkpoint: a training "
+                          "checkpoint whose optimizer state is one file, however many ranks saved it",
+                          metavar="{hf,safetensors,checkpoint}", choices=("hf", "safetensors", "checkpoint", "gguf"))
+    out: str | None = flag(None, "the folder (hf, checkpoint) or file (safetensors) to write", metavar="PATH")
     dtype: str = flag("float32", "of the weights: float32 computes what we compute, bfloat16 takes half the space",
                       choices=("float32", "bfloat16"))
     overwrite: bool = flag(False, "replace a file, or the files of an earlier export in a folder")
@@ -43,6 +45,8 @@ class ExportFlags:
             return [NO_GGUF]
         if self.dtype != "float32" and self.to != "hf":
             problems.append("--dtype would do nothing without --to hf: take it back")
+        if self.overwrite and self.to == "checkpoint":
+            problems.append("--overwrite would do nothing with --to checkpoint, which goes into a new folder: take it back")
         if self.overwrite and not self.to:
             problems.append("--overwrite would do nothing without --to: an import never replaces a run")
         if self.to and not self.out:
@@ -81,9 +85,14 @@ def export_model(flags: ExportFlags) -> None:
     out = resolve(flags.out)
     if flags.to == "hf" and (problem := folder_problem(out, flags.overwrite)):
         raise UserError(f"--out {problem}.")
+    if flags.to == "checkpoint" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: name a new folder.")
     trained = read_run(flags.model_tag, flags.step)
     if flags.to == "hf":
         write_folder(trained, out, flags.dtype, flags.overwrite)
+    elif flags.to == "checkpoint":
+        from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
+        save_checkpoint(out, trained.step, *load_checkpoint(runs_dir() / trained.name, trained.step))
     else:
         write_file(trained, out)
     print(f"wrote {out}: {trained.name}, step {trained.step}, {trained.num_params:,} parameters")

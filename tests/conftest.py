@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,44 @@ def base(tmp_path_factory):
     os.environ["NANOCHAT_BASE_DIR"] = before
 
 
+# Tests that look at pictures. In all others runs go without theirs: drawing loss.png takes most of the time of a tiny run.
+LOOK_AT_PICTURES = {"test_attempts_command", "test_attempts_runs", "test_container_d", "test_lab_report", "test_train"}
+
+
+@pytest.fixture(scope="session")
+def quick_programs(tmp_path_factory):
+    """Environment variables with which the programs that tests start find no matplotlib, as where it is not installed, and do not
+    ask the compiler what it can do, which takes six processes, where this process has asked."""
+    folder = tmp_path_factory.mktemp("no-matplotlib")
+    (folder / "matplotlib.py").write_text("raise ImportError('left out by tests/conftest.py')")
+    variables = {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if sys.platform == "linux" and "torch" in sys.modules:
+        from torch._inductor import config, cpu_vec_isa
+        before = dict(os.environ)  # torch writes its cache folder into it
+        found = cpu_vec_isa.valid_vec_isa_list()
+        with config.patch({"cpp.vec_isa_ok": True}):
+            if cpu_vec_isa.valid_vec_isa_list.__wrapped__() == found:
+                variables["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+        for name in os.environ.keys() - before:
+            del os.environ[name]
+    return variables
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs(request, quick_programs):
+    """Neither a module's own runs nor the programs that it starts draw pictures, unless its tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        variables = dict(quick_programs)
+        if request.module.__name__.rpartition(".")[2] in LOOK_AT_PICTURES:
+            del variables["PYTHONPATH"]
+        else:
+            for name in ("matplotlib", "matplotlib.figure"):
+                patch.setitem(sys.modules, name, None)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where the numbers of a kernel are tested: the GPU, if there is one, else the CPU. `pytest -m device` runs the tests that
@@ -61,7 +100,17 @@ def large_device(device):
     torch.cuda.empty_cache()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests, slow or not
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where processes share the tests file by file (runs/test.sh), begin with the files that have the most slow ones: or the last
+    file may be a long one, with all processes but one waiting for it."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("device")

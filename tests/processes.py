@@ -1,10 +1,16 @@
-"""Tiny runs, in this process or in one of their own that starts at once: forked by a server that has imported torch already."""
+"""Tiny runs, in this process or in one of their own that starts at once, and other programs: forked by a server that has imported
+torch already, which takes a program seconds."""
 
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from nanochat.cli.output import tolerant_streams
 from nanochat.features import FEATURES
@@ -13,7 +19,17 @@ from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["nanochat.training.loop"])
+SERVER.set_forkserver_preload(["preloaded"])
+ROOT = Path(__file__).parents[1]
+
+
+def started(target, *arguments):
+    """A process that calls target(*arguments). The first one starts the server, which finds preloaded.py in this folder."""
+    process = SERVER.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        process.start()
+    return process
 
 
 def anew(flags) -> list[str]:
@@ -47,8 +63,7 @@ class Served:
 
     def __init__(self, argv, base, log, before=None, output=None):
         self.log = Path(log)
-        self.process = SERVER.Process(target=_train, args=(argv, base, log, before, output))
-        self.process.start()
+        self.process = started(_train, argv, base, log, before, output)
         self.pid, self.kill = self.process.pid, self.process.kill
 
     def poll(self):
@@ -61,11 +76,49 @@ class Served:
         return self.returncode
 
 
+def python_m(module, *words, stdin="", cwd=ROOT, timeout=300, **environment) -> subprocess.CompletedProcess:
+    """`python -m module words...` to its end, with what it has printed. `environment` comes on top of this process's own.
+
+    For programs that load torch: any other starts as fast by itself. What is read when Python, torch or OpenMP is loaded
+    (PYTHONPATH, PYTHONIOENCODING, OMP_NUM_THREADS) has no effect here.
+    """
+    argv = [sys.executable, "-m", module, *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        files[0].write_text(stdin)
+        process = started(_run_module, argv[2:], str(cwd), os.environ | environment, files)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(argv, timeout, *(file.read_text() for file in files[1:]))
+        return subprocess.CompletedProcess(argv, process.exitcode, *(file.read_text() for file in files[1:]))
+
+
+def _run_module(argv, cwd, environment, files):
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY), number)
+    sys.stdin = open(0, closefd=False)  # a process that is made by multiprocessing has none
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    _hide_pictures()
+    sys.argv = argv
+    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+
+
+def _hide_pictures():
+    """As conftest.py does in the process of the tests."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        sys.modules[name] = None
+
+
 def _train(argv, base, log, before, output):
     os.environ["NANOCHAT_BASE_DIR"] = str(base)
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(output, os.O_WRONLY) if output else errors, 1)
     os.dup2(errors, 2)
+    _hide_pictures()
     tolerant_streams()  # as every script does
     run = build_run(parse_config(FEATURES, argv))
     if before:

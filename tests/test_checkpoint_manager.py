@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, checkpoint_writer
 from nanochat.checkpoint_manager import (
     MANIFEST,
     MODEL,
@@ -201,8 +201,8 @@ def writer_of(run_dir, **options):
 def test_what_is_saved_is_of_the_moment_of_saving(tmp_path, monkeypatch):
     """The thread is held up until the weights, moments and state have gone on: none of that is in the checkpoint. Twice, as
     the second copy reuses the first one's memory."""
-    go, write = threading.Event(), checkpoint_manager.save_checkpoint
-    monkeypatch.setattr(checkpoint_manager, "save_checkpoint", lambda *args: go.wait(20) and write(*args))
+    go, write = threading.Event(), checkpoint_writer.save_checkpoint
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *args: go.wait(20) and write(*args))
     writer, _ = writer_of(tmp_path)
     weights, moments, state = {"w": torch.zeros(5)}, {"w/m": torch.zeros(5, dtype=torch.bfloat16)}, {"losses": [1.0]}
     for step in (1, 2):

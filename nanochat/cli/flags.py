@@ -28,6 +28,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 from nanochat.cli.config_files import config_text
 from nanochat.cli.flag_files import expand_flag_files, flags_in
+from nanochat.cli.help_text import HelpFormatter, default_text, values_text
 from nanochat.common import UserError, print0
 
 LARGEST = 10**15          # upper bound of an int without its own: steps, characters and bytes stay below, and a product of two
@@ -124,8 +125,7 @@ def _unmarked(value):
 
 def build_parser(groups: list[type], prog: str | None = None, description: str | None = None) -> _Parser:
     """An argparse parser with one argument group per dataclass, headed by its docstring's first line."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
-                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     for group in groups:
         arguments = parser.add_argument_group(title_of(group))
         for f in fields(group):
@@ -219,15 +219,15 @@ def raise_problems(problems: list[str]) -> None:
 def _add_argument(arguments, f) -> None:
     meta, default = f.metadata, default_of(f)
     names = [flag_name(f.name), *meta["aliases"]]
-    help = meta["help"].replace("%", "%%")
+    metavar, choices = values_text(names[0], meta["choices"])
+    help = (meta["help"] + choices + default_text(default, meta["help"])).replace("%", "%%")
     if isinstance(default, bool):
         action = argparse.BooleanOptionalAction if default else "store_true"
         arguments.add_argument(*names, dest=f.name, action=action, default=default, help=help)
         if not default:  # for who has it in a file of flags
             arguments.add_argument(f"--no-{names[0][2:]}", dest=f.name, action="store_false", help=argparse.SUPPRESS)
         return
-    choices = "{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else None
-    metavar = meta["metavar"] or choices or _base_type(f).__name__.upper()
+    metavar = meta["metavar"] or metavar or _base_type(f).__name__.upper()
     if isinstance(default, list):  # several values after the flag, or the flag several times
         arguments.add_argument(*names, dest=f.name, default=[], action="extend", nargs="+", metavar=metavar, help=help)
     else:

@@ -141,15 +141,21 @@ def cost_in_seconds(config, forward: float, backward: float, update: float) -> C
 
 
 def relevance_of_blocks(blocks, metric: str) -> list[float]:
-    """Relevance of each block from its gradients g and weights W: ||g|| / (||W|| + eps) (grad_ratio), or the sum of |g W|."""
+    """Relevance of each block from its gradients g and weights W: ||g|| / (||W|| + eps) (grad_ratio), or the sum of |g W|.
+
+    Of several ranks, each has the gradients of a part of the weights; the results are of all.
+    """
     import torch
-    values = []
-    for block in blocks:
-        weights = [p for p in block.parameters() if p.grad is not None]
-        gradients = [p.grad for p in weights]
-        if metric == "grad_ratio":
-            norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(t))) for t in (gradients, weights)]
-            values.append(norms[0] / (norms[1] + EPSILON))
-        else:
-            values.append(sum((p.detach() * g).abs().sum() for p, g in zip(weights, gradients, strict=True)))
-    return torch.stack(values).tolist()
+
+    from nanochat.runtime.distributed import all_reduce_sum, norm_over_ranks
+    by_block = [[(p.grad, p.detach()) for p in block.parameters() if p.grad is not None] for block in blocks]
+    device = next(blocks[0].parameters()).device
+
+    def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))) if tensors else torch.zeros((), device=device)
+    if metric == "grad_ratio":
+        gradients, weights = (norm_over_ranks(torch.stack([norm([pair[side] for pair in pairs]) for pairs in by_block]))
+                              for side in (0, 1))
+        return (gradients / (weights + EPSILON)).tolist()
+    sums = [sum(((p * g).abs().sum() for g, p in pairs), torch.zeros((), device=device)) for pairs in by_block]
+    return all_reduce_sum(torch.stack(sums)).tolist()

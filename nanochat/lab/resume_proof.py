@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.checkpoint_names import optimizer_files
 from nanochat.cli.flags import LARGEST_SEED, build_parser, flag, parse
 from nanochat.cli.paths import child_environment, list_steps, output_problem, step_dir, writable_base_dir
 from nanochat.common import ROOT, UserError, print0, resolve
@@ -191,5 +192,5 @@ def fingerprint(folder: Path) -> dict:
         "steps": 1 + max(row[0] for row in rows if row[1] is not None),
         **{name: hashlib.sha256(data).hexdigest() for name, data in columns.items()},
         "weights": file_digest(final / "model.safetensors"),
-        "optimizer": file_digest(final / "optimizer.safetensors"),
+        "optimizer": " ".join(file_digest(path) for path in optimizer_files(final)),
     }

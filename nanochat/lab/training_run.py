@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.checkpoint_names import optimizer_files
 from nanochat.cli.paths import child_environment, list_steps, step_dir
 from nanochat.common import ROOT, Progress, UserError
 from nanochat.lab.plan import horizon_of
@@ -20,7 +21,6 @@ from nanochat.lab.rows import config_of, read_result
 
 POLL_SECONDS = 1.0        # between checks of a run, each of which is also a heartbeat
 SHUTDOWN_SECONDS = 120.0  # that a run which was asked to stop has to write its checkpoint
-OPTIMIZER = "optimizer.safetensors"  # of a checkpoint: two thirds of its bytes, which no evaluation reads
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class TrainingRun:
         for step in list_steps(self.run_dir)[:-1]:
             shutil.rmtree(step_dir(self.run_dir, step), ignore_errors=True)
         for step in list_steps(self.run_dir):
-            (step_dir(self.run_dir, step) / OPTIMIZER).unlink(missing_ok=True)
+            for path in optimizer_files(step_dir(self.run_dir, step)):  # two thirds of a checkpoint's bytes
+                path.unlink()
 
 
 def start_program(command: list[str], base_dir: Path, log) -> subprocess.Popen:

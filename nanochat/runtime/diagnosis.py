@@ -36,7 +36,7 @@ OPTIONAL = {  # module -> (what pip installs, what for)
     "datasets": ("'datasets>=5'", "text of the Hugging Face hub"), "pyarrow": ("pyarrow", ".parquet and .arrow"),
     "zstandard": ("zstandard", ".zst"), "yaml": ("pyyaml", "the CORE metric"), "wandb": ("wandb", "--tracker wandb"),
     "tensorboard": ("tensorboard", "--tracker tensorboard"), "trackio": ("trackio", "--tracker trackio"),
-    "torchao": ("torchao", "--fp8-backend torchao")}
+    "torchao": ("torchao", "--fp8-backend torchao"), "rich": ("rich", "the live view, --ui rich")}
 DISK_BYTES, DISK_SECONDS = 2**26, 2.0  # that are written at most to time the disk
 SLOW_DISK = 50e6         # bytes per second: a checkpoint of d12 takes a minute
 LITTLE_ROOM = 2**30      # bytes

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,12 @@ class Ranks:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1  # processes on this machine
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+        return cls(*(int(os.environ.get(name, value)) for name, value in alone.items()))
 
 
 def is_distributed() -> bool:
@@ -91,17 +94,55 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_mean_and_max(means: list[torch.Tensor], maximum: torch.Tensor) -> None:
-    """Replace the tensors `means` by their means over the ranks, and `maximum` by the largest of any rank, in place.
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest values of any rank, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
 
-    Every rank must give tensors of the same shapes in the same order. All travel at once, so that their waits overlap.
+
+def norm_over_ranks(norms: torch.Tensor) -> torch.Tensor:
+    """Norms of vectors of which each rank has a part, from the norms of these parts."""
+    return all_reduce_sum(norms.square()).sqrt() if dist.is_initialized() else norms
+
+
+class Exchange(NamedTuple):
+    """A collective under way. Its buffers must live until it has ended, so they are kept here."""
+    handle: dist.Work
+    received: torch.Tensor
+    sent: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        """What was received: at the end of the exchange on the host, on CUDA in the order of the current stream."""
+        self.handle.wait()
+        return self.received
+
+
+def all_to_all_async(out: torch.Tensor, sizes: list[int]) -> Exchange:
+    """Begin to send each rank its part of a row of elements.
+
+    out: (sum of `sizes`,), the parts for ranks 0, 1, ... one after the other.   Received: (ranks x sizes[own rank],), from ranks
+    0, 1, ...
     """
+    rank, world_size = rank_and_world_size()
+    received = out.new_empty(world_size * sizes[rank])
+    handle = dist.all_to_all_single(received, out, [sizes[rank]] * world_size, sizes, async_op=True)
+    return Exchange(handle, received, out)
+
+
+def all_gather_async(own: torch.Tensor) -> Exchange:
+    """Begin to send a row of elements to all ranks. own: (n,), with the same n on all ranks.   Received: (ranks, n)."""
+    received = own.new_empty(dist.get_world_size() * own.numel())  # flat, as Gloo wants it
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    return Exchange(gather(received, own, async_op=True), received.view(-1, own.numel()), own)
+
+
+def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
+    """Scales the loss of fp16 training. With several ranks, all of them leave out a step whose gradients overflow on any."""
     if not dist.is_initialized():
-        return
-    handles = [dist.all_reduce(tensor, async_op=True) for tensor in means]
-    for handle in [*handles, dist.all_reduce(maximum, dist.ReduceOp.MAX, async_op=True)]:
-        handle.wait()
-    torch._foreach_div_(means, dist.get_world_size())
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+    return ShardedGradScaler(device.type, enabled=enabled)
 
 
 def on_main_rank_first(work: Callable, others: Callable | None = None):

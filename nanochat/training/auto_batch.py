@@ -99,7 +99,7 @@ def memory_at_hand(plan: RunPlan) -> int:
         free, _ = torch.cuda.mem_get_info(plan.device)
         return free + torch.cuda.memory_reserved(plan.device)  # the model is there already, and counts in the estimate too
     memory = memory_estimate.host_memory(available=plan.config.horizon.auto_batch)
-    return memory // plan.ranks.world_size  # the ranks share the machine
+    return memory // plan.ranks.local_world_size
 
 
 def fits_in_memory(plan: RunPlan, state: TrainState, rows: int) -> bool:
@@ -116,7 +116,7 @@ def fits_in_memory(plan: RunPlan, state: TrainState, rows: int) -> bool:
             raise
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        state.sharding.zero_grad()
         optimizer.state.clear()
         if plan.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -25,8 +25,8 @@ from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
 from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
-from nanochat.runtime.device import device_name, dtype_name, init_device, pick_compute_dtype
-from nanochat.runtime.distributed import Ranks, on_main_rank_first
+from nanochat.runtime.device import device_name, dtype_name, give_back_memory, init_device, pick_compute_dtype
+from nanochat.runtime.distributed import Ranks, grad_scaler, on_main_rank_first
 from nanochat.runtime.lock import RunLock
 from nanochat.runtime.provenance import source_fingerprint
 from nanochat.runtime.signals import Signals
@@ -39,9 +39,11 @@ from nanochat.training.config import Config
 from nanochat.training.console import Console
 from nanochat.training.divergence import DivergencePolicy
 from nanochat.training.evaluation import Evaluator
+from nanochat.training.live_view import open_console
 from nanochat.training.recorder import Recorder, describe_run, write_config, write_failed_start
 from nanochat.training.resume import Checkpoints, open_checkpoint, refuse_changes
 from nanochat.training.run_stats import RunStats
+from nanochat.training.sharding import Sharding
 from nanochat.training.state import RunPlan, TrainState
 from nanochat.training.step import PendingStep, Trainer
 
@@ -85,9 +87,9 @@ class Run:
 
     @contextmanager
     def observed(self):
-        """For the training loop: times it and, with --audit, watches it."""
+        """For the training loop: shows it, times it and, with --audit, watches it."""
         audit = self.trainer.audit
-        with self.state.clock.looping(), audit.counting() if audit else nullcontext():
+        with self.console.training(), self.state.clock.looping(), audit.counting() if audit else nullcontext():
             yield
 
     def save(self) -> None:
@@ -202,6 +204,7 @@ def prepare_text(config: Config, recorded: str | None = None) -> tuple[Tokenizer
         folder = located(recorded)
         print0(f"going on with the tokens prepared before, {folder}: {e}")
     tokens = TokenDataset.open(folder)
+    give_back_memory()
     print0(f"text: {data.data} | vocabulary {tokenizer.get_vocab_size():,} | tokens: "
            f"{tokens.split('train').num_tokens:,} training, {tokens.split('val').num_tokens:,} validation")
     if left_out := tokens.left_out():
@@ -232,14 +235,15 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         print0(f"going on without torch.compile, slower: {reason}")
         plan = plan.without_compiler()
     plan = replace(plan, kernel_choices={"attention": attention.describe(), **choose_kernels(plan, model, tuner, before)})
+    give_back_memory()
     flags, factor = config.optim, plan.horizon.lr_factor
     optimizer = model.setup_optimizer(
         flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
         flags.scalar_lr * plan.horizon.scalar_lr_factor,
         momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
     state = TrainState(
-        model=model, optimizer=optimizer, features=features, clock=Clock(plan.device),
-        scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
+        model=model, optimizer=optimizer, sharding=Sharding(model, optimizer), features=features, clock=Clock(plan.device),
+        scaler=grad_scaler(plan.device, enabled=plan.dtype == torch.float16),
         stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
     if config.horizon.takes_what_fits:
         size, possible = before.get("rows per micro-batch"), micro_batches(config.horizon.device_batch_size)
@@ -311,7 +315,8 @@ def training_rows(plan: RunPlan) -> PackedRows:
 
 def assemble(trainer: Trainer, checkpoint: tuple[dict, dict, dict] | None, lock: RunLock | None, started: float) -> Run:
     """The run of a trainer, with its folder: begun, or taken over from the checkpoint."""
-    plan, state, console = trainer.plan, trainer.state, Console()
+    plan, state = trainer.plan, trainer.state
+    console = open_console(plan, state, trainer.signals)
     state.step = checkpoint[2]["step"] if checkpoint else 0
     checkpoints, same_run = Checkpoints(plan, state, console), True
     if checkpoint:

@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.checkpoint_names import complete_optimizer_names, optimizer_files, remove_saving_file
 from nanochat.cli.paths import runs_dir, step_dir
 from nanochat.common import UserError, print0
 from nanochat.runtime.files import check_file, read_json
 from nanochat.runtime.lock import RunLock, lock_holder
 from nanochat.training import run_folder
-from nanochat.training.run_facts import OPTIMIZER, best_checkpoint
+from nanochat.training.run_facts import best_checkpoint
 from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, StoredRun, folder_bytes, list_runs
 
 DELETING = "~deleting"  # `.NAME~deleting` is a run that is being deleted, which `list_tags` does not take for one
@@ -53,6 +54,7 @@ def delete_run(run: StoredRun) -> int:
             shutil.rmtree(hidden, ignore_errors=True)
             os.rename(run.folder, hidden)  # from here on it does not look like a run
             shutil.rmtree(hidden)
+            remove_saving_file(run.folder)  # of ranks that were killed
         return size
     except OSError as e:
         raise UserError(f"could not delete {run.folder}: {e.strerror or e}") from None
@@ -125,7 +127,7 @@ def _optimizer_states(run: StoredRun) -> list[Item]:
     kept = {best, run.checkpoints[-1]}
     found = [Item(run.name, OPTIMIZER_STATE, path, "an older checkpoint of a run that has ended: its weights stay")
              for step in run.checkpoints if step in own and step not in kept
-             and (path := step_dir(run.folder, step) / OPTIMIZER).is_file()]
+             for path in optimizer_files(step_dir(run.folder, step))]
     return found if found and all(is_whole(step_dir(run.folder, step), checksums=False) for step in kept) else []
 
 
@@ -138,7 +140,7 @@ def is_whole(checkpoint: Path, checksums: bool = True) -> bool:
                 check_file(checkpoint / name, expected)
             elif (checkpoint / name).stat().st_size != expected["bytes"]:
                 return False
-        return OPTIMIZER in files
+        return bool(complete_optimizer_names(files))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

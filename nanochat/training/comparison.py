@@ -10,7 +10,8 @@ from nanochat.training.report import BPB, LOSS, axes, loss_points, shown, val_po
 from nanochat.training.run_index import StoredRun, part
 
 MOST_RUNS = len(COLOURS)
-NAMES = ("--model-tag", "--run", "--result-json", "--overwrite", "--resume-from-step", "--allow-change")  # of no effect on a run
+# of no effect on a run
+NAMES = ("--model-tag", "--run", "--result-json", "--overwrite", "--resume-from-step", "--allow-change", "--ui")
 ONE_SEED = ("One run of each proves little: another seed often changes more than a setting does. The lab trains both sides with "
             "several seeds and says whether a difference is real: python -m scripts.lab compare --help")
 STYLE = CHART_STYLE + ".legend { position: sticky; top: 0; background: var(--back) }"  # in sight of all charts

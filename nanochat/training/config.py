@@ -7,6 +7,7 @@ command line is answered at once.
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any
 
 from nanochat.cli.flags import LARGEST_SEED, above, at_least, default_of, flag, flag_name, other_than, parse
@@ -81,6 +82,9 @@ class RunFlags(DeviceFlags):
     result_json: str | None = flag(None, "write result.json here too", metavar="PATH", affects_results=False)
     audit: bool = flag(False, "check that nothing trains outside of the timed steps and no step takes more batches than it says: "
                        "`audit` in result.json; takes some time, which does not count", affects_results=False)
+    ui: str = flag("auto", "what is shown while it trains: rich, a live view with curves on a terminal; or plain lines; auto "
+                   "takes rich on a terminal, where that package is installed", choices=("auto", "rich", "plain"),
+                   affects_results=False)
     explain: bool = flag(False, "print what the run would do (shape, batch, steps, learning rates) and stop",
                          affects_results=False)
 
@@ -94,6 +98,8 @@ class RunFlags(DeviceFlags):
             problems.append(f"--result-json {reason}")
         if self.compile_cache_dir is not None and (reason := folder_problem(self.compile_cache_dir)):
             problems.append(f"--compile-cache-dir: {reason}")
+        if self.ui == "rich" and find_spec("rich") is None:
+            problems.append("--ui rich needs the package rich: pip install rich (it is in the extra `ui`), or leave out --ui")
         if "none" in self.tracker and len(self.tracker) > 1:
             problems.append("--tracker none excludes the others: name trackers or none")
         return problems
@@ -289,8 +295,10 @@ def validate(config: Config) -> list[str]:
     return problems
 
 
-def parse_config(features=(), argv: list[str] | None = None, prog: str | None = None) -> Config:
+def parse_config(features=(), argv: list[str] | None = None, prog: str | None = None,
+                 description: str = "Train a GPT.") -> Config:
     """Parse the command line of a run. features: Feature classes (nanochat/features), which add flags and checks.
+    prog, description: for --help.
 
     Raises: UserError, which lists every problem.
     """
@@ -305,4 +313,4 @@ def parse_config(features=(), argv: list[str] | None = None, prog: str | None = 
         return validate(config) + [p for feature in features for p in feature.validate(config)]
 
     groups: list[Any] = [f.type for f in core] + [feature.Config for feature in features]  # classes, all of them
-    return assemble(parse(groups, argv, prog, description="Train a GPT.", validate=validate_all))
+    return assemble(parse(groups, argv, prog, description=description, validate=validate_all))

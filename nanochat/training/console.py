@@ -3,13 +3,16 @@
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 
 from nanochat.common import format_duration, print0
 
 LOG_EVERY_SECONDS = 5.0
+RECENT_STEPS = 50  # whose mean time foretells the time left
 
 
 class Console:
+    """The plain one. nanochat/training/live_view.py has one that draws more than a line."""
 
     def __init__(self):
         self.tty = sys.stdout.isatty()
@@ -33,14 +36,26 @@ class Console:
         print0(("\n" if self.unfinished else "") + text)
         self.unfinished = False
 
+    def row(self, row: dict) -> None:
+        """Take note of a row of metrics.jsonl, of a step or of an evaluation in bits per byte."""
+
+    def training(self):
+        """The context of the training loop."""
+        return nullcontext()
+
+
+def time_left(done: int, num_iterations: int, recent_step_seconds: list[float], train_seconds: float,
+              max_train_seconds: float) -> float:
+    """Seconds until the last step or --max-train-seconds (<= 0: none), by the mean of the last steps."""
+    left = (num_iterations - done) * sum(recent_step_seconds) / len(recent_step_seconds)
+    return min(left, max(0.0, max_train_seconds - train_seconds)) if max_train_seconds > 0 else left
+
 
 def progress_line(row: dict, num_iterations: int, recent_step_seconds: list[float], train_seconds: float,
                   max_train_seconds: float) -> str:
-    """A step's row of metrics.jsonl as one line, with the time left: until the last step or --max-train-seconds (<= 0: none)."""
+    """A step's row of metrics.jsonl as one line, with the time left."""
     done = row["step"] + 1
-    eta = (num_iterations - done) * sum(recent_step_seconds) / len(recent_step_seconds)
-    if max_train_seconds > 0:
-        eta = min(eta, max(0.0, max_train_seconds - train_seconds))
+    eta = time_left(done, num_iterations, recent_step_seconds, train_seconds, max_train_seconds)
     return (f"step {done:0{len(str(num_iterations))}d}/{num_iterations} ({100 * done / num_iterations:.1f}%) | "
             f"loss {row['smooth_loss']:.4f} | lr x{row['lr_multiplier']:.2f} | {row['dt_ms']:,.0f} ms | "
             f"{row['tok_per_sec']:,.0f} tok/s | {row['peak_mem_mib']:,.0f} MiB | {format_duration(train_seconds)} | "

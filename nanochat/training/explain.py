@@ -20,6 +20,11 @@ from nanochat.recipe.schedules import lr_scale, muon_momentum, weight_decay_scal
 from nanochat.recipe.shape import GPTConfig, param_counts, scaling_params, window_sizes
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training.config import Config
+from nanochat.training.plan_cache import CHARS_PER_TOKEN
+
+# Bytes of a process that are no model's, by whether it compiles: Python, torch, and what steps load (AMD EPYC, torch 2.13)
+PROGRAM = {False: 380 * 2**20, True: 480 * 2**20}
+MAPPED_AT_ONCE = 2**16  # bytes of a file that come into memory with any of them: what Linux maps around a page
 
 
 def vocabulary(config: Config) -> tuple[int, str]:
@@ -61,13 +66,27 @@ def memory_config(config: Config) -> MemoryConfig:
 
 def memory(config: Config, shape: GPTConfig) -> dict:
     """The estimated memory of a step on one device, in total and by component; and the micro-batch that fits in this machine's
-    memory. The memory of a GPU is not known here: its two entries are None."""
+    memory. The memory of a GPU is not known here: its two entries are None, and so is `process`, what the process of a CPU holds
+    besides."""
     rows, how = config.horizon.device_batch_size, memory_config(config)
     estimate, limit = estimate_memory(shape, rows, how), None if how.cuda else host_memory(available=False)
     fitting = limit and largest_fit(shape, micro_batches(rows, shape.sequence_len), limit, how)
     return {"rows": rows, "fewer_rows_where_short": config.horizon.takes_what_fits, "total": estimate.total,
-            "components": vars(estimate), "available": limit, "rows_that_fit": fitting,
+            "components": vars(estimate), "process": None if how.cuda else process_memory(config, shape),
+            "available": limit, "rows_that_fit": fitting,
             "advice": advice(shape, rows, limit, how) if limit and fitting != rows else None}
+
+
+def process_memory(config: Config, shape: GPTConfig) -> dict[str, int]:
+    """Bytes that the process of a run on a CPU holds at its peak besides a step's. By purpose: the program; the copies from which
+    checkpoints are written, where there are any before the end; the prepared text, as far as it is read and its size is known."""
+    estimate, horizon = estimate_memory(shape, 1, memory_config(config)), config.plan(shape)
+    every, chars = config.eval.save_every, config.data.max_chars
+    read = horizon.total_tokens // shape.sequence_len * MAPPED_AT_ONCE
+    token = 2 if shape.vocab_size <= 2**16 else 4
+    return {"program": PROGRAM[config.run.compile],
+            "checkpoint copies": estimate.weights + estimate.moments if 0 < every < horizon.num_iterations else 0,
+            "text": min(read, chars // CHARS_PER_TOKEN * token) if chars > 0 else 0}
 
 
 def disk(config: Config, shape: GPTConfig, steps: int) -> dict:
@@ -111,6 +130,10 @@ def as_text(found: dict, config: Config) -> str:
         **{f"memory: {component}": size_text(size) for component, size in memory["components"].items()},
         "estimated memory": f"{size_text(memory['total'])} with {memory['rows']} rows per micro-batch (the larger of update, and "
                             "activations with logits)",
+        **{f"memory: {purpose}": f"{size_text(size)}, of the process" for purpose, size in (memory["process"] or {}).items()
+           if size},
+        **({"memory of the process": f"{size_text(memory['total'] + sum(memory['process'].values()))} at its peak, which is what "
+                                     "result.json has"} if memory["process"] else {}),
         **fitting(memory),
         "disk": f"{disk['checkpoints']:,} x {size_text(disk['checkpoint'])} = {size_text(disk['total'])} of checkpoints; "
                 f"{size_text(disk['free'])} are free" + (": TOO LITTLE" if disk["total"] > disk["free"] else ""),

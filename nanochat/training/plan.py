@@ -7,20 +7,19 @@ from dataclasses import dataclass
 
 from nanochat.cli.flags import above, flag
 from nanochat.common import UserError, format_duration, format_table
-from nanochat.data.split import VAL_CHARS
-from nanochat.features import FEATURES, Feature, Features
+from nanochat.features import FEATURES, Feature
 from nanochat.recipe.memory_estimate import estimate_memory
 from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.other_load import SPOILT, spoilt_warning
-from nanochat.training import plan_probe
+from nanochat.training import plan_cache, plan_probe
 from nanochat.training.config import Config, parse_config
-from nanochat.training.explain import as_text, lines, memory_config, report, size_text, vocabulary
-from nanochat.training.plan_probe import NotMeasured, Probe
+from nanochat.training.explain import as_text, lines, memory_config, process_memory, report, size_text, vocabulary
+from nanochat.training.plan_cache import Probe
+from nanochat.training.plan_probe import NotMeasured
 
 CANDIDATES = ("--chunked-ce", "--recompute-activations", "--cast-once", "--compile-parts", "--bf16-momentum", "--fused-rmsnorm",
               "--fp8")  # flags that --gains tries; --deferred-loss-logging acts between steps, which a probe does not time
 FOR_GPUS = ("--fused-rmsnorm",)  # of these, those that are accepted elsewhere and do nothing
-CHARS_PER_TOKEN = 3  # about, to guess how much text there is to evaluate on
 TIE = 0.01  # share of a step's time that counts as no difference
 
 
@@ -55,7 +54,7 @@ class Plan(Feature):
 
 def parse_plan(argv: list[str], prog: str | None = None) -> tuple[Config, Plan.Config]:
     """The run that is planned, as base_train would parse it, and the flags of the plan. Raises: UserError."""
-    config = parse_config((*FEATURES, Plan), argv, prog)
+    config = parse_config((*FEATURES, Plan), argv, prog, "What would a run need and take here? It trains nothing.")
     return config, config.features.pop(Plan.name)
 
 
@@ -63,53 +62,57 @@ def probe_of(config: Config, shape: GPTConfig, flags: Plan.Config) -> tuple[Prob
     """The kept or a new probe, or None and why there is none."""
     if not flags.probe:
         return None, "--no-probe"
-    if not flags.probe_again and (kept := plan_probe.kept_probe(config, shape)):
+    if not flags.probe_again and (kept := plan_cache.kept_probe(config, shape)):
         return kept, None
     say(f"measuring steps for about {flags.probe_seconds:g} s, after the model is built" + " and compiled" * config.run.compile)
     try:
         probe = plan_probe.measure(config, shape, flags.probe_seconds)
     except NotMeasured as e:
         return None, str(e)
-    plan_probe.keep(config, shape, probe)
+    plan_cache.keep(config, shape, probe)
     return probe, None
 
 
+PARTS = ("train", "eval", "compile", "save")  # of the time of the training loop
+
+
 def forecast(config: Config, shape: GPTConfig, probe: Probe) -> dict:
-    """What a run of these flags will take on the machine of the probe, on one device."""
-    horizon, flags = config.plan(shape), config.eval
+    """What a run of these flags will take on the machine of the probe, on one device, from its first step to its last: seconds by
+    part and in total, and peak memory."""
+    horizon = config.plan(shape)
     step = probe.step_sec(horizon.total_batch_size // shape.sequence_len)
     train, limit = horizon.num_iterations * step, config.run.max_train_seconds
-    evaluations = 0 if flags.eval_every <= 0 else 1 + -(-horizon.num_iterations // flags.eval_every)
-    rows = -(-evaluated_tokens(config) // shape.sequence_len)
+    evaluations, rows = plan_cache.evaluations(config, shape), -(-plan_cache.evaluated_tokens(config) // shape.sequence_len)
+    seconds = {"train": min(train, limit) if limit > 0 else train,
+               "eval": evaluations * rows / probe.rows * probe.eval_micro_batch_sec,
+               "compile": probe.compile_sec, "save": plan_cache.saves(config, shape) * probe.save_sec}
     return {
         "step_sec": step, "tok_per_sec": horizon.total_batch_size / step,
-        "estimated_train_time_sec": min(train, limit) if limit > 0 else train,
-        "estimated_eval_time_sec": evaluations * rows / probe.rows * probe.eval_micro_batch_sec,
-        "estimated_compile_time_sec": probe.compile_sec,
-        "estimated_peak_mem_mib": probe.peak_mem_mib if evaluations else probe.step_peak_mem_mib,
+        **{f"estimated_{part}_time_sec": seconds[part] for part in PARTS}, "estimated_time_sec": sum(seconds.values()),
+        "estimated_peak_mem_mib": sum(peak_memory(config, shape, probe).values()),
     }
 
 
-def evaluated_tokens(config: Config) -> int:
-    """Tokens of an evaluation in bits per byte, at most. By default a twentieth of the text is for validation."""
-    if config.data.val_data:
-        return config.eval.eval_tokens
-    chars = VAL_CHARS if config.data.max_chars <= 0 else min(VAL_CHARS, config.data.max_chars // 20)
-    return max(1, min(config.eval.eval_tokens, chars // CHARS_PER_TOKEN))
+def peak_memory(config: Config, shape: GPTConfig, probe: Probe) -> dict[str, float]:
+    """The peak memory of a run in MiB, by origin: what the probe took, and what a run of these flags holds besides. A probe that
+    is a run holds all of it."""
+    found = {"steps": probe.peak_mem_mib if plan_cache.evaluations(config, shape) else probe.step_peak_mem_mib}
+    if not probe.run and probe.device_type == "cpu":
+        found |= {name: size / 2**20 for name, size in process_memory(config, shape).items() if name != "program"}
+    return found
 
 
 def forecast_for_result(config: Config, shape: GPTConfig) -> dict | None:
     """The `plan` of result.json: what the kept probe of these flags foretells; None where there is none."""
-    if not (probe := plan_probe.kept_probe(config, shape)):
+    if not (probe := plan_cache.kept_probe(config, shape)):
         return None
     found = forecast(config, shape, probe)
-    return {name: found[name] for name in ("estimated_train_time_sec", "estimated_peak_mem_mib")}
+    return {name: value for name, value in found.items() if name.startswith("estimated_")}
 
 
 def expected(config: Config, shape: GPTConfig, probe: Probe, flags: Plan.Config) -> dict:
     """For JSON: the forecast of the run; energy and cost where their flags are given."""
     found = forecast(config, shape, probe)
-    found["estimated_time_sec"] = sum(found[f"estimated_{part}_time_sec"] for part in ("train", "eval", "compile"))
     if flags.watts > 0:
         found["energy_kwh"] = flags.watts * found["estimated_time_sec"] / 3.6e6
     if flags.price_per_kwh > 0:
@@ -140,12 +143,13 @@ def gains(argv: list[str], config: Config, shape: GPTConfig, seconds: float, dev
 
 # ---- text and JSON
 
-def measured_text(config: Config, probe: Probe, found: dict, flags: Plan.Config) -> str:
+def measured_text(config: Config, shape: GPTConfig, probe: Probe, found: dict, flags: Plan.Config) -> str:
     """Probe and forecast as aligned lines."""
-    evaluation = found["estimated_eval_time_sec"]
+    evaluation, saves = found["estimated_eval_time_sec"], plan_cache.saves(config, shape)
+    parts = [f"{size:,.0f} {name}" for name, size in peak_memory(config, shape, probe).items() if size]
     facts = {
-        "measured": f"{probe.steps} steps on {probe.device}, {probe.dtype}, {'' if probe.compiled else 'not '}compiled "
-                    f"({probe.date}; --probe-again measures anew)",
+        "measured": f"{probe.steps:,} steps{f' of the run {probe.run}' if probe.run else ''} on {probe.device}, {probe.dtype}, "
+                    f"{'' if probe.compiled else 'not '}compiled ({probe.date}; --probe-again measures anew)",
         "micro-batch": f"{probe.rows} rows" + (f": more than that of at most {config.horizon.device_batch_size} need more than "
                                                f"{size_text(probe.memory_limit)}"
                                                if probe.rows < config.horizon.device_batch_size else ""),
@@ -156,15 +160,17 @@ def measured_text(config: Config, probe: Probe, found: dict, flags: Plan.Config)
                            if evaluation else "none: --eval-every",
         "compilation": f"{format_duration(found['estimated_compile_time_sec'])} when this was measured; less where graphs are "
                        "kept from before" if probe.compiled else "none",
-        "time in total": f"about {format_duration(found['estimated_time_sec'])}",
-        "peak memory": f"{found['estimated_peak_mem_mib']:,.0f} MiB" + (", of the process" if probe.device_type == "cpu" else ""),
+        "saving": f"at most {format_duration(found['estimated_save_time_sec'])}, for {saves:,} checkpoint{'s' * (saves > 1)}",
+        "time in total": f"about {format_duration(found['estimated_time_sec'])}, from the first step on; reading text is before",
+        "peak memory": f"{found['estimated_peak_mem_mib']:,.0f} MiB" + (", of the process" if probe.device_type == "cpu" else "")
+                       + (f": {', '.join(parts)}" if len(parts) > 1 else ""),
     }
     if "energy_kwh" in found:
         facts["energy"] = f"{found['energy_kwh']:.3g} kWh at {flags.watts:g} W"
     if "cost" in found:
         facts["cost"] = f"{found['cost']:.3g} at {flags.price_per_kwh:g} per kWh"
     notes = [spoilt_warning(probe.other_load)]
-    if Features(config, FEATURES).dynamic_forward_args:
+    if plan_cache.steps_differ(config) and not probe.run:
         notes.append("note: the steps of this schedule differ. Those at the beginning were measured")
     return "\n".join([lines(facts), *filter(None, notes)])
 
@@ -207,7 +213,7 @@ def show_plan(argv: list[str], prog: str | None = None) -> None:
     found |= {"probe": probe and vars(probe), "not_measured": why_not, "expected": None, "gains": None}
     if probe:
         found["expected"] = expected(config, shape, probe, flags)
-        show("\n" + measured_text(config, probe, found["expected"], flags))
+        show("\n" + measured_text(config, shape, probe, found["expected"], flags))
     else:
         show(f"\nnot measured: {why_not}")
     if probe and flags.gains:

@@ -6,47 +6,36 @@ at most two micro-batches, as some steps would take minutes: forward and backwar
 apart, and a whole step is computed from them. Two, because the second finds the gradients of the first.
 
 A probe runs in a process of its own: memory that runs out, or a kernel that crashes, ends that process only. Its result is kept
-under the base directory, by machine and flags: the next plan takes it without measuring.
-
-    BASE/plan/DIGEST.json      of a machine and a version of the source: {"machine": {...}, "probes": {KEY: ...}}, sealed
+(plan_cache.py): the next plan takes it without measuring.
 
 No torch at the top: the process that plans does not need it.
 """
 
 import copy
-import hashlib
-import json
 import math
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir
 from nanochat.features import FEATURES, Features
 from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime import timing
-from nanochat.runtime.diagnosis import version_of
-from nanochat.runtime.files import read_sealed, seal, write_atomic
+from nanochat.runtime.files import write_hashed
 from nanochat.runtime.other_load import OtherLoad
-from nanochat.runtime.provenance import source_fingerprint
 from nanochat.training.config import Config
+from nanochat.training.plan_cache import Probe, micro_batches
 
-SCHEMA_VERSION = 1         # of the file of probes, whose entries are the fields of a Probe
-MICRO_BATCHES = 2          # of a probe's step at most
 STRETCH_SECONDS = 0.25     # of consecutive steps of one side, where two take turns
 ROUNDS = 4                 # of such turns, at least
 MOST_COMPILED = 5          # steps that are left out because something was compiled in them
 TOKENS, DOCUMENTS = 2**20, 2**10  # random ones, which the rows of a probe repeat
-# flags of a run that its steps do not depend on; all others of this group are part of a probe's key
-NAMES = {"run", "model_tag", "seed", "compile_cache_dir", "resume_from_step", "overwrite", "allow_change", "max_train_seconds",
-         "tracker", "result_json", "audit", "explain"}
+MOST_WRITTEN = 2**26       # bytes, to see how long a checkpoint takes
 
 NO_MEMORY = ("memory ran out. Take a smaller --device-batch-size (--auto-batch chooses by itself), or add --chunked-ce, or "
              "--recompute-activations")
@@ -54,84 +43,6 @@ NO_MEMORY = ("memory ran out. Take a smaller --device-batch-size (--auto-batch c
 
 class NotMeasured(Exception):
     """Why a probe has no result, in words."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a probe has measured. Seconds of a micro-batch are those of its forward and backward pass."""
-    device: str
-    device_type: str
-    dtype: str
-    compiled: bool
-    rows: int                    # of a micro-batch: --device-batch-size, or fewer that fit
-    memory_limit: int            # bytes that a run may use on the device
-    micro_batch_sec: float       # median
-    update_sec: float            # median; what a step takes besides its micro-batches
-    spread: float                # of the steps' times: distance of the quartiles, as a share of the median
-    steps: int                   # that were timed
-    eval_micro_batch_sec: float  # evaluation of a micro-batch in bits per byte
-    compile_sec: float           # as it was for the probe: less where the graphs were compiled before
-    step_peak_mem_mib: float
-    peak_mem_mib: float          # the evaluation included
-    other_load: float | None     # share of all cores' time that other programs used meanwhile
-    date: str
-
-    def step_sec(self, rows_per_step: int) -> float:
-        """Seconds of an optimizer step of so many rows."""
-        return rows_per_step / self.rows * self.micro_batch_sec + self.update_sec
-
-
-# ---- probes that are kept
-
-def kept_probe(config: Config, shape: GPTConfig) -> Probe | None:
-    """The probe of these flags on this machine."""
-    kept = _kept().get(_key(config, shape))
-    return Probe(**kept) if kept else None
-
-
-def keep(config: Config, shape: GPTConfig, probe: Probe) -> None:
-    """Write a probe down. In a base directory that cannot be written nothing is kept: the next plan measures again."""
-    content = {"schema_version": SCHEMA_VERSION, "machine": _machine(),
-               "probes": _kept() | {_key(config, shape): asdict(probe)}}
-    with suppress(OSError):
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(_file(), seal(content))
-
-
-def _kept() -> dict:
-    """The probes of this machine, by key. A file that is damaged counts as none."""
-    try:
-        return read_sealed(_file(), SCHEMA_VERSION)["probes"]
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def _file() -> Path:
-    return get_base_dir() / "plan" / f"{_digest(_machine())}.json"
-
-
-def _machine() -> dict:
-    """What the times of all probes depend on, as far as it is known without torch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    settings = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NANOCHAT_DTYPE", "NANOCHAT_NATIVE")
-    return {"host": platform.node(), "cores": cores, **{name: os.environ.get(name) for name in settings},
-            "torch": version_of("torch"), "source": source_fingerprint()}
-
-
-def _key(config: Config, shape: GPTConfig) -> str:
-    """Of the shape and of all flags that the time of a micro-batch or of an update depends on."""
-    run = {name: value for name, value in vars(config.run).items() if name not in NAMES}
-    return _digest([asdict(shape), run, config.horizon.device_batch_size, config.horizon.takes_what_fits,
-                    _micro_batches(config, shape), config.optim.bf16_momentum,
-                    {name: vars(flags) for name, flags in config.features.items()}])
-
-
-def _digest(facts) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _micro_batches(config: Config, shape: GPTConfig) -> int:
-    return min(MICRO_BATCHES, config.plan(shape).grad_accum_steps)
 
 
 # ---- measuring, in a process of its own
@@ -204,8 +115,22 @@ def take_probe(config: Config, shape: GPTConfig, seconds: float) -> dict:
         compiled=plan.compile and not trainer.forward.eager_fallbacks, rows=plan.micro_batch_size,
         memory_limit=memory_limit(plan.device), micro_batch_sec=micro, update_sec=update,
         spread=(times["q3"] - times["q1"]) / times["median"], steps=len(steps), eval_micro_batch_sec=eval_seconds,
-        compile_sec=state.clock.compile, step_peak_mem_mib=step_peak,
+        compile_sec=state.clock.compile, save_sec=seconds_to_save(state), step_peak_mem_mib=step_peak,
         peak_mem_mib=max(step_peak, trainer.peak_memory.step_peak()), other_load=others, date=time.strftime("%Y-%m-%d"))
+
+
+def seconds_to_save(state) -> float:
+    """Seconds that a checkpoint takes, whose like is written in part at most; 0 where nothing can be written."""
+    from nanochat.checkpoint_manager import total_bytes
+    size = total_bytes(state.model.state_dict()) + total_bytes(state.optimizer.named_state())
+    part = min(size, MOST_WRITTEN)
+    try:
+        with tempfile.TemporaryDirectory(dir=get_base_dir(), prefix=".plan-") as folder:
+            started = time.monotonic()
+            write_hashed(Path(folder) / "checkpoint", [bytes(2**16)] * math.ceil(part / 2**16))
+            return size / part * (time.monotonic() - started)
+    except OSError:
+        return 0.0
 
 
 def take_turns(config: Config, candidate: Config, shape: GPTConfig, seconds: float) -> dict:
@@ -247,12 +172,12 @@ def take_steps(trainer, count: int) -> list[tuple[float, float]]:
 
 
 def make_trainer(config: Config, shape: GPTConfig):
-    """A Trainer at step 0 of a run on random tokens, with at most MICRO_BATCHES micro-batches of --device-batch-size a step."""
+    """A Trainer at step 0 of a run on random tokens, with at most two micro-batches of --device-batch-size a step."""
     from nanochat.runtime.device import init_device, pick_compute_dtype
     from nanochat.training.build import build_trainer, plan_of
     short = copy.deepcopy(config)
     micro_batch = config.horizon.device_batch_size * shape.sequence_len
-    short.horizon.total_batch_size = _micro_batches(config, shape) * micro_batch
+    short.horizon.total_batch_size = micro_batches(config, shape) * micro_batch
     short.horizon.num_iterations = config.plan(shape).num_iterations
     device, ranks = init_device(config.run.device_type)
     dtype, _ = pick_compute_dtype(device, config.run.dtype)

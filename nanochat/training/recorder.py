@@ -18,10 +18,12 @@ from nanochat.runtime.device import device_name, dtype_name, peak_flops
 from nanochat.runtime.files import write_atomic
 from nanochat.runtime.provenance import git_state, source_fingerprint
 from nanochat.training import run_folder
+from nanochat.training.auto_batch import memory_limit
 from nanochat.training.config import Config
-from nanochat.training.console import Console, progress_line
+from nanochat.training.console import RECENT_STEPS, Console, progress_line
 from nanochat.training.divergence import MAX_ROLLBACKS
 from nanochat.training.plan import forecast_for_result
+from nanochat.training.plan_cache import keep_run
 from nanochat.training.plot import plot_run
 from nanochat.training.records import MetricsFile, write_result
 from nanochat.training.report import report_run
@@ -54,9 +56,10 @@ class Recorder:
         } | result.columns
         self.metrics.write(row)
         self.trackers.log({f"train/{k}": v for k, v in row.items() if k != "step"}, result.step)
+        self.console.row(row)
         if result.step - self.first_step < FIRST_STEPS_SHOWN or self.console.is_due():
-            self.console.progress(progress_line(row, plan.horizon.num_iterations, state.stats.dts[-50:], state.clock.train,
-                                                plan.config.run.max_train_seconds))
+            self.console.progress(progress_line(row, plan.horizon.num_iterations, state.stats.dts[-RECENT_STEPS:],
+                                                state.clock.train, plan.config.run.max_train_seconds))
 
     def skipped_step(self, result: StepResult, trouble: str) -> None:
         """Record a step that was left out because its loss or gradients were not finite."""
@@ -69,9 +72,11 @@ class Recorder:
 
     def bits_per_byte(self, bpb: float) -> None:
         state, seconds = self.state, self.state.clock.train
-        self.metrics.write({"step": state.step, "val_bpb": bpb, "train_time_sec": seconds,
-                            "tokens_seen": state.step * self.plan.horizon.total_batch_size})
+        row = {"step": state.step, "val_bpb": bpb, "train_time_sec": seconds,
+               "tokens_seen": state.step * self.plan.horizon.total_batch_size}
+        self.metrics.write(row)
         self.trackers.log({"val/bpb": bpb, "val/train_time_sec": seconds}, state.step)
+        self.console.row(row)
         self.console.line(f"step {state.step} | validation {bpb:.6f} bits per byte (best {state.stats.min_val_bpb:.6f})")
 
     def core_metric(self, value: float) -> None:
@@ -117,6 +122,9 @@ class Recorder:
             "plan": forecast_for_result(plan.config, plan.shape) if plan.ranks.world_size == 1 else None,
         } | state.features.summary()
         write_result(result_files(plan.config, plan.run_dir), fields)
+        if plan.ranks.world_size == 1:
+            keep_run(plan.config, plan.shape, fields, state.stats.dts, device_type=plan.device.type, rows=plan.micro_batch_size,
+                     memory_limit=memory_limit(plan.device))
         for line in [*state.features.reports(), plot_run(plan.run_dir), report_run(plan.run_dir)]:
             self.console.line(line)
 

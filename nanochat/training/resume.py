@@ -1,11 +1,13 @@
 """Checkpoints of a run: writing them beside its training, and going on from one to the same bits."""
 
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
 from nanochat.checkpoint_manager import (
     CheckpointWriter,
+    SharedSaves,
     archive_later_checkpoints,
     check_disk_space,
     check_tokenizer,
@@ -17,7 +19,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.cli.paths import list_steps, portable, step_dir
 from nanochat.common import UserError, is_main_rank, print0
 from nanochat.runtime.device import device_name, dtype_name
-from nanochat.runtime.distributed import barrier, on_main_rank_first
+from nanochat.runtime.distributed import barrier, broadcast_object, on_main_rank_first
 from nanochat.training import run_folder
 from nanochat.training.config import Config
 from nanochat.training.console import Console
@@ -29,29 +31,33 @@ FIRST_KERNELS = {"weight gradient": "torch", "rotary norm": "torch", "qkv": "sep
 
 
 class Checkpoints:
-    """The checkpoints of the run that `plan` describes; rank 0 alone writes.
+    """The checkpoints of the run that `plan` describes. All ranks write: each its part of the optimizer's state, rank 0 the rest.
 
     saved_step: the step that the run can return to; what was trained since would be lost.
     """
 
     def __init__(self, plan: RunPlan, state: TrainState, console: Console):
-        """Raises: UserError where the disk does not even hold one checkpoint."""
+        """Raises: UserError where the disk does not even hold one checkpoint, or ranks do not share the run's folder."""
         self.plan, self.state, self.saved_step = plan, state, state.step
         steps, every, keep = plan.horizon.num_iterations - state.step, plan.config.eval.save_every, plan.config.eval.keep_last
         saves = -(-steps // every) if every > 0 else 1
         count = min(saves, keep + 2) if keep > 0 else saves  # those kept, the best, and the one being written
         size = checkpoint_bytes(state.model, state.optimizer)
         on_main_rank_first(lambda: check_disk_space(plan.run_dir, size, rows=steps, count=count), others=lambda: None)
-        self.writer = CheckpointWriter(plan.run_dir, keep, console.line,
+        launch = broadcast_object(uuid4().hex)
+        ranks = on_main_rank_first(lambda: SharedSaves(plan.run_dir, plan.ranks.rank, plan.ranks.world_size, launch)) \
+            if plan.ranks.world_size > 1 else None
+        self.writer = CheckpointWriter(plan.run_dir, keep, console.line, ranks=ranks,
                                        on_saved=lambda: run_folder.delete_replaced(plan.run_dir))
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the present step, unless there is one or nothing has been trained."""
+        """Begin to write a checkpoint of the present step, unless there is one or nothing has been trained. On all ranks."""
         state, plan = self.state, self.plan
         if state.step <= self.saved_step:
             return
         self.saved_step = state.step
         if not is_main_rank():
+            self.writer.save(state.step, {}, state.optimizer.named_state(), {}, {})
             return
         described = {
             "model_config": vars(plan.shape), "user_config": plan.config.flat(), "tokens": portable(plan.tokens.folder),
@@ -90,7 +96,7 @@ class Checkpoints:
         state = self.state
         rollbacks, clock = [*state.stats.rollbacks, [diverged_at, self.saved_step]], state.clock.state_dict()
         self.wait()
-        barrier()  # until rank 0 has written
+        barrier()  # one that lost patience must not read what the others still write
         self.restore(load_checkpoint(self.plan.run_dir, self.saved_step))
         state.features.on_weights_changed()
         state.clock.load_state_dict(clock)
@@ -103,11 +109,11 @@ class Checkpoints:
         return step_dir(self.plan.run_dir, steps[-1]) if steps else None
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Return when nothing is being written, by any rank."""
         self.writer.wait()
 
     def close(self) -> None:
-        """Wait, and end the writer. Raises: UserError where the last checkpoint could not be written."""
+        """Wait, and end the writer. Raises: UserError, on rank 0, where the last checkpoint could not be written."""
         self.writer.close()
 
 

@@ -7,6 +7,7 @@ import statistics
 from contextlib import suppress
 from dataclasses import fields
 
+from nanochat.checkpoint_names import optimizer_files
 from nanochat.cli.flags import flag_name, title_of
 from nanochat.cli.paths import located, step_dir
 from nanochat.common import BASE, format_duration, get_base_dir
@@ -20,7 +21,6 @@ from nanochat.training.run_index import FOREIGN, RUNNING, SET_ASIDE, STATUSES, S
 PARTS = {"train_time_sec": "training steps", "eval_time_sec": "evaluation and samples", "compile_time_sec": "compilation",
          "save_time_sec": "waiting for checkpoints", "unnamed_time_sec": "other, in the training loop"}
 BEFORE_AND_AFTER = "before and after the loop"
-OPTIMIZER = "optimizer.safetensors"  # of a checkpoint (nanochat/checkpoint_manager.py, which loads torch)
 FEW = 8     # checkpoints that are shown at first
 DIGITS = 12  # of a fingerprint
 NOT_REPEATED = ("overwrite", "resume_from_step", "allow_change", "model_tag")  # flags that tell how a run was started
@@ -174,7 +174,7 @@ def checkpoint_rows(run: StoredRun) -> list[dict]:
     for step in run.checkpoints:
         folder = step_dir(run.folder, step)
         notes = ["best"] * (step == best) + ["last"] * (step == run.checkpoints[-1])
-        notes += [] if (folder / OPTIMIZER).exists() else ["weights only"]
+        notes += [] if optimizer_files(folder) else ["weights only"]
         rows.append({"step": step, "bits per byte": bpb.get(step), "size": size_text(folder_bytes(folder)),
                      "": ", ".join(notes)})
     return rows

@@ -12,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
+from nanochat.checkpoint_names import is_part_of_checkpoint
 from nanochat.cli.paths import list_steps
 from nanochat.common import UserError, print0
 from nanochat.runtime.files import set_aside, write_atomic
@@ -22,7 +23,6 @@ OWN = re.compile(r"(config|result|trackers|eval_\d+)\.json|metrics\.jsonl|loss\.
 # The last three are file managers' own.
 
 CHECKPOINT = re.compile(r"step_\d+(~\d+)?|\.step_\d+\.(?P<change>writing|replaced|deleting)")
-PARTS = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}  # of a checkpoint
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -32,7 +32,8 @@ def foreign_files(folder: Path) -> list[str]:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether this is a folder as checkpoints have it, whole or not."""
-    return bool(CHECKPOINT.fullmatch(path.name)) and path.is_dir() and {p.name for p in path.iterdir()} <= PARTS
+    return bool(CHECKPOINT.fullmatch(path.name)) and path.is_dir() \
+        and all(is_part_of_checkpoint(p.name) for p in path.iterdir())
 
 
 def has_weights(folder: Path) -> bool:

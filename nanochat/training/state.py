@@ -19,6 +19,7 @@ from nanochat.runtime.rng import rng_state, set_rng_state
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.config import Config
 from nanochat.training.run_stats import RunStats
+from nanochat.training.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class TrainState:
     """Exactly what a checkpoint restores. Where the data stands follows from it: a batch is a function of (seed, batch number,
     rank)."""
     model: GPT
-    optimizer: MuonAdamW
+    optimizer: MuonAdamW         # of several ranks, each updates the pieces that it owns
+    sharding: Sharding
     scaler: torch.amp.GradScaler
     features: Features
     clock: Clock

@@ -15,9 +15,10 @@ from nanochat.dataloader import TrainLoader
 from nanochat.recipe.schedules import lr_scale, muon_momentum, weight_decay_scale
 from nanochat.runtime.clock import StepTime
 from nanochat.runtime.device import PeakMemory
-from nanochat.runtime.distributed import all_reduce_mean_and_max
+from nanochat.runtime.distributed import all_reduce_max, all_reduce_sum, norm_over_ranks
 from nanochat.runtime.signals import Interrupted, Signals
 from nanochat.training.audit import Audit
+from nanochat.training.sharding import Sharding
 from nanochat.training.state import RunPlan, TrainState
 
 
@@ -71,14 +72,17 @@ class Trainer:
         """
         plan, state = self.plan, self.state
         model, optimizer, scaler, features = state.model, state.optimizer, state.scaler, state.features
+        sharding = state.sharding
         forward_args = features.before_step(state.step)
         self.warm_up(forward_args, interruptible)
         if self.audit:
             self.audit.step_begins()
         loss, compile_seconds = torch.zeros((), device=plan.device), state.clock.compile
         with state.clock.training() as lap:
-            for _ in range(plan.horizon.grad_accum_steps):
+            for micro_step in range(plan.horizon.grad_accum_steps):
                 x, y = self.loader.next()
+                if micro_step == plan.horizon.grad_accum_steps - 1:
+                    sharding.expect(forward_args)
                 micro_loss = self.forward(x, y, **forward_args) / plan.horizon.grad_accum_steps
                 lap("forward")
                 scaler.scale(micro_loss).backward()
@@ -87,10 +91,10 @@ class Trainer:
             # filled on the device: a tensor made from a list would be copied there, and the host would wait
             stop = torch.stack([torch.full((), float(value), device=plan.device)
                                 for value in (self.signals.received, self.time_is_up())])
-            # ranks train the same parameters, so their lists of gradients match
-            all_reduce_mean_and_max([p.grad for p in model.parameters() if p.grad is not None] + [loss], stop)
+            sharding.reduce()
             scaler.unscale_(optimizer)
-            names, norms = gradient_norms(model)
+            names, norms = gradient_norms(sharding)
+            loss, stop = all_reduce_sum(loss) / plan.ranks.world_size, all_reduce_max(stop)
             features.after_backward(model, state.step)
             scale = self.set_schedules()
             # fp16 gradients overflow now and then: the scaler then leaves out the update, and lowers its scale
@@ -99,14 +103,15 @@ class Trainer:
             if plan.config.run.on_divergence == "stop" or finite is None or finite.item():
                 scaler.step(optimizer, finite=finite)
                 scaler.update()
+                sharding.gather()
                 features.on_weights_changed()
-            model.zero_grad(set_to_none=True)
+            sharding.zero_grad()
             lap("update")
             results = copy_to_host_async(torch.cat([loss[None], stop, norms]))
         if self.audit:
             self.audit.step_ended()
         pending = PendingStep(state.step, scale, names, results, self.loader.checksum(), state.clock.last,
-                              state.clock.compile > compile_seconds, features.step_columns())
+                              state.clock.compile > compile_seconds, features.step_columns() | sharding.step_columns())
         state.step += 1
         return pending
 
@@ -151,7 +156,8 @@ class Trainer:
         with self.signals.raise_immediately(interruptible and plan.ranks.world_size == 1), state.clock.compiling(), \
                 self.audit.warming_up() if self.audit else nullcontext():
             trained = self.forward.warm_up(x, y, **forward_args)
-            state.optimizer.warm_up(trained or state.model.parameters())  # none, where the forward could not be compiled
+            # none, where the forward could not be compiled
+            state.optimizer.warm_up(state.sharding.owned_of(trained or state.model.parameters()))
         if self.signals.received and self.forward.eager_fallbacks > fallbacks:
             # a terminal's Ctrl-C ends the C++ compiler too: going on uncompiled would give other bits
             raise Interrupted(self.signals.received)
@@ -161,20 +167,28 @@ def trial_step(model, optimizer, tokens: torch.Tensor) -> None:
     """Take the memory that an uncompiled step takes, and change no weight. tokens: (B, T) int64."""
     for _ in range(2):  # the second micro-batch finds the gradients of the first
         model(tokens, tokens).backward()
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is None):
+        p.grad = torch.zeros_like(p)  # rows of a table that several ranks divide
     optimizer.step(finite=torch.zeros((), dtype=torch.bool, device=tokens.device))
 
 
-def gradient_norms(model) -> tuple[list[str], torch.Tensor]:
-    """Names of the n parameters that have a gradient, and the norms of these: (n,) fp32 on the device."""
+def gradient_norms(sharding: Sharding) -> tuple[list[str], torch.Tensor]:
+    """Names of the n parameters that have a gradient, and the norms of these, over all ranks: (n,) fp32 on the device."""
+    by_dtype: dict[torch.dtype, list[tuple[str, torch.Tensor]]] = {}
+    for name, gradient in sharding.owned_gradients():
+        by_dtype.setdefault(gradient.dtype, []).append((name, gradient))
     names, norms = [], []
-    by_dtype = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            by_dtype.setdefault(p.grad.dtype, {})[name] = p.grad
     for gradients in by_dtype.values():  # the norms of one dtype are a single kernel on a GPU
-        names += gradients
-        norms += [norm.float() for norm in torch._foreach_norm(list(gradients.values()))]
-    return names, torch.stack(norms)
+        names += [name for name, _ in gradients]
+        norms += [norm.float() for norm in torch._foreach_norm([gradient for _, gradient in gradients])]
+    if sharding.world_size == 1:
+        return names, torch.stack(norms)
+    trained = sharding.trained_names()
+    parts = torch.zeros(len(trained), device=sharding.model.get_device())
+    index = {name: i for i, name in enumerate(trained)}
+    for name, norm in zip(names, norms, strict=True):
+        parts[index[name]] = norm
+    return trained, norm_over_ranks(parts)
 
 
 def copy_to_host_async(results: torch.Tensor) -> torch.Tensor:

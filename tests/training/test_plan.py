@@ -13,17 +13,18 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.common import ROOT, UserError, resolve
 from nanochat.features import FEATURES
-from nanochat.training import plan, plan_probe
+from nanochat.training import plan, plan_cache, plan_probe
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.explain import memory, report
 from nanochat.training.loop import every
-from nanochat.training.plan_probe import NotMeasured, Probe
-from processes import tiny_flags, trained
+from nanochat.training.plan_cache import Probe
+from nanochat.training.plan_probe import NotMeasured
+from processes import Served, tiny_flags, trained
 
 PROBE = Probe(device="d", device_type="cpu", dtype="float32", compiled=False, rows=2, memory_limit=2**34, micro_batch_sec=0.3,
-              update_sec=0.1, spread=0.05, steps=7, eval_micro_batch_sec=0.2, compile_sec=1.5, step_peak_mem_mib=100.0,
-              peak_mem_mib=120.0, other_load=0.0, date="2026-01-01")
+              update_sec=0.1, spread=0.05, steps=7, eval_micro_batch_sec=0.2, compile_sec=1.5, save_sec=0.5,
+              step_peak_mem_mib=100.0, peak_mem_mib=120.0, other_load=0.0, date="2026-01-01")
 
 
 def planned(*extra):
@@ -120,11 +121,11 @@ def empty(tmp_path, monkeypatch):
 
 def test_a_probe_is_kept_by_what_the_time_of_a_step_depends_on(empty):
     config = parse_config(FEATURES, planned())
-    plan_probe.keep(config, shape_of(config), PROBE)
+    plan_cache.keep(config, shape_of(config), PROBE)
 
     def known(*extra):
         other = parse_config(FEATURES, planned(*extra))
-        return plan_probe.kept_probe(other, shape_of(other))
+        return plan_cache.kept_probe(other, shape_of(other))
     for same in ("--num-iterations=500", "--model-tag=other", "--matrix-lr=1", "--total-batch-size=256", "--save-every=4",
                  "--max-train-seconds=3", "--eval-every=5"):
         assert known(same) == PROBE, same
@@ -137,20 +138,20 @@ def test_a_probe_is_kept_by_what_the_time_of_a_step_depends_on(empty):
 def test_a_damaged_file_counts_as_no_probe(empty, content):
     config = parse_config(FEATURES, planned())
     shape = shape_of(config)
-    plan_probe.keep(config, shape, PROBE)
+    plan_cache.keep(config, shape, PROBE)
     path, = (empty / "plan").iterdir()
     key, = json.loads(path.read_text())["probes"]
     path.write_text(content.replace("KEY", key))
-    assert plan_probe.kept_probe(config, shape) is None and plan.forecast_for_result(config, shape) is None
-    plan_probe.keep(config, shape, PROBE)
-    assert plan_probe.kept_probe(config, shape) == PROBE
+    assert plan_cache.kept_probe(config, shape) is None and plan.forecast_for_result(config, shape) is None
+    plan_cache.keep(config, shape, PROBE)
+    assert plan_cache.kept_probe(config, shape) == PROBE
 
 
 def test_a_folder_that_cannot_be_written_costs_the_memory_alone(empty):
     (empty / "plan").write_text("")
     config = parse_config(FEATURES, planned())
-    plan_probe.keep(config, shape_of(config), PROBE)
-    assert plan_probe.kept_probe(config, shape_of(config)) is None
+    plan_cache.keep(config, shape_of(config), PROBE)
+    assert plan_cache.kept_probe(config, shape_of(config)) is None
 
 
 # ---- computed
@@ -166,6 +167,70 @@ def test_the_forecast_counts_what_the_loop_does(steps, eval_every, batches):
     assert found["estimated_eval_time_sec"] == pytest.approx(evaluations * 640 / 64 * 0.2)
     assert found["tok_per_sec"] == pytest.approx(64 * batches / (batches * 0.3 + 0.1))
     assert found["estimated_peak_mem_mib"] == (120.0 if evaluations else 100.0)
+
+
+RESULT = {"status": "ok", "steps_done": 40, "device": "d", "dtype": "float32", "eager_fallbacks": 0, "other_load": 0.01,
+          "tok_per_sec_median": 640.0, "tok_per_sec_avg": 500.0, "eval_time_sec": 3.0, "val_curve": [[0, 0, 3]] * 15,
+          "compile_time_sec": 0.0, "save_time_sec": 0.25, "peak_mem_mib": 300.0}
+
+
+def keep_run(result, *extra):
+    config = parse_config(FEATURES, planned(*extra))
+    plan_cache.keep_run(config, shape_of(config), result, [0.2] * result["steps_done"], device_type="cpu", rows=2,
+                        memory_limit=2**34)
+
+
+def foretold(*extra):
+    config = parse_config(FEATURES, planned(*extra))
+    return plan.forecast_for_result(config, shape_of(config))
+
+
+def test_a_run_tells_what_the_next_one_takes(empty):
+    """128 tokens a step at 640 a second. A probe that was there is put back, one that is taken anew counts again."""
+    config = parse_config(FEATURES, planned())
+    plan_cache.keep(config, shape_of(config), PROBE)
+    assert foretold("--num-iterations=40")["estimated_train_time_sec"] == pytest.approx(40 * (2 * 0.3 + 0.1))
+    keep_run(RESULT, "--num-iterations=40")
+    found = foretold("--num-iterations=400", "--matrix-lr=0.01")
+    assert found["estimated_train_time_sec"] == pytest.approx(400 * 128 / 640)
+    assert found["estimated_peak_mem_mib"] == 300 and found["estimated_save_time_sec"] == 0.25
+    assert foretold("--num-iterations=42")["estimated_eval_time_sec"] == pytest.approx(3.0), "15 evaluations, as in the run"
+    for other in ("--save-every=2", "--eval-every=-1", "--total-batch-size=256", f"--max-chars={2**20}"):
+        assert foretold(other)["estimated_peak_mem_mib"] != 300, f"{other}: the probe says more than a run of other flags"
+    assert "40 steps of the run planned" in "".join(plan.measured_text(
+        config, shape_of(config), plan_cache.kept_probe(config, shape_of(config)), plan.expected(
+            config, shape_of(config), PROBE, plan.Plan.Config()), plan.Plan.Config()))
+    plan_cache.keep(config, shape_of(config), PROBE)
+    assert plan_cache.kept_probe(config, shape_of(config)) == PROBE
+
+
+@pytest.mark.parametrize("said", [{"status": "diverged"}, {"steps_done": 3}, {"other_load": 0.5}])
+def test_a_run_that_says_little_is_not_kept(empty, said):
+    keep_run(RESULT | said)
+    assert foretold() is None
+
+
+def test_where_steps_differ_the_mean_counts_and_the_length(empty):
+    """The last steps of --block-update-schedule are shorter."""
+    flags = ["--depth=4", "--block-update-schedule=dynamic_suffix", "--num-iterations=40"]
+    keep_run(RESULT, *flags)
+    assert foretold(*flags)["estimated_train_time_sec"] == pytest.approx(40 * 128 / 500)
+    assert foretold(*flags, "--num-iterations=80") is None
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_process_is_that_of_a_real_run(base, tmp_path):
+    """Program, step, the copies of a checkpoint and the text: within 30 %. The model is large enough to be seen beside the
+    program: 13 MiB of weights, 45 of copies."""
+    argv = tiny_flags(base, "peak", "--dtype=float32", "--depth=4", "--aspect-ratio=64", "--head-dim=64", "--max-seq-len=512",
+                      "--device-batch-size=4", "--total-batch-size=2048", "--num-iterations=4", "--save-every=2",
+                      "--eval-every=-1", "--max-chars=100000")
+    process = Served(argv, base, tmp_path / "log")
+    assert process.wait() == 0, process.log.read_text()
+    result = json.loads((base / "base_checkpoints" / "peak" / "result.json").read_text())
+    foretold = report(parse_config(FEATURES, argv))["memory"]
+    assert all(size > 0 for size in foretold["process"].values())
+    assert (foretold["total"] + sum(foretold["process"].values())) / 2**20 == pytest.approx(result["peak_mem_mib"], rel=0.3)
 
 
 def test_a_limit_of_time_ends_the_forecast_too():
