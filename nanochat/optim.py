@@ -20,6 +20,7 @@ data and costs nothing.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,8 +120,14 @@ class MuonAdamW(torch.optim.Optimizer):
         self.known = set(self.names.values())
         self.muon_dtype, self.momentum_dtype = muon_dtype, momentum_dtype
         self.compile = compile
-        self._compiled_adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)  # lazy: compiled at the first call
-        self._compiled_muon = torch.compile(muon_update, dynamic=False, fullgraph=True)
+
+    @cached_property  # where nothing is compiled, the compiler is not even loaded
+    def _compiled_adamw(self):
+        return torch.compile(adamw_update, dynamic=False, fullgraph=True)
+
+    @cached_property
+    def _compiled_muon(self):
+        return torch.compile(muon_update, dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def step(self, closure=None, finite: Tensor | None = None):

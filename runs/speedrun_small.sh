@@ -14,8 +14,9 @@ say "train d$depth on $DEVICE_TYPE"
 overrides
 launch scripts.base_train "@$CONFIG" --model-tag="$model_tag" "${ARGS[@]}" "$@"
 
+[[ ${NNODES:-1} == 1 ]] || { say "trained on $NNODES machines"; exit 0; }  # each runs this: one evaluates, by hand
 say "evaluate, then write"
-run "$PYTHON" -m scripts.base_eval --eval=bpb,sample --model-tag="$model_tag" --device-type="$DEVICE_TYPE"
+launch scripts.base_eval --eval=bpb,sample --model-tag="$model_tag" --device-type="$DEVICE_TYPE"
 run "$PYTHON" -m scripts.sample --model-tag="$model_tag" --device-type="$DEVICE_TYPE" --temperature=0.7 \
     --prompt="${PROMPT:-def __init__(self}"
 show_results "$model_tag"

@@ -7,6 +7,7 @@ Text, tokenizer and tokens are prepared if they are not there yet. The run leave
 $NANOCHAT_BASE_DIR/base_checkpoints/<model-tag>/.
 """
 
+from nanochat.cli.launch_environment import restarts
 from nanochat.cli.paths import runs_dir
 from nanochat.cli.program import cli
 from nanochat.common import UserError, is_main_rank
@@ -23,7 +24,7 @@ def main() -> int:
         print(explain_flags(config))
         return 0
     run_dir = runs_dir() / config.model_tag
-    if config.run.resume_from_step == "-1" and (problem := start_problem(run_dir, config.run.overwrite)):
+    if config.run.resume_from_step == "-1" and not restarts() and (problem := start_problem(run_dir, config.run.overwrite)):
         if is_main_rank():
             RunLock(run_dir).release()  # one that is training now is named
         raise UserError(f"{problem}.")

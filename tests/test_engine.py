@@ -1,9 +1,5 @@
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,8 @@ from nanochat.dataset import prepare_tokens
 from nanochat.engine import Engine, KVCache, sample_next_token
 from nanochat.recipe.shape import GPTConfig
 from nanochat.tokenizer import Tokenizer
+from processes import python_m
 
-ROOT = Path(__file__).parents[1]
 TEXT = "def add(a, b):\n    return a + b  # the sum of a and b, größer und länger – 数\n\n" * 20
 # 300 tokens are more than the short window (128) and than the long one (256), so that both bite.
 LENGTH, CONTEXT = 300, 256
@@ -312,13 +308,10 @@ def base_dir(tmp_path_factory, tokenizer):
 
 def script(name, *args, base_dir, stdin="", ok=True):
     """Run a script as a user would; returns (stdout, stderr)."""
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "NANOCHAT_DTYPE": "float32"}
-    result = subprocess.run([sys.executable, "-m", f"scripts.{name}", *args], cwd=ROOT, env=env, input=stdin.encode(),
-                            capture_output=True, timeout=120)
-    out, err = result.stdout.decode(), result.stderr.decode()
-    assert "Traceback" not in err, err
-    assert result.returncode == (0 if ok else 2), err
-    return out, err
+    done = python_m(f"scripts.{name}", *args, stdin=stdin, NANOCHAT_BASE_DIR=str(base_dir), NANOCHAT_DTYPE="float32")
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == (0 if ok else 2), done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -115,7 +115,8 @@ def modules_of(calls):
 
 # --- every runner ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", [*RUNNERS, ROOT / "runs" / "_lib.sh", ROOT / ".ci" / "run"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [*RUNNERS, *map(ROOT.joinpath, ("runs/_lib.sh", "runs/slurm.sbatch", ".ci/run"))],
+                         ids=lambda p: p.name)
 def test_bash_accepts_the_syntax(path):
     assert subprocess.run([BASH, "-n", path], capture_output=True).stderr == b""
 
@@ -290,6 +291,53 @@ def test_several_gpus_go_through_torchrun(sandbox):
         process, calls = sandbox.launch(runner, NPROC_PER_NODE="8")
         assert process.returncode == 2 and "there are 4 GPUs" in process.stderr
         assert not {"scripts.base_train", "scripts.lab"} & set(modules_of(calls))
+
+
+def test_the_speedrun_takes_the_eight_gpus_of_a_machine(sandbox):
+    with_gpus(sandbox, 8)
+    process, calls = sandbox.launch("speedrun.sh")
+    assert process.returncode == 0, process.stderr
+    assert modules_of(calls) == ["scripts.tok_train", "nanochat.dataset", *["nanochat.runtime.launch"] * 2, "scripts.sample"]
+    launched = next(call for call in calls if "scripts.base_train" in call)
+    assert launched[1:5] == ["nanochat.runtime.launch", "--standalone", "--max-restarts=3", "--nproc_per_node=8"]
+    config = parse_config(FEATURES, arguments_of(calls, "scripts.base_train"))
+    assert config.model.depth == 24 and config.run.resume_from_step == "auto", "the same command goes on after a preemption"
+    for gpus in (0, 4):
+        with_gpus(sandbox, gpus)
+        process, calls = sandbox.launch("speedrun.sh")
+        assert process.returncode == 2 and f"there are {gpus} GPUs" in process.stderr
+        assert modules_of(calls) == [], "before hours of downloading"
+
+
+def test_two_machines_meet_by_rendezvous_and_each_trains_only(sandbox):
+    with_gpus(sandbox, 8)
+    process, calls = sandbox.launch("speedrun.sh", NNODES="2", RDZV_ENDPOINT="10.0.0.1:29400")
+    assert process.returncode == 0 and modules_of(calls) == ["nanochat.runtime.launch"], process.stderr
+    assert calls[-1][2:7] == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:29400", "--rdzv-id=nanochat",
+                              "--max-restarts=3"]
+    process, calls = sandbox.launch("speedrun.sh", NNODES="2")
+    assert process.returncode == 2 and "RDZV_ENDPOINT=HOST:PORT" in process.stderr and modules_of(calls) == []
+
+
+def test_a_slurm_job_starts_a_launcher_on_each_machine_and_goes_back_to_the_queue(sandbox):
+    sandbox.program("scontrol", 'case "$1" in show) echo n7; echo n8 ;; *) echo "scontrol $*" ;; esac')
+    sandbox.program("srun", 'shift; "$@"; exit 143')  # as after a preemption
+    environment = dict(SLURM_SUBMIT_DIR=str(sandbox.root), SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="61",
+                       SLURM_JOB_NUM_NODES="2", SLURM_GPUS_ON_NODE="4", PYTHON=str(sandbox.python))
+    process, calls = sandbox.run("bash runs/slurm.sbatch", **environment)
+    assert process.returncode == 143 and process.stdout == "scontrol requeue 61\n", process.stderr
+    assert calls == [["-m", "nanochat.runtime.launch", "--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d",
+                      "--rdzv-endpoint=n7:20061", "--rdzv-id=61-0", "--max-restarts=3", "-m", "scripts.base_train",
+                      "@configs/speedrun-d24.flags"]]
+    _, calls = sandbox.run("bash runs/slurm.sbatch --depth=4 '--run=two words'", **environment)
+    assert calls[0][-2:] == ["--depth=4", "--run=two words"]
+
+
+def test_gpus_side_by_side_reach_the_lab(sandbox):
+    with_gpus(sandbox, 2)
+    _, calls = sandbox.launch("miniseries.sh", CANDIDATE="--fp8", GPUS="0 1", NPROC_PER_NODE="1")
+    given = arguments_of(calls, "scripts.lab")
+    assert given[given.index("--gpus"):][:3] == ["--gpus", "0", "1"] and "--nproc-per-node=1" in given
 
 
 def test_unknown_device_is_refused_before_anything_runs(sandbox):

@@ -7,14 +7,43 @@ import os
 import re
 from collections.abc import Mapping
 
-from nanochat.common import UserError
+from nanochat.common import RankError, UserError
 
+LAUNCHER = "NANOCHAT_LAUNCHER"  # set by nanochat/runtime/launch.py, which says itself how its processes ended
+ATTEMPT = "NANOCHAT_ATTEMPT"    # also by it: another name at each start of the processes, the same on all machines
+USER_ERROR = 2  # exit status
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class PeerLost(RankError):
+    """Another rank is gone. Without a message where another process says so."""
+    status = 75  # of the process: EX_TEMPFAIL, after which a launcher may start all ranks again
 
 
 def world_size() -> int:
     """How many processes train together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def restarts() -> int:
+    """How often torchrun has started all ranks again (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def attempt_id() -> str:
+    """What the processes that were started together have in common, and those before and after them have not. Under torchrun
+    itself, only what --max-restarts starts again is told apart, not what another machine's coming or leaving does."""
+    return os.environ.get(ATTEMPT) or str(restarts())
+
+
+def launch_id() -> str | None:
+    """What all processes of one launch by torchrun have in common, those that it starts again included; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name  # torchrun's default
+
+
+def under_our_launcher() -> bool:
+    return LAUNCHER in os.environ
 
 
 def launch_problem(environ: Mapping[str, str]) -> str | None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable
 
-from nanochat.cli.launch_environment import check_launch_environment
+from nanochat.cli.launch_environment import USER_ERROR, PeerLost, check_launch_environment
 from nanochat.cli.output import tolerant_streams
 from nanochat.common import RankError, UserError, is_main_rank
 
@@ -69,6 +69,7 @@ def wait_to_be_ended() -> None:
 
 
 def fail(error: UserError) -> None:
-    """End the program with an error that the user can mend."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    """End the program with an error that the user can mend; without a word where another process says it."""
+    if str(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.status if isinstance(error, PeerLost) else USER_ERROR)

@@ -36,6 +36,7 @@ from nanochat.lab.evaluation import evaluate_runs
 from nanochat.lab.processes import sigterm_as_interrupt
 from nanochat.lab.rows import config_of, make_row, number, read_result, read_row, write_csv
 from nanochat.lab.training_run import TrainingRun, start_program
+from nanochat.lab.workers import is_worker
 from nanochat.runtime.files import set_aside, write_atomic
 from nanochat.runtime.provenance import fingerprint_of, git_state, source_fingerprint
 from nanochat.tokenizer import FILE_NAME, get_tokenizer
@@ -380,11 +381,14 @@ class Store(Folder):
     def __init__(self, experiment: Folder):
         """The store of an experiment, whose data are ready."""
         self.source = source_fingerprint()
+        environment = {name: os.environ.get(name) for name in ENVIRONMENT}
+        if is_worker():  # which has a GPU of its own; those of a machine are taken for equal
+            environment["CUDA_VISIBLE_DEVICES"] = None
         conditions = {
             "source": self.source, "torch": version("torch"), "python": platform.python_version(), "host": platform.node(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "processes": experiment.processes, "base_dir": str(experiment.base_dir), "text": experiment.text,
-            "environment": {name: os.environ.get(name) for name in ENVIRONMENT}}
+            "environment": environment}
         super().__init__(get_base_dir() / "lab" / "shared" / digest(conditions)[:12], experiment.name, experiment.base_dir,
                          processes=experiment.processes)
         self.trained_for = experiment.id

@@ -10,9 +10,9 @@
     python -m scripts.lab report DIR                                       # write its CSV and HTML again
     python -m scripts.lab cycle {start,phase,rollback,status}              # the state of an optimization cycle
 
-The same command continues where it was stopped, and may be started by several workers that share --out. The last line is the
-verdict. Exit status: 1 where a run failed (the others are kept), 2 for a wrong command line, 130 after Ctrl-C. docs/lab.md
-explains verdicts and gates.
+The same command continues where it was stopped. --gpus 0 1 2 3 runs cells side by side, one on each GPU; on several machines the
+command is started on each, with the same --out. The last line is the verdict. Exit status: 1 where a run failed (the others are
+kept), 2 for a wrong command line, 130 after Ctrl-C. docs/lab.md explains verdicts and gates.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from nanochat.lab.gain import succeeded
 from nanochat.lab.outputs import table, write_outputs, write_verdict
 from nanochat.lab.report import write_report
 from nanochat.lab.rows import csv_text, read_rows, run_fields, table_of, write_csv
+from nanochat.lab.workers import WorkerFlags, assistants, is_assistant, is_worker, submit
 from nanochat.runtime.files import write_atomic
 
 
@@ -134,12 +135,18 @@ def main(argv: list[str] | None = None) -> int:
         operand, rest = rest[0], rest[1:]
     own_groups: dict[str, list[type]] = {"cycle": [CycleFlags], "report": [], "run": [LabFlags, JudgeFlags, TableFlags]}
     groups = own_groups.get(command, [LabFlags, JudgeFlags])
-    flags = parse(groups, rest, prog=f"python -m scripts.lab {command}")
+    trains = command not in own_groups or command == "run"
+    flags = parse([*groups, *[WorkerFlags] * trains], rest, prog=f"python -m scripts.lab {command}")
     if command == "report":
         return report_command(resolve(operand))
     if command == "cycle":
         return cycle_command(operand, *flags)
-    return Experiment(command, operand or None, *flags).execute(f"python -m scripts.lab {shlex.join(argv)}")
+    *flags, workers = flags
+    experiment = Experiment(command, operand or None, *flags)
+    if workers.submit and not is_worker():
+        return submit(workers, argv, experiment.path)
+    with assistants(workers, argv, experiment.path, flags[0].nproc_per_node):
+        return experiment.execute(f"python -m scripts.lab {shlex.join(argv)}")
 
 
 def digest(value) -> str:
@@ -256,7 +263,7 @@ class Experiment:
             if why:
                 print0(f"note: this cannot count as a gain in the cycle: {why}")
         verdict, status = getattr(self, self.command)()
-        if verdict:
+        if verdict and not is_assistant():
             self.record(verdict, command_line, self.best)
         if self.command == "miniseries":
             print0(f"report: {self.path / 'report.html'}\n{verdict}")

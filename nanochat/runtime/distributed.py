@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from nanochat.cli.launch_environment import attempt_id
 from nanochat.common import RankError, UserError, is_main_rank
+from nanochat.runtime import heartbeat
 
 PATIENCE = timedelta(seconds=60)  # of one look at the store; then the next one follows
+STORE_SECONDS = 1800.0  # torch's own limit for what ranks wait for at the store
 _turns = count()
 
 
@@ -45,9 +48,16 @@ def join_process_group(ranks: Ranks, device: torch.device) -> None:
     """
     if ranks.world_size == 1 or dist.is_initialized():
         return
+    heartbeat.start(ranks, connect_to_store)
     on_gpus = device.type == "cuda"
     try:
-        dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None)
+        own = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps its store when it starts all ranks again: without names of one's own, a rank may read there the
+            # addresses of those that have ended
+            own = {"store": connect_to_store(STORE_SECONDS), "rank": ranks.rank,
+                   "world_size": ranks.world_size}
+        dist.init_process_group("nccl" if on_gpus else "gloo", device_id=device if on_gpus else None, **own)
     except dist.DistError as e:
         raise RankError(f"rank {ranks.rank} cannot join the others at MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT="
                         f"{os.environ['MASTER_PORT']}: {str(e).splitlines()[0]}") from None
@@ -55,8 +65,16 @@ def join_process_group(ranks: Ranks, device: torch.device) -> None:
 
 def leave_process_group() -> None:
     """Leave the process group, if there is one."""
+    heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def connect_to_store(seconds: float) -> dist.Store:
+    """A connection of one's own to the store of the process group; whatever takes longer than this raises a DistError."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                          timeout=timedelta(seconds=seconds))
+    return dist.PrefixStore(f"nanochat/{attempt_id()}", store)
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.checkpoint_manager import build_model
+from nanochat.checkpoint_manager import build_model, recover_interrupted_writes
+from nanochat.cli.launch_environment import restarts
 from nanochat.cli.paths import located, runs_dir, writable_base_dir
 from nanochat.common import UserError, get_base_dir, is_main_rank, print0
 from nanochat.dataloader import PackedRows, TrainLoader
@@ -26,7 +27,7 @@ from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
 from nanochat.runtime.device import device_name, dtype_name, give_back_memory, init_device, pick_compute_dtype
-from nanochat.runtime.distributed import Ranks, grad_scaler, on_main_rank_first
+from nanochat.runtime.distributed import Ranks, broadcast_object, grad_scaler, on_main_rank_first
 from nanochat.runtime.lock import RunLock
 from nanochat.runtime.provenance import source_fingerprint
 from nanochat.runtime.signals import Signals
@@ -144,12 +145,21 @@ def take_lock(run_dir) -> RunLock:
 def find_checkpoint(config: Config, run_dir) -> tuple[dict, dict, dict] | None:
     """The checkpoint to resume from, None for a new run. Raises: UserError where a new run may not begin in the folder, or where
     flags differ from the checkpoint's."""
-    if config.run.resume_from_step == "-1":
+    step = broadcast_object(on_main_rank_first(lambda: step_to_resume(run_dir, config.run.resume_from_step), lambda: None))
+    if step == "-1":
         on_main_rank_first(lambda: refuse_start(run_dir, config.run.overwrite), others=lambda: None)
         return None
-    checkpoint = on_main_rank_first(lambda: open_checkpoint(run_dir, config.run.resume_from_step))
+    checkpoint = on_main_rank_first(lambda: open_checkpoint(run_dir, step))
     refuse_changes(config, config.changed_since(checkpoint[2]["user_config"]))
     return checkpoint
+
+
+def step_to_resume(run_dir, wanted: str) -> str:
+    """`run_folder.step_to_resume`, after what a killed process left half done has been repaired."""
+    if wanted == "auto" or restarts():
+        run_folder.restore_replaced(run_dir)
+        recover_interrupted_writes(run_dir)
+    return run_folder.step_to_resume(run_dir, wanted)
 
 
 def refuse_start(run_dir, overwrite: bool) -> None:

@@ -66,12 +66,13 @@ class RunFlags(DeviceFlags):
     deferred_loss_logging: bool = flag(
         False, "read the loss of a step while the next one runs, so that a GPU never waits for the host between steps",
         affects_results=False, requires={"on_divergence": "stop", "block_update_schedule": "full_update"})
-    resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest one; -1 starts anew",
-                                 metavar="STEP|latest", affects_results=False)
+    resume_from_step: str = flag("-1", "continue from the checkpoint of this step, or from the latest; -1 starts anew; auto "
+                                 "continues from the latest, or starts anew where there is none",
+                                 metavar="STEP|latest|auto", affects_results=False)
     overwrite: bool = flag(False, "start anew under the name of a run that has weights; those are deleted when the new run has "
                            "its first checkpoint, not before", affects_results=False, requires={"resume_from_step": "-1"})
     allow_change: bool = flag(False, "resume with flags or text that change the results", affects_results=False,
-                              requires={"resume_from_step": other_than("-1", "a step or latest")})
+                              requires={"resume_from_step": other_than("-1", "a step, latest or auto")})
     on_divergence: str = flag("stop", "after a step whose loss or gradients are not finite, which is never taken: stop; skip "
                               "it; or roll back to the last checkpoint and continue with other data",
                               choices=("stop", "skip", "rollback"), affects_results=False)
@@ -90,8 +91,8 @@ class RunFlags(DeviceFlags):
 
     def validate(self):
         problems = []
-        if not re.fullmatch(r"-1|latest|\d+", self.resume_from_step):
-            problems.append(f"--resume-from-step must be a step, 'latest' or -1, got {self.resume_from_step!r}")
+        if not re.fullmatch(r"-1|latest|auto|\d+", self.resume_from_step):
+            problems.append(f"--resume-from-step must be a step, 'latest', 'auto' or -1, got {self.resume_from_step!r}")
         if self.model_tag is not None and not re.fullmatch(r"[\w.+-]*[\w+-]", self.model_tag):
             problems.append(f"--model-tag names a folder: letters, digits, '.', '_', '+' and '-' only, got {self.model_tag!r}")
         if self.result_json and (reason := output_problem(self.result_json)):

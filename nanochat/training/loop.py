@@ -5,9 +5,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from nanochat.cli.launch_environment import PeerLost
 from nanochat.common import Diverged, UserError, is_main_rank
 from nanochat.runtime.device import synchronize
 from nanochat.runtime.distributed import barrier, is_distributed
+from nanochat.runtime.heartbeat import lost_peers_named
 from nanochat.runtime.signals import Interrupted
 from nanochat.runtime.turns import Turns
 from nanochat.training.auto_batch import is_out_of_memory, out_of_memory_advice
@@ -149,7 +151,8 @@ def every(step: int, period: int) -> bool:
 def build_and_fit(config: Config) -> int:
     """Build the run that the flags describe, and train it to the end. Returns the exit status."""
     try:
-        run = build_run(config)
+        with lost_peers_named():
+            run = build_run(config)
     except FailedStart as e:
         if is_main_rank():
             print(f"oom: {e}", file=sys.stderr, flush=True)
@@ -163,7 +166,7 @@ def fit(run: Run) -> int:
     with run.signals.install_handlers():
         try:
             try:
-                with run.observed():
+                with run.observed(), lost_peers_named(lambda: bool(run.signals.received)):
                     train(run)
             finally:
                 run.checkpoints.close()
@@ -172,6 +175,9 @@ def fit(run: Run) -> int:
         except Diverged as e:
             status, code = "diverged", 1
             error = f"{e}. {resume_hint(run)} {divergence_advice(run.plan.device, run.plan.kernel_choices['attention'])}"
+        except PeerLost as e:
+            status, error, code = "failed", str(e) or "another rank is gone", e.status
+            raise
         except UserError as e:
             status, error, code = "failed", str(e), 2
         except BaseException as e:
@@ -182,7 +188,7 @@ def fit(run: Run) -> int:
         finally:
             gc.unfreeze()
             close(run, status, error, code)
-            if run.stop_signal:
+            if run.stop_signal and code != PeerLost.status:
                 barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved
     if error and is_main_rank():
         print(f"{status}: {error}", file=sys.stderr, flush=True)

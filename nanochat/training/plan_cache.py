@@ -112,7 +112,7 @@ def keep_run(config: Config, shape: GPTConfig, result: dict, step_seconds: list[
 
 def steps_differ(config: Config) -> bool:
     """Whether the steps of a run take different times by its schedule."""
-    return bool(Features(config, FEATURES).dynamic_forward_args)
+    return bool(Features(config, tuple(f for f in FEATURES if f.name in config.features)).dynamic_forward_args)
 
 
 def saves(config: Config, shape: GPTConfig) -> int:

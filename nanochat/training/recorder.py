@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat.cli.launch_environment import launch_id
 from nanochat.cli.paths import portable
 from nanochat.common import is_main_rank, resolve
 from nanochat.recipe.shape import param_counts
@@ -164,7 +165,7 @@ def result_files(config: Config, run_dir: Path | None) -> list[Path]:
 
 def write_config(plan: RunPlan) -> None:
     """Write config.json: the flags, and the command that was typed."""
-    content = plan.config.flat() | {"command": shlex.join(sys.argv)}
+    content = plan.config.flat() | {"command": shlex.join(sys.argv)} | ({"launch": launch_id()} if launch_id() else {})
     write_atomic(plan.run_dir / "config.json", json.dumps(content, indent=1) + "\n")
 
 

@@ -7,12 +7,14 @@ never does, the old one gets its name back. Records of a run that has no weights
 program does not write, such as those of the public nanochat, which uses the same names in the same place, is left alone.
 """
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
 from nanochat.checkpoint_names import is_part_of_checkpoint
+from nanochat.cli.launch_environment import launch_id, restarts
 from nanochat.cli.paths import list_steps
 from nanochat.common import UserError, print0
 from nanochat.runtime.files import set_aside, write_atomic
@@ -56,6 +58,25 @@ def start_problem(folder: Path, overwrite: bool) -> str | None:
         return (f"there is a run of this name, {trained}: {folder}. Go on with it (--resume-from-step=latest), choose another "
                 "name (--model-tag=NAME), or replace it (--overwrite)")
     return None
+
+
+def step_to_resume(folder: Path, wanted: str) -> str:
+    """What --resume-from-step comes to for who holds the folder's lock: "-1" for a new run, a step, or "latest".
+
+    With "auto" a run goes on from its last checkpoint if it has one: the same command starts it and, after a preemption, goes
+    on. So does, whatever the flag, a run that torchrun has started again (--max-restarts) in a folder that it began itself.
+    """
+    again = restarts() > 0 and launch_id() and _launched_by(folder) == launch_id()
+    if wanted != "auto" and not again:
+        return wanted
+    return "latest" if list_steps(folder) else "-1"
+
+
+def _launched_by(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("launch")
+    except (OSError, ValueError):
+        return None
 
 
 def begin(folder: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@ would do nothing is refused."""
 
 import importlib
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,6 +17,7 @@ from nanochat.cli.flags import (
     _base_type,
     at_least,
     bounds,
+    build_parser,
     default_of,
     flag,
     flag_name,
@@ -259,3 +261,57 @@ def test_a_flag_without_effect_exits_with_2():
     done = subprocess.run([sys.executable, "-m", "scripts.base_train", "--keep-last=3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--keep-last" in done.stderr and "--save-every" in done.stderr
+
+
+# ---- --help
+
+HELPED = sorted({p.stem for p in (ROOT / "scripts").glob("*.py")} - {"attempts", "lab", "runs"})  # which have commands instead
+
+
+@dataclass
+class Explained:
+    """Explained"""
+    kind: str = flag("b", "which", choices=("a", "b"))
+    way_of_the_world: str = flag("first-of-many", "which", choices=("first-of-many", "second-of-many", "third-of-many"))
+    rate: float = flag(0.5, "100 % of it")
+    seeds: list[int] = flag([1, 2], "some")
+    fast: bool = flag(False, "a switch")
+    safe: bool = flag(True, "another")
+    folder: str | None = flag(None, "where; by default here")
+    other: str | None = flag(None, "whatever")
+    prompt: str | None = flag(None, "the text", metavar="TEXT", aliases=("-p",))
+
+
+def test_help_has_one_line_a_flag_with_its_default(monkeypatch):
+    """Where there is no terminal there is no width, and a grep finds whole lines."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = build_parser([Explained], "prog").format_help().splitlines()
+    assert lines[0] == "usage: prog [flags]" and "Explained:" in lines
+    found = {line.split()[0]: " ".join(line.split()) for line in lines if line.startswith("  -")}
+    assert found["--kind"] == "--kind {a,b} which (default: b)"
+    assert found["--way-of-the-world"] == ("--way-of-the-world NAME which; one of first-of-many, second-of-many, third-of-many "
+                                           "(default: first-of-many)")
+    assert found["--rate"] == "--rate FLOAT 100 % of it (default: 0.5)" and found["--seeds"].endswith("some (default: 1 2)")
+    assert found["--fast"] == "--fast a switch (default: off)" and found["--safe,"] == "--safe, --no-safe another (default: on)"
+    assert found["--folder"] == "--folder STR where; by default here" and found["--other"].endswith("whatever (default: none)")
+    assert found["-p,"] == "-p, --prompt TEXT the text (default: none)" and "--no-fast" not in found
+
+
+@pytest.mark.parametrize("columns", [30, 80, 140])
+def test_help_keeps_within_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = build_parser([Explained], "prog").format_help().splitlines()
+    assert max(map(len, lines)) <= max(columns, 44)
+
+
+@pytest.mark.parametrize("script", HELPED)
+def test_every_flag_of_a_script_has_a_line_in_its_help(script, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(f"scripts.{script}").main()
+    said = capsys.readouterr().out
+    flags = [line for line in said.splitlines() if line.startswith("  -")]
+    assert e.value.code == 0 and said.startswith(f"usage: python -m scripts.{script} [flags]\n") and len(flags) >= 3
+    assert all(re.match(r"  -\S+.*?  +\S", line) for line in flags), "a flag and what it means"
+    assert not re.search(r"default: (None|False|True|\[|\))", said)

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat.cli import paths
 from nanochat.common import UserError
+from processes import python_m
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
@@ -20,7 +21,6 @@ TINY = ("--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-bat
 
 def script(module, *words, cwd=ROOT, drop=(), **environment):
     env = {k: v for k, v in os.environ.items() if k not in drop} | environment
-    env.setdefault("PYTHONPATH", str(ROOT))
     return subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120,
                           env=env)
 
@@ -79,7 +79,7 @@ def test_a_base_directory_that_was_moved(base, tmp_path):
     old.mkdir()
     shutil.copytree(base / "text", old / "text")
     words = [*TINY, "--model-tag=m", f"--data={old / 'text'}"]
-    done = script("scripts.base_train", *words, NANOCHAT_BASE_DIR=str(old))
+    done = python_m("scripts.base_train", *words, NANOCHAT_BASE_DIR=str(old))
     assert done.returncode == 0, done.stderr
     for record in (old / "base_checkpoints/m").rglob("*.json"):
         if record.name in ("state.json", "result.json", "config.json"):
@@ -89,17 +89,17 @@ def test_a_base_directory_that_was_moved(base, tmp_path):
             assert str(old) not in json.dumps(content), record
     old.rename(new)
     env = {"NANOCHAT_BASE_DIR": str(new)}
-    assert script("scripts.base_eval", "--eval=bpb", "--device-type=cpu", **env).returncode == 0
-    assert script("scripts.sample", "-p", "def", "--max-tokens=3", "--device-type=cpu", **env).returncode == 0
+    assert python_m("scripts.base_eval", "--eval=bpb", "--device-type=cpu", **env).returncode == 0
+    assert python_m("scripts.sample", "-p", "def", "--max-tokens=3", "--device-type=cpu", **env).returncode == 0
     done = script("scripts.sample", "-p", "def", "--max-tokens=3", "--dtype=bfloat16", "--device-type=cpu", CXX="/no/such",
                   TORCHINDUCTOR_CACHE_DIR=str(new / "empty"), **env)  # kernels that do not compile: said, but not in the text
     assert done.returncode == 0 and done.stdout.startswith("def"), done.stdout + done.stderr
     more = ["--num-iterations=6", "--allow-change", "--resume-from-step=latest"]
     here = [word.replace(str(old), str(new)) for word in words]
-    done = script("scripts.base_train", *here, *more, **env)
+    done = python_m("scripts.base_train", *here, *more, **env)
     assert done.returncode == 0 and "--data" not in done.stdout, done.stdout + done.stderr  # the text moved along: no change
     shutil.rmtree(new / "text")
-    done = script("scripts.base_train", *here, *more, "--num-iterations=7", **env)
+    done = python_m("scripts.base_train", *here, *more, "--num-iterations=7", **env)
     assert done.returncode == 0 and "tokens prepared before" in done.stdout, done.stdout + done.stderr
     assert not old.exists()
 

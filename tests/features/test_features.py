@@ -3,11 +3,8 @@ that need no hook. The hooks are called when they say, which a feature of this t
 
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +16,8 @@ from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
-from processes import anew
+from processes import anew, python_m
 
-ROOT = Path(__file__).parents[2]
 SWITCHED_ON = {  # flags that switch each feature on
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
     "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
@@ -32,11 +28,12 @@ SWITCHED_ON = {  # flags that switch each feature on
                "--dyn-final-full-frac=0.13", "--dyn-min-active-layers=1", "--dyn-adapt-budget"],
     "alternate": ["--no-compile", "--alternate-from=3"],
 }
+COMPILED = ["--compile", "--compile-cache-dir={cache}", "--depth=1", "--aspect-ratio=32"]
 SWITCHES = {  # the same of optimizations without hooks
     "bf16_momentum": ["--no-compile", "--bf16-momentum"],
     "deferred_loss": ["--no-compile", "--deferred-loss-logging"],
-    "compile_cache": ["--compile", "--compile-cache-dir={tmp}", "--depth=1", "--aspect-ratio=32"],
-    "recompute": ["--compile", "--recompute-activations", "--depth=1", "--aspect-ratio=32"],
+    "compile_cache": COMPILED,
+    "recompute": [*COMPILED, "--recompute-activations"],
 }
 STEPS = 8
 
@@ -102,12 +99,15 @@ class Alternate(Feature):
 ALL = (*FEATURES, Alternate)
 
 
+def flags(base, tag, *extra):
+    return anew([*(f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
+                   f"--num-iterations={STEPS} --warmup-steps=2 --eval-every=4 --eval-tokens=256 "
+                   f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
+                   f"--data={base / 'text'} --model-tag={tag}").split(), *extra])
+
+
 def train(base, tag, *extra, features=ALL):
-    argv = (f"--depth=4 --head-dim=8 --aspect-ratio=8 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
-            f"--num-iterations={STEPS} --warmup-steps=2 --eval-every=4 --eval-tokens=256 "
-            f"--core-metric-every=-1 --sample-every=-1 --save-every=3 --vocab-size=300 --device-type=cpu "
-            f"--data={base / 'text'} --model-tag={tag}").split()
-    run = build_run(parse_config(features, anew([*argv, *extra])), features)
+    run = build_run(parse_config(features, flags(base, tag, *extra)), features)
     assert fit(run) == 0
     return run
 
@@ -138,10 +138,21 @@ def test_switched_off_it_changes_no_bit(base, feature, all_off):
     assert steps_of(without) == steps_of(all_off) and final_bytes(without) == final_bytes(all_off)
 
 
+@pytest.fixture(scope="module")
+def cache(base, tmp_path_factory):
+    """A cache of compiled graphs, as a process has left it that trained with COMPILED. Compiling takes most of a minute."""
+    folder = tmp_path_factory.mktemp("compiled")
+    done = python_m("scripts.base_train", *flags(base, "cached", *[flag.format(cache=folder) for flag in COMPILED]))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SWITCHED_ON, *SWITCHES])
-def test_switched_on_it_survives_a_resume(base, name, tmp_path):
-    on = [f.format(tmp=tmp_path) for f in (SWITCHED_ON | SWITCHES)[name]]
+def test_switched_on_it_survives_a_resume(base, name, request):
+    on = (SWITCHED_ON | SWITCHES)[name]
+    if "--compile" in on:
+        on = [flag.format(cache=request.getfixturevalue("cache")) for flag in on]
     whole = train(base, f"whole-{name}", *on)
     halved = whole.plan.run_dir.with_name(f"halved-{name}")
     shutil.copytree(whole.plan.run_dir, halved)
@@ -224,17 +235,12 @@ def test_casting_once_changes_no_bit(base, others, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_compile_cache_serves_another_process(base, tmp_path):
-    """The second process finds the first one's graphs: it compiles no C++ of its own."""
-    argv = ["--depth=1", "--head-dim=24", "--aspect-ratio=24", "--max-seq-len=16", "--device-batch-size=2",
-            "--total-batch-size=32", "--num-iterations=1", "--eval-every=-1", "--core-metric-every=-1", "--sample-every=-1",
-            "--device-type=cpu", f"--data={base / 'text'}", f"--compile-cache-dir={tmp_path / 'cache'}", "--model-tag=cached"]
-    libraries = []
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-m", "scripts.base_train", *anew(argv)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        libraries.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.so")})
-    assert libraries[0] and libraries[0] == libraries[1]
+def test_the_compile_cache_serves_another_process(base, cache):
+    """It finds the first one's graphs: it compiles no C++ of its own."""
+    libraries = {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")}
+    done = python_m("scripts.base_train", *flags(base, "cached", *[flag.format(cache=cache) for flag in COMPILED]))
+    assert done.returncode == 0, done.stderr
+    assert libraries and {path: path.stat().st_mtime_ns for path in cache.rglob("*.so")} == libraries
 
 
 def test_a_compile_cache_that_cannot_be_written_is_refused(base, tmp_path):

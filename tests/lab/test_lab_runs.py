@@ -31,14 +31,16 @@ def out(base):
     return base / "experiment"
 
 
-def start(base, *argv):
+def start(base, *argv, pictures=False):
+    """The lab in a process of its own; with pictures it finds matplotlib."""
     command = [sys.executable, "-m", "scripts.lab", *map(str, argv), f"--profile={base / 'tiny.flags'}"]
+    environment = {name: value for name, value in os.environ.items() if not (pictures and name == "PYTHONPATH")}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "NANOCHAT_BASE_DIR": str(base)})
+                            env=environment | {"NANOCHAT_BASE_DIR": str(base)})
 
 
-def lab(base, *argv):
-    process = start(base, *argv)
+def lab(base, *argv, pictures=False):
+    process = start(base, *argv, pictures=pictures)
     output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
@@ -50,7 +52,7 @@ def rows(folder, variant=None):
 @pytest.fixture(scope="module")
 def compared(base, out):
     """Four runs that the other tests use too, as the same baseline is never trained twice; a copy is in `as-compared`."""
-    status, output = lab(base, "compare", *COSINE, f"--out={out}")
+    status, output = lab(base, "compare", *COSINE, f"--out={out}", pictures=True)
     shutil.copytree(out, base / "as-compared")
     return status, output
 

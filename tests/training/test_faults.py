@@ -41,6 +41,7 @@ from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
+from processes import python_m
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -60,9 +61,8 @@ def train(base, tag, *extra, features=FEATURES):
     return run.plan.run_dir, fit(run)
 
 
-def train_process(base, tag, *extra, wrapper=()):
-    return subprocess.run([*wrapper, sys.executable, "-m", "scripts.base_train", *argv(base, tag, *extra)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
+def train_process(base, tag, *extra):
+    return python_m("scripts.base_train", *argv(base, tag, *extra), NANOCHAT_BASE_DIR=str(base))
 
 
 def final_bytes(run_dir):
@@ -405,9 +405,8 @@ def test_a_read_only_base_directory(plain, base, tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "base")], check=True)
         done = train_process(tmp_path / "base", "unwritten", f"--data={base / 'text'}")
         assert done.returncode == 2 and "write to" in done.stderr and "Traceback" not in done.stderr
-        done = subprocess.run([sys.executable, "-m", "scripts.sample", "--model-tag=plain", "--max-tokens=4", "-p", "def",
-                               "--device-type=cpu"], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")})
+        done = python_m("scripts.sample", "--model-tag=plain", "--max-tokens=4", "-p", "def", "--device-type=cpu",
+                        NANOCHAT_BASE_DIR=str(tmp_path / "base"))
         assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
 
 
@@ -445,7 +444,8 @@ def test_no_shared_memory(plain, base):
     wrapper = ["unshare", "-m", "sh", "-c", f'{fill}; exec "$@"', "sh"]
     if subprocess.run([*wrapper, "true"], capture_output=True).stderr.find(b"No space") < 0:
         pytest.skip("no mount namespace can be made here (needs root)")
-    done = train_process(base, "shm", wrapper=wrapper)
+    done = subprocess.run([*wrapper, sys.executable, "-m", "scripts.base_train", *argv(base, "shm")], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
     assert done.returncode == 0, done.stderr
     assert final_bytes(base / "base_checkpoints/shm") == final_bytes(plain)
 

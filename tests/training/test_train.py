@@ -24,7 +24,7 @@ from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
 from nanochat.training.plot import plot_run
 from nanochat.training.records import RESULT_FIELDS, ROW_COLUMNS, read_metrics
-from processes import anew, compile_with
+from processes import anew, compile_with, python_m
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -53,11 +53,10 @@ def flags(base, *extra):
     return [*TINY, f"--data={base / 'text'}", *extra]
 
 
-def cli(base, *extra, module="scripts.base_train", env=(), tiny=True):
+def cli(base, *extra, module="scripts.base_train", tiny=True):
     """Run a script in a process of its own."""
     argv = anew(flags(base, *extra)) if module == "scripts.base_train" and tiny else flags(base, *extra) if tiny else list(extra)
-    return subprocess.run([sys.executable, "-m", module, *argv], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "NANOCHAT_BASE_DIR": str(base), **dict(env)}, timeout=300)
+    return python_m(module, *argv, NANOCHAT_BASE_DIR=str(base))
 
 
 def run_here(base, tag, *extra, features=FEATURES):
@@ -363,7 +362,9 @@ def test_it_runs_without_the_optional_packages(base, tmp_path):
     blocked = ("wandb", "datasets", "matplotlib", "scipy", "rich", "tokenizers", "pyarrow", "tensorboard", "yaml")
     for name in blocked:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('No module named {name}')")
-    done = cli(base, "--no-compile", "--model-tag=bare", "--tracker", "wandb", "tensorboard", env={"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=bare",
+                           "--tracker", "wandb", "tensorboard")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "wandb is not installed" in done.stdout and "matplotlib is not installed" in done.stdout
     assert "tensorboard is not installed" in done.stdout
@@ -402,9 +403,7 @@ def test_another_vocabulary_is_refused_on_resume(plain, base, tmp_path):
     shutil.copytree(plain[0], other / "base_checkpoints/plain")
     trained = cli(other, f"--data={base / 'text'}", "--vocab-size=300", module="scripts.tok_train", tiny=False)
     assert trained.returncode == 0, trained.stderr
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=plain",
-                           "--resume-from-step=5", "--allow-change")], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "NANOCHAT_BASE_DIR": str(other)})
+    done = cli(other, *flags(base, "--no-compile", "--model-tag=plain", "--resume-from-step=5", "--allow-change"), tiny=False)
     assert done.returncode == 2 and "another vocabulary" in done.stderr and "Traceback" not in done.stderr
 
 
