@@ -82,7 +82,7 @@ def simulate(rng, seed, steps=1.0, pace=1.0, better=0.0, noise=0.01, target=None
     seconds = 100 * steps * pace * slowed * (1 + 0.12 * host) * math.exp(noise * clock * second)
     crossed = target is not None and bpb <= target
     status = "diverged" if rng.random() < world.diverge else "ok"
-    return {"seed": seed, "status": status, "train_time_sec": seconds, "val_bpb": bpb, "lab_val_bpb": bpb,
+    return {"seed": seed, "status": status, "train_time_sec": seconds, "val_bpb": bpb, "lab_val_bpb": bpb, "lab_own_bpb": bpb,
             "final_train_loss": 2 + bpb, "host": f"host{host}",
             "time_to_target_sec_measured": seconds * math.exp((bpb - target) / (2 * WORTH)) if crossed else None,
             "steps_done": round(STEPS * steps), "tokens_seen": 512 * round(STEPS * steps), "flops_per_token": 1e6,

@@ -16,7 +16,6 @@ import torch
 from nanochat.runtime.distributed import all_reduce_sum
 
 
-@torch.no_grad()
 def evaluate_bpb(model, batches: Iterable, steps: int | None = None, token_bytes: torch.Tensor | None = None) -> float:
     """Bits per byte of the targets in `batches`, over all ranks; inf if there are no bytes to predict.
 
@@ -27,13 +26,24 @@ def evaluate_bpb(model, batches: Iterable, steps: int | None = None, token_bytes
     Sums are over targets, not means of batches, and in float64: the result does not depend on the batch size.
     """
     assert token_bytes is not None, "token_bytes is required: see nanochat.tokenizer.get_token_bytes"
+    return bits_per_byte(all_reduce_sum(nats_and_bytes(model, islice(batches, steps), token_bytes)))
+
+
+@torch.no_grad()
+def nats_and_bytes(model, batches: Iterable, token_bytes: torch.Tensor) -> torch.Tensor:
+    """What bits per byte are made of: total loss and bytes of the targets in `batches`, (2,) float64. Sums may be added."""
     # Apple GPUs (MPS) have no float64, so there the sums are computed on the host.
     device = torch.device("cpu") if token_bytes.device.type == "mps" else token_bytes.device
-    nats_and_bytes = torch.zeros(2, dtype=torch.float64, device=device)
-    for x, y in islice(batches, steps):
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for x, y in batches:
         loss = model(x, y, loss_reduction="none").view_as(y)           # (B, T) nats
         size = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)     # (B, T) bytes
         loss = torch.where(size > 0, loss, 0.0)
-        nats_and_bytes += torch.stack([loss.to(device).double().sum(), size.to(device).double().sum()])
-    nats, size = all_reduce_sum(nats_and_bytes).tolist()
+        total += torch.stack([loss.to(device).double().sum(), size.to(device).double().sum()])
+    return total
+
+
+def bits_per_byte(total: torch.Tensor) -> float:
+    """Of what `nats_and_bytes` gives; inf if there are no bytes."""
+    nats, size = total.tolist()
     return nats / (math.log(2) * size) if size else math.inf

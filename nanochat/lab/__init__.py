@@ -4,6 +4,7 @@
 | --- | --- |
 | `cli.py` | the command line: flags, commands |
 | `plan.py` | profiles, templates, variants; the flags of each cell (one variant, one seed), and the order of the cells |
+| `workers.py` | starts several workers, one for each GPU or group of cores, or as jobs of a cluster |
 | `claim.py`, `cells.py` | a folder of cells, which several workers may share, and the store of cells that experiments share |
 | `training_run.py`, `processes.py` | the runs of base_train |
 | `evaluation.py`, `evaluation_process.py` | the lab's own evaluation of final checkpoints; the process that does it |

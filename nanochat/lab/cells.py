@@ -313,7 +313,7 @@ class Folder:
         error = answer.get("error")
         if not error and answer["step"] != row["steps_done"]:
             error, answer = f"the last checkpoint is of step {answer['step']}, and the run took {row['steps_done']}", {}
-        fields = {"lab_val_bpb": "bpb", "lab_val_tokens": "tokens", "weights_sha256": "weights_sha256",
+        fields = {"lab_val_bpb": "bpb", "lab_val_tokens": "tokens", "lab_own_bpb": "own_bpb", "weights_sha256": "weights_sha256",
                   "validation_fingerprint": "validation_fingerprint", "lab_val_time_sec": "seconds"}
         row |= {field: answer.get(name) for field, name in fields.items()} | {"lab_val_error": error}
         home.evaluated.add(cell.id)

@@ -117,8 +117,8 @@ def gate_audit(candidate: list[dict]) -> Gate | None:
 
 
 def gate_evaluated(pairs: list[tuple[dict, dict]], measure: str) -> Gate | None:
-    """The lab could evaluate every run itself, and the runs' own evaluations differ from it alike on both sides. None where the
-    lab evaluated none."""
+    """The lab could evaluate every run itself, and on the tokens that the runs read for their own evaluation, their results differ
+    from the lab's alike on both sides. None where the lab evaluated none."""
     if measure != MEASURES[0]:
         return None
     missing = [f"{side}, seed {row['seed']}" for pair in pairs for side, row in zip(("baseline", "candidate"), pair, strict=True)
@@ -126,10 +126,10 @@ def gate_evaluated(pairs: list[tuple[dict, dict]], measure: str) -> Gate | None:
     if missing:
         return Gate("evaluated by the lab", "unclear", f"not known: {'; '.join(missing)}")
     for b, c in pairs:
-        own = [number(row.get("val_bpb")) for row in (b, c)]
-        if own[0] is None or own[1] is None:
+        own, seen = ([number(row.get(column)) for row in (b, c)] for column in ("val_bpb", "lab_own_bpb"))
+        if None in (*own, *seen):
             continue
-        apart = (own[1] - c[measure]) - (own[0] - b[measure])
+        apart = (own[1] - seen[1]) - (own[0] - seen[0])
         if abs(apart) > OWN_TOLERANCE:
             return Gate("evaluated by the lab", "unclear", f"seed {b['seed']}: a run's own evaluation differs from the lab's by "
                         f"{apart:+.4f} bits per byte more on the candidate's side")

@@ -32,8 +32,8 @@ FROM_RESULT = (
     "tok_per_sec_avg", "mfu", "final_loss", "val_bpb", "skipped_steps", "rollbacks", "eager_fallbacks")
 SOURCE_AND_TIMES = ("source_fingerprint", "loop_time_sec", "save_time_sec", "unnamed_time_sec", "other_load")
 # What the lab itself has found out about a run, whatever its result.json says
-BY_THE_LAB = ("lab_val_bpb", "lab_val_tokens", "weights_sha256", "validation_fingerprint", "failures_before", "shared_from",
-              "lab_val_error", "lab_val_time_sec", "lab_time_sec")
+BY_THE_LAB = ("lab_val_bpb", "lab_val_tokens", "lab_own_bpb", "weights_sha256", "validation_fingerprint", "failures_before",
+              "shared_from", "lab_val_error", "lab_val_time_sec", "lab_time_sec")
 MORE_COLUMNS = ("schema_version", "variant", "cell", *FROM_RESULT, "time_to_target_sec_low", "time_to_target_sec_high",
                 "killed_at", "worker", "command", *SOURCE_AND_TIMES, *BY_THE_LAB)
 COLUMNS = REQUIRED_COLUMNS + MORE_COLUMNS

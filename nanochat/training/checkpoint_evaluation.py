@@ -28,7 +28,7 @@ from nanochat.cli.paths import list_steps, step_dir
 from nanochat.common import UserError
 from nanochat.dataloader import val_batches
 from nanochat.dataset import TokenDataset
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import bits_per_byte, nats_and_bytes
 from nanochat.recipe.shape import GPTConfig, padded_vocab_size
 from nanochat.runtime.device import evaluation
 from nanochat.runtime.files import file_digest
@@ -54,7 +54,7 @@ def rows_per_forward(shape: GPTConfig, device_type: str) -> int:
 
 
 def load_final_model(run_dir: Path, tokenizer: Tokenizer, device: torch.device):
-    """(model, step) of a run's last checkpoint, from its shape and weights alone.
+    """(model, step, tokens that the run evaluated itself on) of a run's last checkpoint, from its shape and weights alone.
 
     Raises: UserError where it is missing or damaged, holds other tensors than a model of its shape, or has another vocabulary.
     """
@@ -74,7 +74,7 @@ def load_final_model(run_dir: Path, tokenizer: Tokenizer, device: torch.device):
         raise UserError(f"the model predicts {shape.vocab_size} tokens, and the tokenizer has {tokenizer.get_vocab_size()}")
     model = build_model(shape, dtype, device)
     load_weights(model, tensors, run_dir)
-    return model, steps[-1]
+    return model, steps[-1], state.get("user_config", {}).get("eval_tokens")
 
 
 class Validation:
@@ -98,19 +98,35 @@ class Validation:
 
 
 def evaluate_run(run_dir: Path, validation: Validation, tokenizer: Tokenizer) -> dict:
-    """Evaluate the last checkpoint of a run: {"step", "bpb": bits per byte, "tokens": number of targets, "weights_sha256": of
-    model.safetensors, "validation_fingerprint": of the tokens}.
+    """Evaluate the last checkpoint of a run: {"step", "bpb": bits per byte, "tokens": number of targets, "own_bpb": on the first
+    of them, those that the run evaluated itself on, if it says, "weights_sha256": of model.safetensors, "validation_fingerprint":
+    of the tokens}.
 
     Raises: UserError, and what torch raises where memory is used up.
     """
-    model, step = load_final_model(run_dir, tokenizer, validation.device)
+    model, step, own_tokens = load_final_model(run_dir, tokenizer, validation.device)
     batches = validation.in_batches(model.config.sequence_len, rows_per_forward(model.config, validation.device.type))
+    own_rows = -(-own_tokens // model.config.sequence_len) if isinstance(own_tokens, int) and own_tokens > 0 else 0
+    first, rest = split_after(batches, own_rows)
     with evaluation(model):
-        bpb = evaluate_bpb(model, batches, None, validation.token_bytes)
+        own, others = (nats_and_bytes(model, part, validation.token_bytes) for part in (first, rest))
+    bpb = bits_per_byte(own + others)
     if not math.isfinite(bpb):
         raise UserError(f"bits per byte are {bpb}")
     return {"step": step, "bpb": bpb, "tokens": sum(y.numel() for _, y in batches),
+            "own_bpb": bits_per_byte(own) if first else None,
             "weights_sha256": file_digest(step_dir(run_dir, step) / MODEL), "validation_fingerprint": validation.fingerprint}
+
+
+def split_after(batches: list[tuple], rows: int) -> tuple[list[tuple], list[tuple]]:
+    """The first `rows` rows of (inputs, targets) batches, and the others."""
+    first, rest = [], []
+    for x, y in batches:
+        taken = min(rows, len(x))
+        rows -= taken
+        first += [(x[:taken], y[:taken])] if taken else []
+        rest += [(x[taken:], y[taken:])] if taken < len(x) else []
+    return first, rest
 
 
 def answers(run_dirs: list[str], validation: Validation, tokenizer: Tokenizer) -> Iterator[dict]:

@@ -8,7 +8,10 @@ import torch
 
 from nanochat.checkpoint_manager import load_checkpoint, save_checkpoint
 from nanochat.cli.paths import list_steps
+from nanochat.dataloader import val_batches
 from nanochat.features import FEATURES
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.runtime.device import evaluation
 from nanochat.runtime.files import file_digest
 from nanochat.tokenizer import Tokenizer
 from nanochat.training.build import build_run
@@ -50,6 +53,19 @@ def test_a_run_is_evaluated_as_defined(run, validation):
     assert answer["weights_sha256"] == file_digest(weights)
     rows = run.plan.tokens.split("val").num_tokens // 33
     assert answer["tokens"] == 32 * rows and len(answer["validation_fingerprint"]) == 64
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_a_run_is_compared_with_itself_on_its_own_tokens(run, validation, rows):
+    """It has read the first rows only, of which the last batch may hold a part."""
+    def short(tensors, state):
+        return tensors, {}, state | {"user_config": state["user_config"] | {"eval_tokens": 32 * rows - 5}}
+    folder = changed(run, f"short-{rows}", short)
+    whole, part = answers([str(run.plan.run_dir), str(folder)], validation, run.plan.tokenizer)
+    assert whole["own_bpb"] == whole["bpb"] == part["bpb"] != part["own_bpb"]
+    batches = list(val_batches(run.plan.tokens.split("val"), 32, 2, 32 * rows - 5, 0, 1, "cpu"))
+    with evaluation(run.state.model):
+        assert part["own_bpb"] == pytest.approx(evaluate_bpb(run.state.model, batches, None, validation.token_bytes), rel=1e-6)
 
 
 def test_what_a_run_says_of_itself_does_not_count(run, validation):
