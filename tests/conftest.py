@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -56,6 +57,35 @@ def quick_programs(tmp_path_factory):
         for name in os.environ.keys() - before:
             del os.environ[name]
     return variables
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """The path of a Python that starts at once: tests/quick_python.py. For what starts programs; python_m (processes.py) starts
+    one without it."""
+    if sys.platform != "linux":  # no pidfd, no /proc
+        yield sys.executable
+        return
+    from processes import started
+    from quick_python import serve
+    folder, program = tmp_path_factory.mktemp("quick"), Path(__file__).with_name("quick_python.py")
+    (python := folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{program}" "{folder / "server"}" "$@"\n')
+    python.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "server"))
+        listener.listen()
+        server = started(serve, listener, str(python))
+    yield str(python)
+    server.terminate()
+    server.join()
+
+
+@pytest.fixture(scope="module")
+def quick_starts(quick_python):
+    """In the tests of a module that asks for it, programs started by sys.executable start at once, and what they start does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", quick_python)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

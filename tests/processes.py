@@ -82,11 +82,20 @@ def python_m(module, *words, stdin="", cwd=ROOT, timeout=300, **environment) -> 
     For programs that load torch: any other starts as fast by itself. What is read when Python, torch or OpenMP is loaded
     (PYTHONPATH, PYTHONIOENCODING, OMP_NUM_THREADS) has no effect here.
     """
-    argv = [sys.executable, "-m", module, *map(str, words)]
+    return _program(["-m", module, *map(str, words)], stdin, cwd, timeout, environment)
+
+
+def python_c(code, *words, stdin="", cwd=ROOT, timeout=300, **environment) -> subprocess.CompletedProcess:
+    """`python -c code words...`, as python_m."""
+    return _program(["-c", code, *map(str, words)], stdin, cwd, timeout, environment)
+
+
+def _program(words, stdin, cwd, timeout, environment):
+    argv = [sys.executable, *words]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         files[0].write_text(stdin)
-        process = started(_run_module, argv[2:], str(cwd), os.environ | environment, files)
+        process = started(_run, words, str(cwd), os.environ | environment, files)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -95,7 +104,7 @@ def python_m(module, *words, stdin="", cwd=ROOT, timeout=300, **environment) -> 
         return subprocess.CompletedProcess(argv, process.exitcode, *(file.read_text() for file in files[1:]))
 
 
-def _run_module(argv, cwd, environment, files):
+def _run(words, cwd, environment, files):
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY), number)
     sys.stdin = open(0, closefd=False)  # a process that is made by multiprocessing has none
@@ -103,8 +112,12 @@ def _run_module(argv, cwd, environment, files):
     os.environ.clear()
     os.environ.update(environment)
     _hide_pictures()
-    sys.argv = argv
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
 
 
 def _hide_pictures():

@@ -41,6 +41,7 @@ CODE_FILES = (".py", ".sh", ".cpp", ".md", ".toml")  # by these names the docume
 STAND_IN = '''
 import os, runpy, sys
 
+QUICK = os.environ.pop("QUICK_PYTHON")
 TEXT = ["--data=" + os.path.expanduser("~/texts")]
 CPU = ["--device-type=cpu"]
 SMALL = {  # appended to a program's flags: the last one of a name counts
@@ -76,7 +77,8 @@ module = sys.argv[0]
 if module.split(".")[0] not in ("nanochat", "scripts", "dev"):
     sys.exit(", ".join(a for a in sys.argv if a.startswith("tests/") and not os.path.exists(a)) or None)
 prepares = module in ("scripts.tok_train", "nanochat.dataset", "nanochat.cli.paths")  # without torch, in no time
-if not prepares and ("CHECK" in os.environ or module not in SMALL or any(a.startswith(NEEDS_COMPILER) for a in sys.argv)):
+checks = not prepares and ("CHECK" in os.environ or module not in SMALL or any(a.startswith(NEEDS_COMPILER) for a in sys.argv))
+if checks:
     sys.addaudithook(accepted)
 else:
     for word, flags in SMALL_TOO.items():
@@ -84,7 +86,10 @@ else:
     sys.argv += SMALL.get(module, [])
     if module == "scripts.base_train" and not any(flag.startswith("--resume-from-step") for flag in sys.argv):
         sys.argv += ["--overwrite"]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
+if checks or prepares:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+else:  # in a Python that has loaded torch already
+    os.execv(QUICK, [QUICK, "-m", *sys.argv])
 '''
 
 
@@ -102,7 +107,7 @@ def program(path: Path, body: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def checkout(tmp_path_factory, quick_python, quick_programs):
     """A function that executes bash text in the checkout of stand-ins: (text, base directory, more of the environment) ->
     finished process."""
     folder = tmp_path_factory.mktemp("docs")
@@ -125,8 +130,8 @@ def checkout(tmp_path_factory):
     for name in ("gpt", "engine"):
         (home / "texts" / f"{name}.txt").write_bytes((ROOT / "nanochat" / f"{name}.py").read_bytes()[:8000])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NANOCHAT_", "FP8_", "DYN_"))}
-    environment = clean | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(home), "PYTHONPATH": str(ROOT),
-                           "NANOCHAT_NATIVE": "0", "OMP_NUM_THREADS": "1", "SKIP_SETUP": "1", "PYTHON": str(python)}
+    environment = clean | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(home), "QUICK_PYTHON": quick_python,
+                           "PYTHONPATH": quick_programs["PYTHONPATH"] + os.pathsep + str(ROOT), "NANOCHAT_NATIVE": "0", "OMP_NUM_THREADS": "1", "SKIP_SETUP": "1", "PYTHON": str(python)}
 
     def execute(text: str, base: Path, **more):
         return subprocess.run(["bash", "-c", f"set -ex\n{text}"], cwd=checkout, text=True, timeout=300, stdin=subprocess.DEVNULL,

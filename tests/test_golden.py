@@ -16,19 +16,19 @@ from dev.golden import differences, record
 RUN = {"device": "cpu", "step 0 loss": "0x1p+2", "step 1 loss": "0x1p+1", "model": "ab"}
 
 
-def golden(*argv, **environment):
-    return subprocess.run([sys.executable, "-m", "dev.golden", *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+def golden(*argv, python=sys.executable, **environment):
+    return subprocess.run([python, "-m", "dev.golden", *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | environment)
 
 
 @pytest.mark.slow
-def test_a_run_agrees_with_itself_and_not_with_another_seed(tmp_path):
-    done = golden("--write", tmp_path / "golden.json", "--runs", "plain")
+def test_a_run_agrees_with_itself_and_not_with_another_seed(tmp_path, quick_python):
+    done = golden("--write", tmp_path / "golden.json", "--runs", "plain", python=quick_python)
     assert done.returncode == 0, done.stdout + done.stderr
     before = json.loads((tmp_path / "golden.json").read_text())
     assert sum(what.endswith(" loss") for what in before["plain"]) == 16
     assert {"step 0 val_bpb", "step 15 grad_norm", "step 15 batch_crc32", "model", "optimizer"} <= set(before["plain"])
-    done = golden("--against", tmp_path / "golden.json", "--runs", "plain")
+    done = golden("--against", tmp_path / "golden.json", "--runs", "plain", python=quick_python)
     assert done.returncode == 0, done.stdout + done.stderr
     row, = differences(before, {"plain": record("plain", tmp_path, "--seed=7")})
     assert row["run"] == "plain" and row["first difference"] in ("step 0 val_bpb", "step 0 batch_crc32")

@@ -1,6 +1,6 @@
 """Test Triton kernels without a GPU: run them in Triton's interpreter, and compile them to PTX.
 
-Each in its own process, as Triton reads its environment variables when it is first imported.
+In processes of their own, the interpreter's a new one: Triton reads its environment variables when it is first imported.
 """
 
 import os
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from processes import python_c
 
 ROOT = Path(__file__).parents[1]
 COMPILER = """
@@ -21,17 +23,14 @@ target = GPUTarget("cuda", {capability}, 32)
 def interpreted(code: str) -> None:
     """Run `code`, which ends in print("equal"), in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not run here")
-    done = _python(code, TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True,
+                          text=True)
     assert done.stdout == "equal\n", done.stderr
 
 
 def compiled_for(capability: int, code: str) -> str:
     """Output of `code`, which runs after the lines of COMPILER. capability: of the GPU `target`, 89 for sm_89 and so on."""
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
-    done = _python(COMPILER.format(capability=capability) + code)
+    done = python_c(COMPILER.format(capability=capability) + code)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def _python(code: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)

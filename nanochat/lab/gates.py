@@ -117,8 +117,8 @@ def gate_audit(candidate: list[dict]) -> Gate | None:
 
 
 def gate_evaluated(pairs: list[tuple[dict, dict]], measure: str) -> Gate | None:
-    """The lab could evaluate every run itself, and on the tokens that the runs read for their own evaluation, their results differ
-    from the lab's alike on both sides. None where the lab evaluated none."""
+    """The lab could evaluate every run itself, and on the tokens that the runs read for their own evaluation, they differ from it
+    alike on both sides. None where the lab evaluated none."""
     if measure != MEASURES[0]:
         return None
     missing = [f"{side}, seed {row['seed']}" for pair in pairs for side, row in zip(("baseline", "candidate"), pair, strict=True)

@@ -190,18 +190,19 @@ def test_wrong_commands(argv, names):
 # --- numbers, tiny, killed in the middle and gone on with ----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def day(tmp_path_factory):
+def day(tmp_path_factory, quick_python):
     """`numbers --tiny`, killed while its third part runs, and started again: folder, the part that was killed, what the second
     start printed, and its exit status."""
     folder = tmp_path_factory.mktemp("day")
     command = ["bash", str(ROOT / "dev/bench/on_gpu.sh"), "numbers", str(folder), "--tiny"]
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=os.environ | {
-        "SKIP_SETUP": "1", "PYTHON": sys.executable})
+        "SKIP_SETUP": "1", "PYTHON": quick_python})
     first = subprocess.Popen(command, **options)
     while not (running := {name for name, r in statuses(folder).items() if r == "running"} - {"machine", "numbers: ceilings"}):
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
-    children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == first.pid]
+    children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and started_for(folder, pid)]
+    children.remove(first.pid)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     killed = statuses(folder)
@@ -215,9 +216,11 @@ def statuses(folder):
     return {name: r["status"] for name, r in json.loads(path.read_text())["results"].items()} if path.exists() else {}
 
 
-def parent_of(pid):
+def started_for(folder, pid):
+    """Whether a process was started by a day in this folder, or is the day itself."""
     with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        about = b"".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+        return f"BASE_DIR={folder / 'base'}".encode() in about or b"dev.bench.on_gpu\0numbers\0" + bytes(folder) in about
 
 
 @pytest.mark.slow

@@ -53,12 +53,12 @@ def test_the_runs_are_valid_on_a_gpu(sandbox, runner):
 
 
 @pytest.mark.slow
-def test_the_comparison_on_a_cpu(sandbox, tmp_path):
+def test_the_comparison_on_a_cpu(sandbox, tmp_path, quick_python):
     """Text, FP8 emulated, table: d1 for two steps. Without bf16: its row of the same table is made from a result.json."""
     (tmp_path / "text").mkdir()
     for name in ("gpt", "optim", "dataset", "tokenizer"):
         shutil.copy(ROOT / "nanochat" / f"{name}.py", tmp_path / "text")
-    environment = dict(SKIP_SETUP="1", PYTHON=sys.executable, DATA=str(tmp_path / "text"),
+    environment = dict(SKIP_SETUP="1", PYTHON=quick_python, DATA=str(tmp_path / "text"),
                        NANOCHAT_BASE_DIR=str(tmp_path / "base"), DEVICE_TYPE="cpu", DEPTH="1", HEAD_DIM="64", MAX_SEQ_LEN="64",
                        VOCAB_SIZE="300", DEVICE_BATCH_SIZE="1", TOTAL_BATCH_SIZE="64", NUM_ITERATIONS="2", EVAL_TOKENS="128",
                        FP8_EMULATE="1", FP8_VARIANTS="fp8",

@@ -16,6 +16,7 @@ from nanochat.lab.rows import read_csv
 from nanochat.training.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("quick_starts")
 PROFILE = """# A few seconds a run, most of them Python's imports.
 --device-type=cpu --no-compile --dtype=float32 --data={text} --vocab-size=300
 --depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --window-pattern=L --device-batch-size=4 --total-batch-size=128

@@ -16,6 +16,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nanochat.runtime.compilation import CompiledModel
 from nanochat.runtime.toolchain import INSTALL, default_cache_folder, first_line, path_for_commands, reason
+from processes import python_c
 from test_gpt import TINY, batch, tiny_model
 
 
@@ -129,14 +130,32 @@ ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
-def answer(*, without=(), **environment) -> list[str]:
-    """What a process of its own prints that asks whether torch.compile works: the answer is the last line."""
-    code = """import torch
+QUESTION = """import torch
 from nanochat.runtime.compilation import compile_unavailable_reason
 print(compile_unavailable_reason(torch.device("cpu")))"""
+LOADED_ANEW = """import os
+from torch._inductor import config, cpp_builder
+config.cpp.cxx = (None, os.environ.get("CXX", "g++"))
+for function in vars(cpp_builder).values():
+    if hasattr(function, "cache_clear"):
+        function.cache_clear()
+"""
+
+
+def answer(**environment) -> list[str]:
+    """What a process of its own prints that asks whether torch.compile works: the answer is the last line. It has torch loaded,
+    and is given what torch would read and find out while it is."""
+    done = python_c(LOADED_ANEW + QUESTION, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout.splitlines()
+
+
+def answer_of_a_start(*, without=(), **environment) -> list[str]:
+    """The same of a process that loads torch."""
     own = ("CXX", "PYTHONPATH", "TORCHINDUCTOR_VEC_ISA_OK", *without)  # the last two are conftest.py's
     inherited = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", QUESTION], cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout.splitlines()
@@ -167,8 +186,8 @@ def test_a_space_in_the_paths_of_torch_and_of_temporary_files(tmp_path):
     for name in ("my env", "my files"):
         (tmp_path / name).mkdir()
     (torchs := tmp_path / "my env" / "torch").symlink_to(Path(torch.__file__).parent)
-    said, works = answer(without=("TORCHINDUCTOR_CACHE_DIR",), PYTHONPATH=str(tmp_path / "my env"),
-                         TMPDIR=str(tmp_path / "my files"))
+    said, works = answer_of_a_start(without=("TORCHINDUCTOR_CACHE_DIR",), PYTHONPATH=str(tmp_path / "my env"),
+                                    TMPDIR=str(tmp_path / "my files"))
     assert works == "None" and "my files" in said
     cache, = (tmp_path / "my files").glob("torchinductor_*")
     assert any(cache.rglob("*.so")) and remove_links(cache) == remove_links(torchs) == 1
@@ -178,7 +197,7 @@ def test_a_space_in_the_paths_of_torch_and_of_temporary_files(tmp_path):
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_used_is_replaced(tmp_path):
     (tmp_path / "file").write_text("")
-    said, works = answer(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
+    said, works = answer_of_a_start(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
     assert works == "None" and f"{tmp_path / 'file'} cannot be used (File exists): taking {default_cache_dir()}. Set" in said
 
 

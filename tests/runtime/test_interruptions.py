@@ -207,14 +207,14 @@ def test_ignored_signals_stay_ignored(base):
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_the_step_to_stop_at(base):
+def test_ranks_agree_on_the_step_to_stop_at(base, quick_python):
     """One of two ranks gets the signal; both end after the same step, and what they save can be resumed."""
-    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+    agent = subprocess.Popen([quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
                               "scripts.base_train", *flags(base, "ranks", "--num-iterations=100000", "--eval-every=-1")],
                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = base / "base_checkpoints/ranks"
     wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder / "metrics.jsonl")) > 2, agent)
-    os.kill(rank_of(agent.pid, 1), signal.SIGTERM)
+    os.kill(rank_of(base, 1), signal.SIGTERM)
     _, err = agent.communicate(timeout=120)
     assert agent.returncode != 0
     done = json.loads((folder / "result.json").read_text())
@@ -223,12 +223,12 @@ def test_ranks_agree_on_the_step_to_stop_at(base):
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(done["steps_done"]))
 
 
-def rank_of(agent: int, rank: int) -> int:
-    """The process of a rank among torchrun's children."""
+def rank_of(base: Path, rank: int) -> int:
+    """The process of a rank that torchrun has started, with this base directory's text."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == agent and f"RANK={rank}" in (process / "environ").read_text().split("\0"):
+            if (f"RANK={rank}" in (process / "environ").read_text().split("\0")
+                    and f"--data={base / 'text'}" in (process / "cmdline").read_text().split("\0")):
                 return int(process.name)
         except OSError:
             pass

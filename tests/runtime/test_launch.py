@@ -1,6 +1,5 @@
 """Several processes: the variables that tell each its place, who says what is wrong, and who waits for whom."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,10 +13,11 @@ import torch.distributed as dist
 from nanochat.cli.launch_environment import launch_problem
 from nanochat.common import RankError, UserError
 from nanochat.runtime.distributed import on_main_rank_first
+from processes import SERVER, started
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("quick_starts")
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.mark.parametrize("environ", [{}, {"MASTER_ADDR": "x"}, WHOLE, WHOLE | {"LOCAL_WORLD_SIZE": "2"},
@@ -101,10 +101,8 @@ def as_rank(rank, port, scenario, answers):
 
 
 def on_two_ranks(scenario):
-    answers, port = SPAWN.Queue(), 20000 + os.getpid() % 20000
-    ranks = [SPAWN.Process(target=as_rank, args=(rank, port, scenario, answers)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
+    answers, port = SERVER.Queue(), 20000 + os.getpid() % 20000
+    ranks = [started(as_rank, rank, port, scenario, answers) for rank in (0, 1)]
     found = sorted(answers.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join(60)

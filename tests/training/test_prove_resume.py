@@ -69,11 +69,11 @@ def test_flags_are_split():
 
 
 @pytest.mark.slow
-def test_the_script(base, tmp_path):
+def test_the_script(base, tmp_path, quick_python):
     """A proof from the command line. Relative paths start at the user's working directory, also for the runs that it starts in
     another one, which read the text."""
     shutil.copytree(base / "text", tmp_path / "mine")
-    done = subprocess.run([sys.executable, "-m", "scripts.prove_resume", "--kills=2", "--certificate=proof.json",
+    done = subprocess.run([quick_python, "-m", "scripts.prove_resume", "--kills=2", "--certificate=proof.json",
                            "--max-chars=-1", *flags(base), "--data=mine", "--num-iterations=6", "--save-every=2"], cwd=tmp_path,
                           env=os.environ | {"NANOCHAT_BASE_DIR": "base-of-mine", "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=300)

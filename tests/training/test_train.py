@@ -226,10 +226,10 @@ def test_micro_batches_change_neither_the_data_nor_the_metric(by_four, base, mic
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one(base):
+def test_two_ranks_train_like_one(base, quick_python):
     common = ("--no-compile", "--dtype=float32", "--device-batch-size=2")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train",
+        [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train",
          *flags(base, *common, "--model-tag=ranks")], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     _, rows = run_here(base, "one-rank", *common)
@@ -240,10 +240,10 @@ def test_two_ranks_train_like_one(base):
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_the_end_of_the_time(base):
+def test_ranks_agree_on_the_end_of_the_time(base, quick_python):
     """They wait for each other in every step: a rank that stopped a step earlier would leave the other one hanging."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train",
+        [quick_python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scripts.base_train",
          *flags(base, "--no-compile", "--device-batch-size=2", "--model-tag=ranks-limited", "--num-iterations=100000",
                 "--max-train-seconds=1", "--eval-every=-1", "--deferred-loss-logging")],
         cwd=ROOT, capture_output=True, text=True, timeout=120)
