@@ -25,7 +25,9 @@ from nanochat.checkpoint_names import optimizer_name, saving_path
 from nanochat.common import UserError, format_duration
 from nanochat.runtime.files import read_json, write_atomic, write_hashed
 
-PATIENCE = 180.0  # seconds without a sign of life, after which another rank is not waited for
+PATIENCE = 180.0   # seconds without a sign of life, after which another rank is not waited for
+IN_TROUBLE = 15.0  # the same after an error that the other ranks may not have met: they then save nothing
+GONE = 4.0         # the same where one is known to be gone: the launcher ends the others within some seconds
 POLL = 0.05       # seconds
 SHARED = "All nodes must share the base directory"
 
@@ -42,6 +44,7 @@ class SharedSaves:
     """One rank's side of the saves of a run.
 
     launch: hexadecimal digits, the same on all ranks, others at each start of the run. Rank 0 must be constructed first.
+    patience: seconds without a sign of life, after which another rank is not waited for; a save under way heeds a change.
     Raises: UserError where the ranks do not share a folder.
     """
 
@@ -49,11 +52,12 @@ class SharedSaves:
         self.path, self.rank, self.world_size, self.launch = saving_path(run_dir), rank, world_size, launch
         self.number = 0  # of the save, from 1
         self.others = 0  # bytes of the other ranks' parts, as far as they have told in this save or the one before
+        self.patience = PATIENCE
         self.seen: dict = {}
         if rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._announce(is_open=False)
-        elif not _wait_for(lambda: self._announced().get("launch") == launch):
+        elif not self._wait_for(lambda: self._announced().get("launch") == launch):
             raise UserError(f"cannot see {self.path}, which rank 0 has just written. {SHARED}: set NANOCHAT_BASE_DIR to a folder "
                             "on a file system that all of them mount.")
 
@@ -83,9 +87,9 @@ class SharedSaves:
                         raise RankFailed(f"rank {rank}: {reason}")
             return not waiting
 
-        if not _wait_for(look, folder):
+        if not self._wait_for(look, folder):
             ranks = f"rank{'s' * (len(waiting) > 1)} {', '.join(map(str, sorted(waiting)))}"
-            raise RankMissing(f"nothing came from {ranks} in {format_duration(PATIENCE)}")
+            raise RankMissing(f"nothing came from {ranks} in {format_duration(self.patience)}")
         files, self.others = {}, sum(report["bytes"] for report in told.values())
         for rank in range(1, self.world_size):
             name = optimizer_name(rank, self.world_size)
@@ -111,7 +115,7 @@ class SharedSaves:
 
         free: free bytes of the disk. A failure is reported to rank 0, which tells it.
         """
-        if not _wait_for(lambda: self._phase() != "before") or self._phase() == "over":
+        if not self._wait_for(lambda: self._phase() != "before") or self._phase() == "over":
             return
         part, told = (self._file(folder, self.rank, kind) for kind in ("part", "told"))
         try:
@@ -127,7 +131,7 @@ class SharedSaves:
                 json.dump(report, file)
                 file.flush()
                 os.fsync(file.fileno())
-        _wait_for(lambda: self._phase() == "over", folder)
+        self._wait_for(lambda: self._phase() == "over", folder)
         for path in (part, told):  # of a folder that was deleted while this rank wrote
             with suppress(OSError):
                 path.unlink()
@@ -157,17 +161,16 @@ class SharedSaves:
     def _file(self, folder: Path, rank: int, kind: str) -> Path:
         return folder / f"{optimizer_name(rank, self.world_size)}.{self.launch}-{self.number}.{kind}"
 
-
-def _wait_for(ready: Callable[[], bool], folder: Path | None = None) -> bool:
-    """Wait until `ready`; False where it is not, and nothing has changed in `folder`, for PATIENCE."""
-    seen, since = None, time.monotonic()
-    while not ready():
-        if folder and (now := _sizes(folder)) != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            return False
-        time.sleep(POLL)
-    return True
+    def _wait_for(self, ready: Callable[[], bool], folder: Path | None = None) -> bool:
+        """Wait until `ready`; False where it is not, and nothing has changed in `folder`, for `patience`."""
+        seen, since = None, time.monotonic()
+        while not ready():
+            if folder and (now := _sizes(folder)) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since > self.patience:
+                return False
+            time.sleep(POLL)
+        return True
 
 
 def _sizes(folder: Path) -> dict[str, int]:

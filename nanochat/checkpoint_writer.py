@@ -131,6 +131,11 @@ class CheckpointWriter:
             pending, self.pending = self.pending, None
             self.error = pending.result()
 
+    def wait_no_longer_than(self, seconds: float) -> None:
+        """From here on wait at most so long for a sign of life of another rank that saves."""
+        if self.ranks:
+            self.ranks.patience = min(seconds, self.ranks.patience)
+
     def close(self) -> None:
         """Wait, and end the thread. UserError where the last checkpoint could not be written."""
         self.wait()

@@ -61,7 +61,8 @@ NEEDS_COMPILER = ("--compile", "--recompute")
 
 def accepted(event, arguments):
     """The command line is right: work would begin now."""
-    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "socket.bind") or event == "import" and arguments[0] == "torch":
+    if (event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "socket.bind")
+            or event == "import" and arguments[0].partition(".")[0] == "torch"):
         os._exit(0)
 
 
@@ -131,7 +132,8 @@ def checkout(tmp_path_factory, quick_python, quick_programs):
         (home / "texts" / f"{name}.txt").write_bytes((ROOT / "nanochat" / f"{name}.py").read_bytes()[:8000])
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NANOCHAT_", "FP8_", "DYN_"))}
     environment = clean | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(home), "QUICK_PYTHON": quick_python,
-                           "PYTHONPATH": quick_programs["PYTHONPATH"] + os.pathsep + str(ROOT), "NANOCHAT_NATIVE": "0", "OMP_NUM_THREADS": "1", "SKIP_SETUP": "1", "PYTHON": str(python)}
+                           "PYTHONPATH": quick_programs["PYTHONPATH"] + os.pathsep + str(ROOT), "NANOCHAT_NATIVE": "0",
+                           "OMP_NUM_THREADS": "1", "SKIP_SETUP": "1", "PYTHON": str(python)}
 
     def execute(text: str, base: Path, **more):
         return subprocess.run(["bash", "-c", f"set -ex\n{text}"], cwd=checkout, text=True, timeout=300, stdin=subprocess.DEVNULL,
@@ -231,7 +233,8 @@ def known_flags():
     sources = [path for folder in ("nanochat", "scripts", "dev", "attempts") for path in (ROOT / folder).rglob("*.py")]
     declared = {name for path in [*sources, *PAGES]
                 for name in re.findall(r"^ +(\w+): .* = flag\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
-    return {"--help"} | {prefix + flag_name(name).removeprefix("--") for name in declared for prefix in ("--", "--no-")}
+    of_torchrun = {"--nnodes", "--max-restarts", "--local-addr"}
+    return {"--help"} | of_torchrun | {prefix + flag_name(name).removeprefix("--") for name in declared for prefix in ("--", "--no-")}
 
 
 @by_page

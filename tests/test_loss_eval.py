@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nanochat.checkpoint_manager import build_model
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.recipe.shape import GPTConfig
+from processes import started
 
 VOCAB, T = 11, 24
 TOKEN_BYTES = torch.tensor([1, 1, 2, 3, 4, 7, 1, 0, 5, 2, 0], dtype=torch.int32)  # 7 and 10 are special
@@ -102,7 +102,9 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_add_up(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks = [started(_rank, rank, str(tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.join()
     x, y = make_rows()
     alone = evaluate_bpb(make_model(), batches(x, y, 4), None, TOKEN_BYTES)
     for rank in (0, 1):

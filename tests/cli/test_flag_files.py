@@ -187,7 +187,7 @@ def test_every_profile_is_a_valid_run(name):
     path = CONFIGS / f"{name}.flags"
     config = parse_config(FEATURES, [f"@{path}"])
     assert config.eval.core_metric_every == config.eval.sample_every == -1, "CORE needs a download"
-    assert config.model.window_pattern == "L"
+    assert config.model.window_pattern == "L" or name == "speedrun-d24", "that one is the public nanochat's own"
     assert parse_config(FEATURES, [f"@{path}", "--depth=3"]).model.depth == 3
     about = [line.lower() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any("python -m" in line for line in about) and any("time" in line and "result:" in line for line in about)

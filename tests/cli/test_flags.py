@@ -229,7 +229,8 @@ REQUIRED = [(program, f, other, {g.name: g for group in program for g in fields(
 def values_of(f) -> list:
     """Some values that the flag of this field may have, its default first."""
     kind, default = _base_type(f), default_of(f)
-    others = f.metadata["choices"] or {bool: (True, False), int: (-1, 0, 1, 2), float: (0.0, 1.0, 2.0)}.get(kind, ("-1", "7"))
+    words = ("-1", "7") if f.metadata["metavar"] != "NAME=VALUE" else ("a=1",)
+    others = f.metadata["choices"] or {bool: (True, False), int: (-1, 0, 1, 2), float: (0.0, 1.0, 2.0)}.get(kind, words)
     low, high = bounds(f) if kind in (int, float) else (None, None)
     return [default, *(v for v in others if v != default and (low is None or v >= low) and (high is None or v <= high))]
 
@@ -239,7 +240,7 @@ def argv_of(flags, settings: dict) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, bool):
             argv += [flag_name(name) if value else "--no-" + flag_name(name)[2:]] * (value != default_of(flags[name]))
-        else:
+        elif value is not None:
             argv.append(f"{flag_name(name)}={value}")
     return argv
 

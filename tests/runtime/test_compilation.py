@@ -133,11 +133,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 QUESTION = """import torch
 from nanochat.runtime.compilation import compile_unavailable_reason
 print(compile_unavailable_reason(torch.device("cpu")))"""
-LOADED_ANEW = """import os
+LOADED_ANEW = """import functools, os
 from torch._inductor import config, cpp_builder
 config.cpp.cxx = (None, os.environ.get("CXX", "g++"))
 for function in vars(cpp_builder).values():
-    if hasattr(function, "cache_clear"):
+    if isinstance(function, functools._lru_cache_wrapper):
         function.cache_clear()
 """
 

@@ -12,6 +12,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.runtime.device import check_device_type, cpu_quota, let_segments_grow, place_of_core
+from processes import python_c
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,8 +94,7 @@ def cores_of_ranks(tmp_path, processes):
             "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads())")
     found = []
     for rank in range(processes):
-        done = subprocess.run([sys.executable, "-c", code, str(rank), str(processes), str(tmp_path)], cwd=ROOT, text=True,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = python_c(code, rank, processes, tmp_path, OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
         cores, _, count = done.stdout.strip().rpartition(" ")
         found.append((json.loads(cores), int(count)))

@@ -27,7 +27,7 @@ from nanochat.training.config import parse_config
 from nanochat.training.divergence import MAX_ROLLBACKS, MAX_SKIPS
 from nanochat.training.loop import fit
 from nanochat.training.records import MetricsFile, read_metrics
-from processes import Served, compile_with, tiny_flags, trained
+from processes import Served, compile_with, python_m, tiny_flags, trained
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -253,8 +253,7 @@ def test_a_name_in_use_is_refused_and_a_killed_run_gives_its_lock_back(base, cap
         for extra in ((), ("--resume-from-step=latest",)):
             with pytest.raises(UserError, match=rf"process {process.pid} on .*, since \d{{4}}-.* --model-tag"):
                 make(base, "locked", *extra)
-        refused = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(base, "locked")], cwd=ROOT,
-                                 capture_output=True, text=True)
+        refused = python_m("scripts.base_train", *flags(base, "locked"))
         assert refused.returncode == 2 and str(process.pid) in refused.stderr and "Traceback" not in refused.stderr
         assert process.poll() is None and not list(folder.parent.glob("locked~*"))
     finally:

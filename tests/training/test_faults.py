@@ -390,8 +390,7 @@ def test_odd_text_is_trained_on(plain, base, tmp_path, content):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="/dev/null")
 def test_a_base_directory_that_cannot_be(base):
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *argv(base, "nowhere")], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"NANOCHAT_BASE_DIR": "/dev/null/base"})
+    done = python_m("scripts.base_train", *argv(base, "nowhere"), NANOCHAT_BASE_DIR="/dev/null/base")
     assert done.returncode == 2 and "/dev/null/base" in done.stderr and "NANOCHAT_BASE_DIR" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -21,7 +21,7 @@ from nanochat.training import run_folder
 from nanochat.training.build import FailedStart, build_run
 from nanochat.training.config import parse_config
 from nanochat.training.loop import close, fit
-from processes import Served
+from processes import Served, python_m
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +45,7 @@ def weights(folder: Path, hidden: bool = True) -> set[str]:
 
 
 def command(base, tag, *extra):
-    return subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(base, tag, *extra)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120, env=os.environ | {"NANOCHAT_BASE_DIR": str(base)})
+    return python_m("scripts.base_train", *flags(base, tag, *extra), NANOCHAT_BASE_DIR=str(base))
 
 
 def test_a_second_start_of_a_name_is_refused_before_torch_is_loaded(base):

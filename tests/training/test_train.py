@@ -24,7 +24,7 @@ from nanochat.training.config import parse_config
 from nanochat.training.loop import fit
 from nanochat.training.plot import plot_run
 from nanochat.training.records import RESULT_FIELDS, ROW_COLUMNS, read_metrics
-from processes import anew, compile_with, python_m
+from processes import Served, anew, compile_with, python_m
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -164,8 +164,7 @@ def follows(compiled, eager):
 @pytest.mark.slow
 def test_killed_and_resumed_compiled(compiled, base):
     """kill -9 in the middle, then `latest`: the same losses as a compiled run that was left alone."""
-    victim = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags(base, "--model-tag=victim", "--save-every=1")],
-                              cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    victim = Served(flags(base, "--model-tag=victim", "--save-every=1"), base, base / "victim.log")
     folder = base / "base_checkpoints/victim"
     deadline = time.monotonic() + 240
     while not (folder / "step_000003").exists() and victim.poll() is None and time.monotonic() < deadline:
@@ -340,8 +339,8 @@ def test_a_step_that_is_not_finite_is_not_taken(base, where, deferred, capsys):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_result(base):
-    process = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=stopped",
+def test_ctrl_c_leaves_a_result(base, quick_python):
+    process = subprocess.Popen([quick_python, "-m", "scripts.base_train", *flags(base, "--no-compile", "--model-tag=stopped",
                                "--num-iterations=100000")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = base / "base_checkpoints/stopped/metrics.jsonl"
     try:
