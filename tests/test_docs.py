@@ -62,7 +62,7 @@ NEEDS_COMPILER = ("--compile", "--recompute")
 def accepted(event, arguments):
     """The command line is right: work would begin now."""
     if (event in ("subprocess.Popen", "os.exec", "os.posix_spawn", "socket.bind")
-            or event == "import" and arguments[0].partition(".")[0] == "torch"):
+            or event == "import" and arguments[0] in ("torch", "multiprocessing.popen_spawn_posix")):
         os._exit(0)
 
 
@@ -234,7 +234,8 @@ def known_flags():
     declared = {name for path in [*sources, *PAGES]
                 for name in re.findall(r"^ +(\w+): .* = flag\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
     of_torchrun = {"--nnodes", "--max-restarts", "--local-addr"}
-    return {"--help"} | of_torchrun | {prefix + flag_name(name).removeprefix("--") for name in declared for prefix in ("--", "--no-")}
+    ours = {prefix + flag_name(name).removeprefix("--") for name in declared for prefix in ("--", "--no-")}
+    return {"--help"} | of_torchrun | ours
 
 
 @by_page

@@ -107,8 +107,10 @@ def flags(base, tag, *extra):
 
 
 def train(base, tag, *extra, features=ALL):
+    torch._dynamo.reset()  # no run takes over the graphs of an earlier one, which need not recompute what this one is to
+    torch._dynamo.utils.counters.clear()
     run = build_run(parse_config(features, flags(base, tag, *extra)), features)
-    assert fit(run) == 0
+    assert fit(run) == 0 and ("--compile" in extra) == bool(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return run
 
 

@@ -19,6 +19,8 @@ from nanochat.runtime.toolchain import INSTALL, default_cache_folder, first_line
 from processes import python_c
 from test_gpt import TINY, batch, tiny_model
 
+SMALL = replace(TINY, n_layer=3)
+
 
 def breaks_on(number):
     """A backend that runs graphs as they are, except for the one with this number, which it cannot make."""
@@ -47,7 +49,7 @@ def fresh_compiler():
 @pytest.mark.slow
 def test_a_broken_graph_costs_only_its_own_variant(capsys):
     """Of three suffixes the second one's graph is broken. All three train right; only that one is named and counted."""
-    plain, model = tiny_model(), tiny_model()
+    plain, model = tiny_model(SMALL), tiny_model(SMALL)
     compiled = CompiledModel(model, whole=True, backend=breaks_on(2))
     for start in (0, 1, 2):
         compiled.warm_up(*batch(seed=9), active_start=start)
@@ -67,7 +69,7 @@ def test_a_broken_graph_costs_only_its_own_variant(capsys):
 
 @pytest.mark.slow
 def test_warming_up_leaves_no_trace():
-    model = tiny_model()
+    model = tiny_model(SMALL)
     before = {name: p.clone() for name, p in model.named_parameters()}
     compiled = CompiledModel(model, whole=False, backend="aot_eager")
     compiled.warm_up(*batch(), active_start=1)
@@ -78,7 +80,7 @@ def test_warming_up_leaves_no_trace():
 def test_memory_running_out_is_no_fault_of_the_graph():
     def backend(graph, inputs):
         raise torch.OutOfMemoryError("out of memory")
-    compiled = CompiledModel(tiny_model(), whole=True, backend=backend)
+    compiled = CompiledModel(tiny_model(SMALL), whole=True, backend=backend)
     with pytest.raises(torch.OutOfMemoryError):
         compiled.warm_up(*batch())
     assert compiled.eager_fallbacks == 0
@@ -86,20 +88,23 @@ def test_memory_running_out_is_no_fault_of_the_graph():
 
 @pytest.mark.slow
 def test_more_variants_than_torch_keeps_by_itself():
-    """Nine starts of a deep model, whole: a graph each, none dropped to eager at torch's limit of eight."""
-    model = tiny_model(replace(TINY, n_layer=9))
-    compiled = CompiledModel(model, whole=True, backend="eager")
-    torch._dynamo.utils.counters.clear()
-    for start in range(9):
-        compiled.warm_up(*batch(), active_start=start)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 and compiled.eager_fallbacks == 0
+    """Three starts of a model, whole: a graph each, none dropped to eager at torch's limit, which is two here. By itself it is
+    eight, and nine graphs take a while."""
+    model = tiny_model(replace(TINY, n_layer=3))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        compiled = CompiledModel(model, whole=True, backend="eager")
+        assert torch._dynamo.config.recompile_limit >= 64
+        torch._dynamo.utils.counters.clear()
+        for start in range(3):
+            compiled.warm_up(*batch(), active_start=start)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 and compiled.eager_fallbacks == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_graph_breaks_are_counted_and_printed_once(capsys, whole):
     """A loss that torch may not trace cuts the graph. Whole, each variant has the break; in parts the loss is simply no graph."""
-    model = tiny_model()
+    model = tiny_model(SMALL)
     model.kernels.loss = torch.compiler.disable(model.kernels.loss)
     if not whole:
         model._embed = cut_in_two(model._embed)
@@ -284,7 +289,7 @@ def test_recomputed_activations_are_not_kept(whole):
     """By the partitioner alone, without a compiler that rounds otherwise: the same bits, and less kept for the backward pass."""
     kept, results = {}, {}
     for recompute in (False, True):
-        model = tiny_model(replace(TINY, short_conv=0))  # of whose inputs more is kept
+        model = tiny_model(replace(SMALL, short_conv=0))  # of whose inputs more is kept
         compiled = CompiledModel(model, whole, backend="aot_eager", recompute_activations=recompute)
         compiled.warm_up(*batch(seed=9), active_start=0)
         sizes, own = {}, {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}

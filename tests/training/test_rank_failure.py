@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +17,13 @@ import pytest
 from dev.two_hosts import Flags, play, unavailable_reason
 from nanochat.cli.launch_environment import PeerLost
 from nanochat.cli.paths import list_steps
+from nanochat.features import FEATURES
 from nanochat.runtime import heartbeat
 from nanochat.runtime.heartbeat import ENDED, Heart
-from nanochat.training import run_folder
+from nanochat.training import loop, run_folder
+from nanochat.training.build import build_run
+from nanochat.training.config import parse_config
+from processes import started, tiny_flags
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--depth=1 --head-dim=16 --aspect-ratio=32 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
@@ -112,6 +117,43 @@ def test_two_machines_that_lose_each_other_both_end(base, monkeypatch):
     for host, lost in (first, "rank 1 (process "), (second, "rank 0 (process "):
         said = [line for line in host.lines if "error:" in line]
         assert len(said) == 1 and lost in said[0] and "Traceback" not in "".join(host.lines), host.lines
+
+
+def short_of_memory(number, port, base, log):
+    """One of two ranks. Memory runs out on rank 1 alone, in the evaluation after step 3."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_PATIENCE": "3"}
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    loop.IN_TROUBLE = 0.5
+    run = build_run(parse_config(FEATURES, tiny_flags(base, "short-of-memory", "--num-iterations=9", "--dtype=float32")))
+    evaluate = run.evaluator.bits_per_byte
+
+    def evaluate_or_fail():
+        if number and run.state.step:
+            raise MemoryError("played")
+        evaluate()
+    run.evaluator.bits_per_byte = evaluate_or_fail
+    try:
+        status = loop.fit(run)
+    except PeerLost as e:
+        status = e.status
+    sys.exit(status)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_rank_alone_is_said(base, tmp_path):
+    """Nothing is saved, as the other rank is in the evaluation; nobody waits for that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [started(short_of_memory, number, port, base, tmp_path / str(number)) for number in range(2)]
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [PeerLost.status, 1]
+    assert (tmp_path / "1").read_text().startswith("oom: rank 1: out of memory.")
+    run_dir = base / "base_checkpoints" / "short-of-memory"
+    assert json.loads((run_dir / "result.json").read_text())["exit_code"] == PeerLost.status
+    assert not list(run_dir.glob(".step*")) and not list_steps(run_dir)
 
 
 # ---- which checkpoint a run goes on from
