@@ -126,15 +126,21 @@ def gate_evaluated(pairs: list[tuple[dict, dict]], measure: str) -> Gate | None:
     if missing:
         return Gate("evaluated by the lab", "unclear", f"not known: {'; '.join(missing)}")
     for b, c in pairs:
-        own, seen = ([number(row.get(column)) for row in (b, c)] for column in ("val_bpb", "lab_own_bpb"))
-        if None in (*own, *seen):
+        before, after = (_own_minus_labs(row) for row in (b, c))
+        if before is None or after is None:
             continue
-        apart = (own[1] - seen[1]) - (own[0] - seen[0])
+        apart = after - before
         if abs(apart) > OWN_TOLERANCE:
             return Gate("evaluated by the lab", "unclear", f"seed {b['seed']}: a run's own evaluation differs from the lab's by "
                         f"{apart:+.4f} bits per byte more on the candidate's side")
     tokens = max((number(row.get("lab_val_tokens")) or 0 for pair in pairs for row in pair), default=0)
     return Gate("evaluated by the lab", "pass", f"{tokens:,} tokens" if tokens else "all runs")
+
+
+def _own_minus_labs(row: dict) -> float | None:
+    """A run's own bits per byte minus the lab's on the same tokens; None where one of them is not known."""
+    own, labs = number(row.get("val_bpb")), number(row.get("lab_own_bpb"))
+    return None if own is None or labs is None else own - labs
 
 
 def gate_clock(pairs: list[tuple[dict, dict]], clock: "Clock | None") -> Gate | None:
