@@ -26,9 +26,9 @@ from nanochat.common import UserError, format_duration
 from nanochat.runtime.files import read_json, write_atomic, write_hashed
 
 PATIENCE = 180.0   # seconds without a sign of life, after which another rank is not waited for
-IN_TROUBLE = 15.0  # the same after an error that the other ranks may not have met: they then save nothing
+IN_TROUBLE = 60.0  # the same after an error that the other ranks may not have met: they then save nothing
 GONE = 4.0         # the same where one is known to be gone: the launcher ends the others within some seconds
-POLL = 0.05       # seconds
+POLL = 0.05        # seconds
 SHARED = "All nodes must share the base directory"
 
 

@@ -38,7 +38,8 @@ def cli(main, *, parallel: bool = False, for_its_output: bool = False) -> None:
             wait_to_be_ended()
         fail(e)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if is_main_rank():
+            print("interrupted", file=sys.stderr, flush=True)
         status = 130
     except BrokenPipeError:
         status = 0

@@ -123,8 +123,10 @@ def children() -> list[int]:
 
 
 def main() -> int:
-    for name in ("run", "elastic"):  # how many threads it sets, which process it ended, what the store did not answer
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # torch gives each its own level
+        if name.startswith(("torch.distributed.run", "torch.distributed.elastic")):
+            # how many threads it sets, which signal it got, which process it ended, what the store did not answer
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = "1"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     vars(api)["LocalElasticAgent"] = Agent  # where launch_agent looks for it

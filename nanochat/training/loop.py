@@ -5,11 +5,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from nanochat.checkpoint_shards import GONE, IN_TROUBLE
 from nanochat.cli.launch_environment import PeerLost
 from nanochat.common import Diverged, UserError, is_main_rank
 from nanochat.runtime.device import synchronize
-from nanochat.runtime.distributed import barrier, is_distributed
-from nanochat.runtime.heartbeat import lost_peers_named
+from nanochat.runtime.distributed import barrier, is_distributed, rank_and_world_size
+from nanochat.runtime.heartbeat import is_broken_connection, lost_peers_named
 from nanochat.runtime.signals import Interrupted
 from nanochat.runtime.turns import Turns
 from nanochat.training.auto_batch import is_out_of_memory, out_of_memory_advice
@@ -52,7 +53,7 @@ def train(run: Run) -> None:
                 evaluate()
         except BaseException as e:
             traceback.clear_frames(e.__traceback__)  # frees what fills the memory, if that is the trouble
-            run.save()
+            save_after(run, e)
             raise
         if last:
             return
@@ -66,6 +67,15 @@ def train(run: Run) -> None:
         run.pending = launched
         if not run.defers_metrics:
             flush_pending(run)
+
+
+def save_after(run: Run, error: BaseException) -> None:
+    """Save after an error in an evaluation. Of several ranks, the others may not have met it: then nothing can be saved."""
+    if is_distributed() and is_broken_connection(error):
+        return
+    if not isinstance(error, Interrupted):
+        run.checkpoints.expect_less_of_others(IN_TROUBLE)
+    run.save()
 
 
 def wait_for_turn(run: Run, turns: Turns) -> None:
@@ -154,8 +164,7 @@ def build_and_fit(config: Config) -> int:
         with lost_peers_named():
             run = build_run(config)
     except FailedStart as e:
-        if is_main_rank():
-            print(f"oom: {e}", file=sys.stderr, flush=True)
+        say("oom", str(e))
         return 1
     return fit(run)
 
@@ -168,6 +177,9 @@ def fit(run: Run) -> int:
             try:
                 with run.observed(), lost_peers_named(lambda: bool(run.signals.received)):
                     train(run)
+            except PeerLost:
+                run.checkpoints.expect_less_of_others(GONE)
+                raise
             finally:
                 run.checkpoints.close()
         except Interrupted as e:
@@ -190,9 +202,16 @@ def fit(run: Run) -> int:
             close(run, status, error, code)
             if run.stop_signal and code != PeerLost.status:
                 barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved
-    if error and is_main_rank():
-        print(f"{status}: {error}", file=sys.stderr, flush=True)
+    if error:
+        say(status, error)
     return code
+
+
+def say(status: str, error: str) -> None:
+    """Print why this process ends. Rank 0 says what all ranks meet; memory may run out on another one alone."""
+    if is_main_rank() or status == "oom":
+        rank = "" if is_main_rank() else f"rank {rank_and_world_size()[0]}: "
+        print(f"{status}: {rank}{error}", file=sys.stderr, flush=True)
 
 
 def close(run: Run, status: str, error: str | None, exit_code: int) -> None:

@@ -112,6 +112,10 @@ class Checkpoints:
         """Return when nothing is being written, by any rank."""
         self.writer.wait()
 
+    def expect_less_of_others(self, seconds: float) -> None:
+        """After an error that other ranks may not have met: do not wait long for their parts of a checkpoint."""
+        self.writer.wait_no_longer_than(seconds)
+
     def close(self) -> None:
         """Wait, and end the writer. Raises: UserError, on rank 0, where the last checkpoint could not be written."""
         self.writer.close()

@@ -57,14 +57,16 @@ class Piece:
 def divide(named_parameters: Iterable[tuple[str, Tensor]], by_muon: Callable[[Tensor], bool], world_size: int) -> list[Piece]:
     """Pieces of all parameters, each with an owner.
 
-    Tables that AdamW updates are divided by rows. The others go, from the top block down, to the rank that has the least to do so
-    far (list scheduling: Graham 1966): so every suffix of the blocks is divided evenly, too. A matrix of Muon costs the
-    products of its Newton-Schulz iteration, all else its elements.
+    Tables that AdamW updates are divided by rows. Parameters of blocks stay whole, so that a feature finds their `.grad`. What is
+    whole goes, from the top block down, to the rank that has the least to do so far (list scheduling: Graham 1966): so every
+    suffix of the blocks is divided evenly, too. A matrix of Muon costs the products of its Newton-Schulz iteration, all else
+    its elements.
     """
     pieces, load = [], [0.0] * world_size
     for name, p in reversed(list(named_parameters)):
         muon = by_muon(p)
-        if not muon and p.dim() == 2 and p.numel() >= SPLIT_FROM and len(p) >= world_size:
+        table = not muon and p.dim() == 2 and not name.startswith("transformer.h.")
+        if table and p.numel() >= SPLIT_FROM and len(p) >= world_size:
             rows = [len(p) * rank // world_size for rank in range(world_size + 1)]
             pieces += [Piece(name, p, rank, rows[rank], rows[rank + 1]) for rank in range(world_size)]
         else:
