@@ -30,7 +30,7 @@ def front(address, words):
         files.append(int(name))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
         server.connect(address)
-        ignored = [signum for signum in PASSED_ON if signal.getsignal(signum) == signal.SIG_IGN]
+        ignored = [int(signum) for signum in PASSED_ON if signal.getsignal(signum) == signal.SIG_IGN]
         for signum in set(PASSED_ON) - set(ignored):
             signal.signal(signum, lambda signum, _: server.sendall(bytes([signum])))
         settings = {b"PYTHONUNBUFFERED": b"1"} if start else {}

@@ -63,3 +63,10 @@ def test_modules_and_files(python, tmp_path):
     (tmp_path / "program.py").write_text("import sys\nfrom beside import WORD\nprint(WORD, __name__, *sys.argv[1:])")
     for words, cwd in ((["-m", "program"], tmp_path), (["-u", str(tmp_path / "program.py")], Path("/"))):
         assert run(python, *words, "x", cwd=cwd).stdout == "beside __main__ x\n"
+
+
+def test_an_ignored_signal_stays_ignored(python):
+    """As under nohup."""
+    code = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    done = run(python, "-c", code, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
