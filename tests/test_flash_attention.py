@@ -19,7 +19,6 @@ from nanochat import flash_attention as fa
 from nanochat.flash_attention import flash_attn, make_attention
 from nanochat.kernels import cpu_attention
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
-from processes import python_c
 
 # What the choice can come to on this machine, and the general one that needs no set-up.
 WORKING = [name for name in fa.BACKENDS
@@ -383,6 +382,7 @@ def test_probing_leaves_the_random_state_and_grad_mode_alone():
     code = ("import torch; from nanochat.flash_attention import make_attention; torch.manual_seed(1)\n"
             "with torch.inference_mode(): print(make_attention('cpu', torch.float32, 16, 64, [8, -1]).names())\n"
             "a = torch.rand(3); torch.manual_seed(1); assert torch.equal(a, torch.rand(3)) and torch.is_grad_enabled()")
+    from processes import python_c  # here, as other processes read this file without the folder of the tests on their path
     run = python_c(code)
     assert run.returncode == 0, run.stderr
     assert "'full context': '" in run.stdout and "'window 8': '" in run.stdout
@@ -582,6 +582,7 @@ def test_without_native_kernels_another_serves():
     code = ("import torch; from nanochat import flash_attention as fa\n"
             "attention = fa.make_attention('cpu', torch.bfloat16, 64, 512, [128, -1])\n"
             "print('native' in attention.names().values(), *str(attention).splitlines()[1:], sep='\\n')")
+    from processes import python_c
     run = python_c(code, NANOCHAT_NATIVE="0")
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["False", "  not native or brgemm: NANOCHAT_NATIVE=0"]

@@ -63,8 +63,10 @@ def test_a_comparison(compared, base):
     (status, output), out = compared, base / "as-compared"
     assert status == 0, output
     assert re.fullmatch(r"verdict: (keep optional|reject|inconclusive) \(.+\)", output.splitlines()[-1])
-    assert [(r["variant"], r["seed"], r["status"]) for r in rows(out)] == [
-        ("baseline", "1", "ok"), ("candidate", "1", "ok"), ("candidate", "2", "ok"), ("baseline", "2", "ok")]
+    assert re.findall(r"^\[\d/\d\] (\w+) seed (\d): ok", output, re.MULTILINE) == [
+        ("baseline", "1"), ("candidate", "1"), ("candidate", "2"), ("baseline", "2")]
+    assert sorted((r["variant"], r["seed"], r["status"]) for r in rows(out)) == [
+        (side, seed, "ok") for side in ("baseline", "candidate") for seed in "12"]
     batches = {path.parent.name[:-9]: [row["batch_crc32"] for row in read_metrics(path)]
                for path in (out / "cells").glob("*/metrics.jsonl")}
     assert batches["baseline-s1"] == batches["candidate-s1"] != batches["baseline-s2"] == batches["candidate-s2"]
@@ -137,7 +139,8 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_nothing(compared, bas
     template.write_text(json.dumps({"variants": {"cosine": "--warmdown-shape=cosine"}}))
     argv = ("sweep", template, "--baseline=--num-iterations=40 --save-every=5", "--no-calibrate", "--no-clock", f"--out={out}")
     stopped, other = start(base, *argv), start(base, *argv)
-    while not any((base / "lab").glob("text-*/base_checkpoints/*/step_*")) and stopped.poll() is None:
+    while stopped.poll() is None and not (len(list((out / "cells").glob("*.claim"))) == 2  # both are at work
+                                          and any((base / "lab").glob("text-*/base_checkpoints/*/step_*"))):
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(300) == 130, stopped.stdout.read()
