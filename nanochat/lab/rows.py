@@ -53,7 +53,7 @@ def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[st
     config = config_of(flags)
     steps = result.get("steps_done")
     row = dict.fromkeys(COLUMNS) | {
-        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "experiment_name": f"{experiment}/{variant}",
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "experiment_name": f"{experiment}/{variant}",
         "seed": seed, "depth": config.model.depth, "max_seq_len": config.model.max_seq_len,
         "device_batch_size": config.horizon.device_batch_size,
         "total_batch_size": result["tokens_seen"] // steps if steps else max(config.horizon.total_batch_size, 0) or None,
