@@ -198,11 +198,13 @@ def day(tmp_path_factory, quick_python):
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=os.environ | {
         "SKIP_SETUP": "1", "PYTHON": quick_python})
     first = subprocess.Popen(command, **options)
-    while not (running := {name for name, r in statuses(folder).items() if r == "running"} - {"machine", "numbers: ceilings"}):
+    running, children = set(), set()
+    while not (running and children):  # a part is said to run just before its process starts
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
-    children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and started_for(folder, pid)]
-    children.remove(first.pid)
+        running = {name for name, r in statuses(folder).items() if r == "running"} - {"machine", "numbers: ceilings"}
+        started = {int(pid) for pid in os.listdir("/proc") if pid.isdigit() and started_for(folder, pid)}
+        children = running and started - {first.pid}
     first.send_signal(signal.SIGKILL)
     first.communicate()
     killed = statuses(folder)
