@@ -33,7 +33,7 @@ BUSY = 0.25                # share of the cores that others had during a run whi
 CHARS_PER_TOKEN = 3        # about, to guess how much text there is to evaluate on
 # flags of a run that its steps do not depend on; all others of this group are part of a probe's key
 NAMES = {"run", "model_tag", "seed", "compile_cache_dir", "resume_from_step", "overwrite", "allow_change", "max_train_seconds",
-         "tracker", "result_json", "audit", "explain"}
+         "tracker", "result_json", "audit", "explain", "ui"}
 
 
 @dataclass(frozen=True)
