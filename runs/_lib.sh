@@ -147,7 +147,7 @@ show_results() {  # name of the run
     say "the run: $folder"
     "$PYTHON" -c 'import sys; from pathlib import Path; from nanochat.lab.rows import read_result, table_of
 print(table_of(sys.argv[1], [read_result(Path(sys.argv[2]))]))' "$columns" "$folder/result.json"
-    for file in "$folder"/loss.png "$folder"/result.json "$folder"/metrics.jsonl; do [[ ! -f $file ]] || echo "$file"; done
+    for file in "$folder"/report.html "$folder"/loss.png "$folder"/result.json; do [[ ! -f $file ]] || echo "$file"; done
 }
 
 # --- comparisons: `lab run` starts the variants, keeps a row of each even if it fails, and prints a table -----------------

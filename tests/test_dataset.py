@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanochat.common import ROOT, UserError, get_base_dir
 from nanochat.data.sources import Counts, hub_address, iter_documents, python_files
@@ -70,10 +71,13 @@ def test_python_source_is_this_interpreters_own_text():
     assert Path(json.__file__).resolve() in files  # the standard library
     assert any("hypothesis" in p.parts for p in files)  # an installed package
     assert not any(p.is_relative_to(ROOT / part) for part in ("nanochat", "tests") for p in files)  # not what is being written
+    site = Path(torch.__file__).resolve().parents[1]  # torch next, then the rest: the same text, whatever else is installed
+    groups = [0 if not p.is_relative_to(site) else 1 if p.is_relative_to(site / "torch") else 2 for p in files]
+    assert groups == sorted(groups) and set(groups) == {0, 1, 2}
     counts = Counts()
     first = list(iter_documents("python", max_chars=3_000_000, counts=counts))
     assert first == list(iter_documents("python", max_chars=3_000_000))
-    assert sum(map(len, first)) == 3_000_000 and len(set(first)) == len(first) and counts.empty
+    assert sum(map(len, first)) == 3_000_000 and len(set(first)) == len(first) and counts.duplicates
 
 
 def test_max_chars_is_exact(tmp_path):

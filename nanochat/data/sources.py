@@ -86,7 +86,11 @@ def iter_documents(source: str, *, text_column: str = "text", skip_bad: bool = F
 
 
 def python_files() -> list[Path]:
-    """The interpreter's Python sources, sorted by their path relative to where they are installed. Without this package."""
+    """The interpreter's Python sources: the standard library, torch, then other packages, each sorted by path.
+
+    A source that is cut after some text (`--max-chars`) is so the same for the same versions of Python and torch, whatever
+    else is installed. This package is left out.
+    """
     roots = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     this_package = Path(__file__).resolve().parents[1]
     found = []
@@ -96,8 +100,10 @@ def python_files() -> list[Path]:
             nested = relative.parts[0] in ("site-packages", "dist-packages")  # a root of its own
             own = this_package in path.parents or path.name.startswith("__editable__")
             if not (nested or own or "__pycache__" in relative.parts):
-                found.append((relative.as_posix(), path))
-    return [path for _, path in sorted(found)]
+                installed = root.name in ("site-packages", "dist-packages")
+                order = 0 if not installed else 1 if relative.parts[0] == "torch" else 2
+                found.append((order, relative.as_posix(), path))
+    return [path for _, _, path in sorted(found)]
 
 
 def _read_python(counts: Counts) -> Iterator[str]:
@@ -138,7 +144,7 @@ def expected_bytes(source: str, max_chars: int) -> int | None:
 def source_identity(source: str) -> list:
     """A key of a source's content that is known without reading it: paths, sizes and modification times of its files."""
     if source == "python":
-        return [sys.version, sys.prefix]
+        return [sys.version, sys.prefix, "standard library first"]
     if source.startswith("hf:"):
         return list(hub_address(source))
     return [(str(file.path), file.size, file.mtime_ns) for file in find_files(source)]
