@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,16 +108,22 @@ class CheckpointWriter:
         self.error: UserError | None = None  # why the last checkpoint is not there
         self.host = {}                       # (file, tensor name) -> copy on the host
 
-    def save(self, step: int, model_tensors: dict, optimizer_tensors: dict, state: dict, val_bpb: dict[int, float]) -> None:
+    def save(self, step: int, model_tensors: dict | Iterable[tuple[str, torch.Tensor]], optimizer_tensors: dict, state: dict,
+             val_bpb: dict[int, float]) -> None:
         """Begin to write a checkpoint. Of several ranks, each gives its own part of the optimizer's tensors, and only rank 0's
-        model and state count. `val_bpb`: bits per byte of the steps evaluated so far."""
+        model and state count.
+
+        model_tensors: by name, or pairs (name, tensor), each tensor right until the next pair is asked for.
+        val_bpb: bits per byte of the steps evaluated so far.
+        """
         self.wait()
         if self.ranks:
             self.ranks.next()
         self.own.add(step)
         state = state | {"own_steps": sorted(self.own)}
-        copies = [{name: self._copy(file, name, t) for name, t in tensors.items()}
-                  for file, tensors in ((MODEL, model_tensors), (OPTIMIZER, optimizer_tensors))]
+        weights = model_tensors.items() if isinstance(model_tensors, dict) else model_tensors
+        copies = [{name: self._copy(file, name, t) for name, t in tensors}
+                  for file, tensors in ((MODEL, weights), (OPTIMIZER, optimizer_tensors.items()))]
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies above were only begun
         if self.ranks and self.ranks.rank:

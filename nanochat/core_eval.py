@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import Progress, UserError, get_base_dir, print0, resolve
-from nanochat.runtime.distributed import all_reduce_sum, broadcast_object, on_main_rank_first, rank_and_world_size
+from nanochat.runtime.distributed import all_reduce_sum, broadcast_object, in_step, on_main_rank_first, rank_and_world_size
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CONNECT_TIMEOUT = 10.0       # seconds
@@ -291,7 +291,13 @@ def evaluate_task(model, tokenizer, device, task: dict, questions: list[dict]) -
     progress = Progress(f"  {task['label']}", total=len(mine), unit=" questions")
     correct = torch.zeros(1, device=device)
     max_len = getattr(model, "max_seq_len", None)
-    for batch in batched(prepare(questions, mine, task, tokenizer, max_len)):
+    batches: Iterable[list[tuple]] = batched(prepare(questions, mine, task, tokenizer, max_len))
+    if getattr(model, "called_in_step", False):  # ranks divide its weights
+        batches = in_step(batches, [], device)
+    for batch in batches:
+        if not batch:
+            model(torch.zeros((1, 2), dtype=torch.long, device=device))  # another rank has one more
+            continue
         correct += count_correct(model, batch, device, pad=tokenizer.get_bos_token_id())
         progress.update(len(batch))
     progress.close()

@@ -324,9 +324,11 @@ class Float8Linear(nn.Linear):
 
     joins_relu_square: whether the layer takes h and multiplies max(h, 0)^2, so that what calls it leaves the square out. Its
     gradient is that of h. The bits are those of squaring first.
+    gathered: `refresh_weights` leaves the layer out, as who divides the weights among ranks casts them before each use.
     Raises: ValueError in training where the number of tokens is no multiple of 16.
     """
     joins_relu_square = False
+    gathered = False
 
     @classmethod
     def from_float(cls, linear: nn.Linear, config: Float8LinearConfig = Float8LinearConfig()) -> "Float8Linear":
@@ -416,7 +418,7 @@ def _empty_gradients(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def refresh_weights(layers: Iterable[Float8Linear]) -> None:
     """Cast the weights of layers with `cache_weights`, in place. Call it before their first use and after each update."""
-    layers = list(layers)
+    layers = [layer for layer in layers if not layer.gathered]
     largest = torch._foreach_norm([layer.weight for layer in layers], float("inf")) if layers else []
     for layer, norm in zip(layers, largest, strict=True):
         cast_into(layer.weight, norm.float(), layer.w, layer.w_t, layer.w_inverse)

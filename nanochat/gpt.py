@@ -64,6 +64,12 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
 
 
+def use_weights(unit: str, function: Callable, *args):
+    """`function(*args)`, which reads the weights of `unit`, the module of that name. By default they are always there; where ranks
+    divide the weights (--shard-weights), another function takes this one's place in `GPT.use_weights` and fetches them."""
+    return function(*args)
+
+
 def relu_square(x: torch.Tensor) -> torch.Tensor:
     """max(x, 0)^2 (arXiv 2109.08668)."""
     return F.relu(x).square()
@@ -196,6 +202,7 @@ class GPT(nn.Module):
         vocab = padded_vocab_size(config.vocab_size)
         table_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.config, self.compute_dtype, self.kernels = config, compute_dtype, Kernels()
+        self.use_weights, self.called_in_step = use_weights, False  # in step: all ranks must call the model equally often
         self.window_sizes = window_sizes(config)
         self.max_seq_len = config.sequence_len * ROTARY_REACH
         self.transformer = nn.ModuleDict({
@@ -293,7 +300,7 @@ class GPT(nn.Module):
             by_token = sort_tokens(idx, self.transformer.wte.num_embeddings)
         # 1. The embedding: x0 (B, T, C).
         with torch.no_grad() if active_start > 0 and detach_x0 else nullcontext():
-            x0 = self._embed(idx, by_token, kv_cache, train_smear=active_start == 0)
+            x0 = self.use_weights("transformer.wte", self._embed, idx, by_token, kv_cache, active_start == 0)
         # 2. The frozen blocks [0, a), of which there are none in full training.
         with torch.no_grad() if active_start > 0 else nullcontext():
             x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, by_token, cos, sin, kv_cache, start)
@@ -305,8 +312,8 @@ class GPT(nn.Module):
         # 4. The head.
         x = self.kernels.norm(x - self.backout_lambda.to(x.dtype) * mid)       # (B, T, C)
         if targets is None:
-            return softcapped_logits(x, self.lm_head, self.config.vocab_size)
-        return self.kernels.loss(x, self.lm_head, targets, self.config.vocab_size, loss_reduction)
+            return self.use_weights("lm_head", softcapped_logits, x, self.lm_head, self.config.vocab_size)
+        return self.use_weights("lm_head", self.kernels.loss, x, self.lm_head, targets, self.config.vocab_size, loss_reduction)
 
     def _embed(self, idx, by_token, kv_cache, train_smear=True):
         """x0 (B, T, C) of idx (B, T): the normed embedding of each token, plus a gated share of the previous token's."""
@@ -324,9 +331,12 @@ class GPT(nn.Module):
         """Run these layers on x (B, T, C). Returns x, and mid (B, T, C): x after layer n_layer // 2, or what was given for it."""
         resid_lambdas, x0_lambdas = lambdas
         for i in layers:
-            ve = self.value_embeds[str(i)](idx, by_token).to(x.dtype) if str(i) in self.value_embeds else None
+            ve = None
+            if str(i) in self.value_embeds:
+                ve = self.use_weights(f"value_embeds.{i}", self.value_embeds[str(i)], idx, by_token).to(x.dtype)
             cache = None if kv_cache is None else ((*kv_cache.get_layer_cache(i), start), kv_cache.get_conv_states(i))
-            x = self.transformer.h[i](x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin, self.window_sizes[i], cache)
+            x = self.use_weights(f"transformer.h.{i}", self.transformer.h[i], x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin,
+                                 self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:
                 mid = x
         return x, mid

@@ -47,3 +47,9 @@ def bits_per_byte(total: torch.Tensor) -> float:
     """Of what `nats_and_bytes` gives; inf if there are no bytes."""
     nats, size = total.tolist()
     return nats / (math.log(2) * size) if size else math.inf
+
+
+def no_tokens(row_len: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch (x, y) of one row without a target that counts: its loss is 0."""
+    x = torch.zeros((1, row_len), dtype=torch.int64, device=device)
+    return x, torch.full_like(x, -1)

@@ -26,13 +26,9 @@ class CastOnce(Feature):
         return config.features[cls.name].cast_once
 
     def on_model(self, model, horizon) -> None:
-        from nanochat.kernels.linear import CastOnceLinear, Linear
-        plain = {name: layer for name, layer in model.linears().items()
-                 if type(layer) is Linear and layer.weight.dtype != model.compute_dtype}
-        self.layers = [CastOnceLinear.from_linear(layer, model.compute_dtype) for layer in plain.values()]
-        for name, layer in zip(plain, self.layers, strict=True):
-            model.set_submodule(name, layer)
-        if not plain:
+        from nanochat.kernels.linear import keep_casts
+        self.layers = keep_casts(model)
+        if not self.layers:
             print0("--cast-once does nothing here: every linear layer already has its weight in the compute dtype")
         self.on_weights_changed()
 

@@ -4,7 +4,7 @@ Master weights are fp32 and every matrix product needs them in the dtype of its 
 pass, and often again in the backward pass, for every micro-batch. The result only changes when the optimizer updates the weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn as nn
@@ -44,7 +44,10 @@ class CastOnceLinear(Linear):
     """A Linear that keeps `cast`, its weight in low precision. Call `refresh` before the first use and after each update.
 
     Outputs and gradients are the same bits as those of a Linear.
+
+    gathered: `refresh` leaves `cast` out, as who divides the weights among ranks fills it before each use.
     """
+    gathered = False
 
     @classmethod
     def from_linear(cls, linear: Linear, dtype: torch.dtype) -> "CastOnceLinear":
@@ -52,6 +55,7 @@ class CastOnceLinear(Linear):
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features)
         new.weight = linear.weight
+        new.own_weight_gradient = linear.own_weight_gradient
         new.register_buffer("cast", torch.empty_like(linear.weight, dtype=dtype, requires_grad=False), persistent=False)
         return new
 
@@ -82,6 +86,17 @@ def use_own_weight_gradient(layers: Iterable[nn.Module]) -> None:
 @torch.no_grad()
 def refresh(layers: Iterable[CastOnceLinear]) -> None:
     """Update the low-precision copies of these layers, in place, in one fused kernel."""
-    layers = list(layers)
+    layers = [layer for layer in layers if not layer.gathered]
     if layers:
         torch._foreach_copy_([layer.cast for layer in layers], [layer.weight for layer in layers])
+
+
+def keep_casts(model, wanted: Callable[[Linear], bool] = lambda layer: True) -> list[CastOnceLinear]:
+    """Replace by a CastOnceLinear each Linear of the model that would cast its weight in every forward pass and that is `wanted`.
+    Returns the new layers."""
+    plain = {name: layer for name, layer in model.linears().items()
+             if type(layer) is Linear and layer.weight.dtype != model.compute_dtype and wanted(layer)}
+    layers = [CastOnceLinear.from_linear(layer, model.compute_dtype) for layer in plain.values()]
+    for name, layer in zip(plain, layers, strict=True):
+        model.set_submodule(name, layer)
+    return layers

@@ -24,6 +24,7 @@ class MemoryConfig:
     chunked_ce: bool = False   # --chunked-ce
     recompute: bool = False    # --recompute-activations; without effect unless compiled
     momentum_bytes: int = 4    # bytes per element of the first moments
+    weight_ranks: int = 1      # ranks that divide weights, gradients and moments (--shard-weights)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ COEFFICIENTS = {  # (cuda, compiled)
     (True, False): MemoryCoefficients(logit=17, per_layer=19, once=7, recomputed=19, cast=2, muon=28, adamw=18),
     (True, True): MemoryCoefficients(logit=2.2, per_layer=19, once=7, recomputed=11, cast=2, muon=20, adamw=10),
 }
+# Where ranks divide the weights, units that are whole at a time, besides each rank's share. Counted, not fitted.
+WEIGHT_UNITS = 3    # the one in use, the next one, and lm_head
+GRADIENT_UNITS = 5  # one that is being computed; of two on their way, what is sent and what has come
 CHUNK = {False: 2**23, True: 2**28}  # cuda -> bytes of a chunk's logits: CHUNK_BYTES in nanochat/kernels/cross_entropy.py
 
 
@@ -74,12 +78,27 @@ def estimate_memory(shape: GPTConfig, rows: int, config: MemoryConfig) -> Memory
     logits = fit.logit * tokens * shape.vocab_size
     if config.chunked_ce:  # one chunk, and lm_head's fp32 gradient about three times
         logits = min(logits, CHUNK[config.cuda] + 12 * counts["lm_head"])
+    moments = config.momentum_bytes * counts["total"] + 4 * (counts["total"] - matrices)  # Muon's second moment is a vector
+    ranks, unit = config.weight_ranks, largest_unit(shape, config)
     return MemoryEstimate(
-        weights=weights, gradients=weights,
-        moments=config.momentum_bytes * counts["total"] + 4 * (counts["total"] - matrices),  # Muon's second moment is a vector
+        weights=weights if ranks == 1 else weights // ranks + WEIGHT_UNITS * unit,
+        gradients=weights if ranks == 1 else weights // ranks + GRADIENT_UNITS * unit,
+        moments=moments // ranks,
         update=int(4 * max(fit.muon * stacked, fit.adamw * counts["lm_head"])),
-        activations=int(activations + fit.cast * matrices),
+        activations=int(activations + (fit.cast * matrices if ranks == 1 else 0)),  # divided weights bring their casts
         logits=int(logits))
+
+
+def all_weights(shape: GPTConfig, config: MemoryConfig) -> int:
+    """Bytes of all weights."""
+    return estimate_memory(shape, 1, replace(config, weight_ranks=1)).weights
+
+
+def largest_unit(shape: GPTConfig, config: MemoryConfig) -> int:
+    """Bytes of the largest part of the weights that is fetched at once: a block, a table or the head."""
+    counts = param_counts(shape)
+    tables = shape.vocab_size * shape.n_embd * config.bytes_per_element
+    return max(4 * counts["block_matrices"] // shape.n_layer, tables, 4 * counts["lm_head"])
 
 
 def micro_batches(rows: int, length: int = 16) -> list[int]:

@@ -4,7 +4,7 @@ Every function here has a plain meaning for a process without a process group: i
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -153,6 +153,22 @@ def all_gather_async(own: torch.Tensor) -> Exchange:
     received = own.new_empty(dist.get_world_size() * own.numel())  # flat, as Gloo wants it
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     return Exchange(gather(received, own, async_op=True), received.view(-1, own.numel()), own)
+
+
+def broadcast_async(tensor: torch.Tensor, owner: int) -> dist.Work:
+    """Begin to send a contiguous tensor, of any shape and dtype, from its owner's memory into that of all others. It may be read
+    once `wait()` of the result has returned."""
+    return dist.broadcast(tensor.view(-1).view(torch.uint8), src=owner, async_op=True)  # not every backend knows every dtype
+
+
+def in_step(items: Iterable, filler, device: torch.device) -> Iterator:
+    """These items, and then `filler` for as long as another rank has some left: so every rank gets the same number."""
+    own = iter(items)
+    while True:
+        item = next(own, None)
+        if not all_reduce_max(torch.tensor(int(item is not None), device=device)).item():
+            return
+        yield filler if item is None else item
 
 
 def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:

@@ -89,7 +89,7 @@ class Audit:
         synchronize(self.state.clock.device)
         with self.state.clock.left_out():
             gradients = {f"{name}/gradient": p.grad for name, p in model.named_parameters() if p.grad is not None}
-            return fingerprint(model.state_dict() | optimizer.named_state() | gradients, self.state.clock.device)
+            return fingerprint(self.state.sharding.held_weights() | optimizer.named_state() | gradients, self.state.clock.device)
 
     def _drawn(self) -> None:
         self.batches_drawn += 1

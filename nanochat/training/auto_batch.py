@@ -57,6 +57,7 @@ def check_memory(plan: RunPlan) -> None:
     estimate, limit = memory_estimate.estimate_memory(plan.shape, rows, plan.memory), memory_limit(plan.device)
     residual_stream = rows * plan.shape.sequence_len * plan.shape.n_embd * plan.dtype.itemsize
     least = estimate.weights + estimate.gradients + estimate.moments + residual_stream
+    least = max(least, memory_estimate.all_weights(plan.shape, plan.memory))  # as the model is built, before ranks divide it
     if plan.device.type == "cpu":  # a GPU's allocator refuses what it does not have
         least += estimate.logits // 2
     if least > limit:
@@ -70,9 +71,10 @@ def choose_micro_batch_size(plan: RunPlan, state: TrainState) -> int:
     Tried means a step and an evaluation on tokens that are all 0; weights, moments and feature states stay as they are. A
     compiled step cannot be tried without compiling it for each size; an uncompiled one in its place would take far more memory
     (its logits eight times as much) and so would halve the micro-batch for nothing. Its estimate was within 4 % of the peaks.
+    Nor is one tried where ranks divide the weights: one that is out of memory would leave the others waiting.
     """
     rows = plan.config.horizon.device_batch_size
-    if plan.device.type == "cuda" and not plan.compile:
+    if plan.device.type == "cuda" and not plan.compile and not state.sharding.divides_weights:
         fits = partial(fits_in_memory, plan, state)
     else:
         fits = partial(estimated_to_fit, plan, memory_at_hand(plan))

@@ -44,9 +44,9 @@ from nanochat.training.live_view import open_console
 from nanochat.training.recorder import Recorder, describe_run, write_config, write_failed_start
 from nanochat.training.resume import Checkpoints, open_checkpoint, refuse_changes
 from nanochat.training.run_stats import RunStats
-from nanochat.training.sharding import Sharding
 from nanochat.training.state import RunPlan, TrainState
 from nanochat.training.step import PendingStep, Trainer
+from nanochat.training.weight_sharding import make_sharding
 
 
 class FailedStart(Exception):
@@ -190,7 +190,7 @@ def plan_of(config: Config, device: torch.device, ranks: Ranks, dtype: torch.dty
     return RunPlan(
         config=config, device=device, ranks=ranks, dtype=dtype, tokenizer=tokenizer, tokens=tokens, shape=shape, horizon=horizon,
         micro_batch_size=config.horizon.device_batch_size, compile=config.run.compile,
-        compile_whole=not (config.run.compile_parts or features.many_variants),
+        compile_whole=not (config.run.compile_parts or features.many_variants or config.divides_weights),
         memory=MemoryConfig(dtype.itemsize, config.run.compile, cuda=device.type == "cuda", **config.memory_fields(),
                             **features.memory()))
 
@@ -252,7 +252,8 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         flags.scalar_lr * plan.horizon.scalar_lr_factor,
         momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
     state = TrainState(
-        model=model, optimizer=optimizer, sharding=Sharding(model, optimizer), features=features, clock=Clock(plan.device),
+        model=model, optimizer=optimizer, sharding=make_sharding(model, optimizer, config.run.shard_weights), features=features,
+        clock=Clock(plan.device),
         scaler=grad_scaler(plan.device, enabled=plan.dtype == torch.float16),
         stats=RunStats(config.eval.target_metric_name, config.eval.target_metric_threshold))
     if config.horizon.takes_what_fits:
@@ -280,7 +281,7 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
         use_own_weight_gradient(layers)
     qkv = choose_qkv(
         [(block.attn.c_q, block.attn.c_k, block.attn.c_v) for block in model.transformer.h], tokens, plan.dtype,
-        tuner=tuner, wanted=flags.fused_qkv, recorded=before.get("qkv"))
+        tuner=tuner, wanted="separate" if plan.config.divides_weights else flags.fused_qkv, recorded=before.get("qkv"))
     if qkv.name == "fused":
         model.kernels.project_qkv = fused_qkv
     rotary = choose_rotary_norm(

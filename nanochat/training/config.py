@@ -54,6 +54,9 @@ class RunFlags(DeviceFlags):
     compile_cache_dir: str | None = flag(None, "keep compiled graphs in this folder, so that the next start compiles in a "
                                          "fraction of the time", metavar="DIR", affects_results=False,
                                          requires={"compile": True})
+    # ZeRO, stage 3 (arXiv 1910.02054): nanochat/training/weight_sharding.py
+    shard_weights: bool = flag(False, "with several ranks, divide the weights among them, too, and fetch each block before its use: "
+                               "for models beyond one device's memory; the model is compiled in parts", affects_results=False)
     # A selective form of activation checkpointing (arXiv 2205.05198). By itself torch.compile keeps whatever a matrix product
     # of the backward pass reads: about 19 elements per layer, token and channel. 11 are enough (dev/LOG.md), for a few more
     # passes over memory; no matrix product and no attention is computed twice. FP8 layers still keep their quantized inputs.
@@ -265,7 +268,13 @@ class Config:
 
     def memory_fields(self) -> dict:
         """Fields of a MemoryConfig (nanochat/recipe/memory_estimate.py) that flags of the core decide."""
-        return {"recompute": self.run.recompute_activations, "momentum_bytes": 2 if self.optim.bf16_momentum else 4}
+        return {"recompute": self.run.recompute_activations, "momentum_bytes": 2 if self.optim.bf16_momentum else 4} | (
+            {"weight_ranks": world_size()} if self.divides_weights else {})
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether ranks divide the weights: one alone has nothing to divide."""
+        return self.run.shard_weights and world_size() > 1
 
     def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
         """The horizon for a model of this shape. Raises: ValueError if the batch is not a whole number of micro-batches."""
@@ -288,6 +297,11 @@ def validate(config: Config) -> list[str]:
     micro = horizon.device_batch_size * config.model.max_seq_len * ranks
     if config.run.on_divergence == "rollback" and config.eval.save_every <= 0:
         problems.append("--on-divergence rollback goes back to a checkpoint: give --save-every a number")
+    if config.divides_weights and config.eval.compile_evaluation:
+        problems.append("--compile-evaluation makes one graph of the model, and --shard-weights has to fetch weights in the midst of "
+                        "it: leave one of them out")
+    if config.divides_weights and config.run.fused_qkv == "fused":
+        problems.append("--fused-qkv fused keeps a copy of the weights, which --shard-weights is to save: leave one of them out")
     if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "

@@ -7,8 +7,9 @@ from nanochat.common import is_main_rank, print0
 from nanochat.core_eval import CoreUnavailable, evaluate_core
 from nanochat.dataloader import val_batches
 from nanochat.engine import SAMPLE_TOKENS, Engine, sample_prompts
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb, no_tokens
 from nanochat.runtime.device import evaluation
+from nanochat.runtime.distributed import in_step
 from nanochat.runtime.signals import Signals
 from nanochat.tokenizer import get_token_bytes
 from nanochat.training.compiled_evaluation import CompiledEvaluation
@@ -43,6 +44,8 @@ class Evaluator:
         with self.evaluation_context():
             batches = val_batches(plan.tokens.split("val"), plan.shape.sequence_len, plan.micro_batch_size,
                                   plan.config.eval.eval_tokens, plan.ranks.rank, plan.ranks.world_size, plan.device)
+            if state.model.called_in_step:
+                batches = in_step(batches, no_tokens(plan.shape.sequence_len, plan.device), plan.device)
             bpb = evaluate_bpb(self.compiled or state.model, batches, None, self.token_bytes)
         state.stats.add_evaluation(state.step, bpb, state.clock.train)
         self.recorder.bits_per_byte(bpb)
@@ -59,7 +62,7 @@ class Evaluator:
 
     def sample(self) -> None:
         """Print and record a few greedy continuations, on rank 0."""
-        if not is_main_rank():
+        if not (is_main_rank() or self.state.model.called_in_step):
             return
         self.recorder.console.line(f"step {self.state.step} | samples")
         texts = []

@@ -70,8 +70,9 @@ def train(run: Run) -> None:
 
 
 def save_after(run: Run, error: BaseException) -> None:
-    """Save after an error in an evaluation. Of several ranks, the others may not have met it: then nothing can be saved."""
-    if is_distributed() and is_broken_connection(error):
+    """Save after an error in an evaluation. Of several ranks, the others may not have met it: then nothing can be saved. Nor can
+    it where each has a part of the weights: they would have to come together first."""
+    if is_distributed() and (is_broken_connection(error) or run.state.sharding.divides_weights):
         return
     if not isinstance(error, Interrupted):
         run.checkpoints.expect_less_of_others(IN_TROUBLE)

@@ -13,7 +13,6 @@ from nanochat.checkpoint_manager import (
     check_tokenizer,
     checkpoint_bytes,
     load_checkpoint,
-    load_weights,
     recover_interrupted_writes,
 )
 from nanochat.cli.paths import list_steps, portable, step_dir
@@ -57,6 +56,8 @@ class Checkpoints:
             return
         self.saved_step = state.step
         if not is_main_rank():
+            for _ in state.sharding.weights_to_save():
+                pass  # what this rank has of them goes to rank 0
             self.writer.save(state.step, {}, state.optimizer.named_state(), {}, {})
             return
         described = {
@@ -64,7 +65,8 @@ class Checkpoints:
             "tokenizer": plan.tokenizer.fingerprint(), "val_bpb": state.stats.val_bpb,
             "result_fingerprint": result_fingerprint(plan), "numerics_environment": numerics_environment(plan)}
         with state.features.eval_context(state.model):
-            self.writer.save(state.step, state.model.state_dict(), state.optimizer.named_state(), described | state.state_dict(),
+            self.writer.save(state.step, state.sharding.weights_to_save(), state.optimizer.named_state(),
+                             described | state.state_dict(),
                              val_bpb={step: bpb for step, _, bpb in state.stats.val_curve})
 
     def restore(self, checkpoint: tuple[dict, dict, dict]) -> bool:
@@ -77,7 +79,7 @@ class Checkpoints:
         check_tokenizer(plan.tokenizer, saved, plan.run_dir)
         changes = differences(saved["result_fingerprint"], result_fingerprint(plan))
         refuse_changes(plan.config, changes)
-        load_weights(state.model, weights, plan.run_dir)
+        state.sharding.load_weights(weights, plan.run_dir)
         state.optimizer.load_named_state(moments)
         state.load_state_dict(saved)
         self.saved_step = state.step

@@ -1,7 +1,7 @@
 """Gradients, optimizer state and updates divided among ranks (ZeRO, stages 1 and 2: arXiv 1910.02054).
 
-Every rank holds all weights. Each *piece*, a parameter or some rows of a large one, has one owner, and only the owner has its
-reduced gradient and its moments. A step:
+Every rank holds all weights (weight_sharding.py divides them, too). Each *piece*, a parameter or some rows of a large one, has one
+owner, and only the owner has its reduced gradient and its moments. A step:
 
 1. Backward. As soon as all gradients of a bucket are there, each rank sends every owner its pieces (all-to-all); the owner adds
    them up in fp32 in the order of the ranks. So this is a reduce-scatter whose result does not depend on the network.
@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nanochat.checkpoint_manager import load_weights
 from nanochat.optim import MuonAdamW
 from nanochat.runtime.distributed import Exchange, all_gather_async, all_to_all_async, broadcast_object, rank_and_world_size
 
@@ -50,8 +52,14 @@ class Piece:
         """The view of this piece in a tensor of the parameter's shape."""
         return tensor if self.start is None else tensor[self.start:self.stop]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Not that of a view: the parameter's memory may be freed (weight_sharding.py)."""
+        shape = self.parameter.shape
+        return shape if self.start is None or self.stop is None else torch.Size((self.stop - self.start, *shape[1:]))
+
     def numel(self) -> int:
-        return self.of(self.parameter).numel()
+        return self.shape.numel()
 
 
 def divide(named_parameters: Iterable[tuple[str, Tensor]], by_muon: Callable[[Tensor], bool], world_size: int) -> list[Piece]:
@@ -118,23 +126,26 @@ class Bucket:
             p.grad = None
         self.exchange = all_to_all_async(out, layout.sizes)
 
-    def owned_gradients(self) -> list[tuple[Piece, Tensor]]:
-        """Wait; the mean over the ranks of the gradients of this rank's pieces."""
+    def owned_means(self) -> list[tuple[Piece, Tensor]]:
+        """Wait; the mean over the ranks of the gradients of this rank's pieces, fp32."""
         sizes = self.layout.sizes
         parts = self.exchange.wait().view(len(sizes), sizes[self.rank])
         del self.exchange  # its buffers
-        mean = (parts.sum(dim=0, dtype=torch.float32) / len(sizes)).to(parts.dtype)
-        return [(piece, mean[at:at + piece.numel()].view(piece.of(piece.parameter).shape))
+        mean = parts.sum(dim=0, dtype=torch.float32) / len(sizes)
+        return [(piece, mean[at:at + piece.numel()].view(piece.shape))
                 for piece, owner, at in self.layout.places if owner == self.rank]
 
 
 class Sharding:
     """Divides the optimizer of a model among the ranks. With one rank it does nothing.
 
+    divides_weights: whether ranks have a part of the weights only (weight_sharding.py).
+
     It leaves to `optimizer` the pieces that this rank owns, under their labels. A parameter that it owns whole is the model's
     own: after `reduce` its `.grad` is the reduced one, and None on the other ranks. Rows of a table are a parameter that shares
     its memory.
     """
+    divides_weights = False
 
     def __init__(self, model, optimizer: MuonAdamW):
         self.model, self.optimizer = model, optimizer
@@ -145,7 +156,7 @@ class Sharding:
         self.pieces: dict[Tensor, list[Piece]] = {}
         for piece in divide(model.named_parameters(), muon.__contains__, self.world_size):
             self.pieces.setdefault(piece.parameter, []).append(piece)
-        self.owned = {piece: piece.parameter if piece.start is None else torch.nn.Parameter(piece.of(piece.parameter.detach()))
+        self.owned = {piece: piece.parameter if piece.start is None else torch.nn.Parameter(self._own_rows(piece))
                       for pieces in self.pieces.values() for piece in pieces if piece.owner == self.rank}
         for group in optimizer.param_groups:
             group["params"] = self.owned_of(group["params"])
@@ -160,15 +171,19 @@ class Sharding:
         for p in self.parameters:
             p.register_post_accumulate_grad_hook(self._gradient_is_there)
 
+    def _own_rows(self, piece: Piece) -> Tensor:
+        """The rows of a table that this rank owns."""
+        return piece.of(piece.parameter.detach())
+
     def owned_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """What this rank's optimizer has of these parameters of the model."""
         if self.world_size == 1:
             return list(parameters)
         return [self.owned[piece] for p in parameters for piece in self.pieces[p] if piece.owner == self.rank]
 
-    def expect(self, forward_args: dict) -> None:
-        """To be called before the last backward pass of a step: its gradients are sent as they come."""
-        if self.world_size == 1:
+    def expect(self, forward_args: dict, last: bool) -> None:
+        """To be called before each micro-batch of a step. The gradients of the last one's backward pass are sent as they come."""
+        if self.world_size == 1 or not last:
             return
         self.key = tuple(sorted(forward_args.items()))
         self.waiting, self.sent, self.ready = list(self.buckets.get(self.key, ())), [], []
@@ -193,17 +208,32 @@ class Sharding:
             self.buckets[self.key] = list(self.sent)
         for bucket in self.sent:
             self.bytes_sent += bucket.bytes_sent
-            for piece, gradient in bucket.owned_gradients():
-                self.owned[piece].grad = gradient
+            for piece, mean in bucket.owned_means():
+                self.owned[piece].grad = mean.to(piece.parameter.dtype)
 
     def gather(self) -> None:
         """Send what the owners have updated to all ranks."""
         if self.world_size == 1:
             return
-        places = sorted((piece for bucket in self.sent for piece, *_ in bucket.layout.places),
-                        key=lambda piece: str(piece.parameter.dtype))
-        for _, pieces in groupby(places, key=lambda piece: piece.parameter.dtype):
+        self._gather_all(piece for bucket in self.sent for piece, *_ in bucket.layout.places)
+
+    def _gather_all(self, pieces: Iterable[Piece]) -> None:
+        """Send these pieces from their owners to all ranks."""
+        in_order = sorted(pieces, key=lambda piece: str(piece.parameter.dtype))
+        for _, pieces in groupby(in_order, key=lambda piece: piece.parameter.dtype):
             self._gather(Layout(list(pieces), self.world_size))
+
+    def held_weights(self) -> dict[str, Tensor]:
+        """The weights that are on this rank between two steps, by name."""
+        return self.model.state_dict()
+
+    def weights_to_save(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, tensor) of all weights. To be consumed on all ranks; a tensor is right until the next one is asked for."""
+        return self.model.state_dict().items()
+
+    def load_weights(self, tensors: dict, run_dir: Path) -> None:
+        """Take over a checkpoint's weights. Raises: UserError where the shapes differ."""
+        load_weights(self.model, tensors, run_dir)
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -81,8 +81,7 @@ class Trainer:
         with state.clock.training() as lap:
             for micro_step in range(plan.horizon.grad_accum_steps):
                 x, y = self.loader.next()
-                if micro_step == plan.horizon.grad_accum_steps - 1:
-                    sharding.expect(forward_args)
+                sharding.expect(forward_args, last=micro_step == plan.horizon.grad_accum_steps - 1)
                 micro_loss = self.forward(x, y, **forward_args) / plan.horizon.grad_accum_steps
                 lap("forward")
                 scaler.scale(micro_loss).backward()
