@@ -65,8 +65,8 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
 
 
 def use_weights(unit: str, function: Callable, *args):
-    """`function(*args)`, which reads the weights of `unit`, the module of that name. By default they are always there; where ranks
-    divide the weights (--shard-weights), another function takes this one's place in `GPT.use_weights` and fetches them."""
+    """`function(*args)`, which reads the weights of `unit`, the module of that name. They are always there; where ranks divide
+    them (--shard-weights), another function takes this one's place in `GPT.use_weights` and fetches them."""
     return function(*args)
 
 
@@ -335,8 +335,8 @@ class GPT(nn.Module):
             if str(i) in self.value_embeds:
                 ve = self.use_weights(f"value_embeds.{i}", self.value_embeds[str(i)], idx, by_token).to(x.dtype)
             cache = None if kv_cache is None else ((*kv_cache.get_layer_cache(i), start), kv_cache.get_conv_states(i))
-            x = self.use_weights(f"transformer.h.{i}", self.transformer.h[i], x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos, sin,
-                                 self.window_sizes[i], cache)
+            x = self.use_weights(f"transformer.h.{i}", self.transformer.h[i], x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos,
+                                 sin, self.window_sizes[i], cache)
             if i == self.config.n_layer // 2:
                 mid = x
         return x, mid

@@ -55,7 +55,7 @@ class RunFlags(DeviceFlags):
                                          "fraction of the time", metavar="DIR", affects_results=False,
                                          requires={"compile": True})
     # ZeRO, stage 3 (arXiv 1910.02054): nanochat/training/weight_sharding.py
-    shard_weights: bool = flag(False, "with several ranks, divide the weights among them, too, and fetch each block before its use: "
+    shard_weights: bool = flag(False, "of several ranks, give each a part of the weights, and fetch each block before its use: "
                                "for models beyond one device's memory; the model is compiled in parts", affects_results=False)
     # A selective form of activation checkpointing (arXiv 2205.05198). By itself torch.compile keeps whatever a matrix product
     # of the backward pass reads: about 19 elements per layer, token and channel. 11 are enough (dev/LOG.md), for a few more
@@ -298,8 +298,8 @@ def validate(config: Config) -> list[str]:
     if config.run.on_divergence == "rollback" and config.eval.save_every <= 0:
         problems.append("--on-divergence rollback goes back to a checkpoint: give --save-every a number")
     if config.divides_weights and config.eval.compile_evaluation:
-        problems.append("--compile-evaluation makes one graph of the model, and --shard-weights has to fetch weights in the midst of "
-                        "it: leave one of them out")
+        problems.append("--compile-evaluation makes one graph of the model, and --shard-weights has to fetch weights in the "
+                        "midst of it: leave one of them out")
     if config.divides_weights and config.run.fused_qkv == "fused":
         problems.append("--fused-qkv fused keeps a copy of the weights, which --shard-weights is to save: leave one of them out")
     if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:

@@ -1,7 +1,7 @@
 """Gradients, optimizer state and updates divided among ranks (ZeRO, stages 1 and 2: arXiv 1910.02054).
 
-Every rank holds all weights (weight_sharding.py divides them, too). Each *piece*, a parameter or some rows of a large one, has one
-owner, and only the owner has its reduced gradient and its moments. A step:
+Every rank holds all weights (weight_sharding.py divides them, too). Each *piece*, a parameter or some rows of a large one, has
+one owner, and only the owner has its reduced gradient and its moments. A step:
 
 1. Backward. As soon as all gradients of a bucket are there, each rank sends every owner its pieces (all-to-all); the owner adds
    them up in fp32 in the order of the ranks. So this is a reduce-scatter whose result does not depend on the network.

@@ -1,25 +1,34 @@
-"""--shard-weights: on 2 and 4 ranks (Gloo) the bits of whole weights, with a part of them on each rank; sends what its formula says."""
+"""--shard-weights on 2 and 4 ranks (Gloo): the bits of whole weights, 1/N of them on each rank, and the bytes of the formula."""
 
 import json
 import os
 import random
+import shutil
 import socket
-from contextlib import contextmanager, nullcontext
+import sys
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 
 import pytest
 import torch
 
+from nanochat.cli.launch_environment import PeerLost
+from nanochat.cli.paths import list_steps
+from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.loss_eval import evaluate_bpb, no_tokens
+from nanochat.recipe.memory_estimate import MemoryConfig, estimate_memory
+from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.compilation import CompiledModel
 from nanochat.runtime.device import evaluation
 from nanochat.runtime.distributed import barrier, in_step
-from nanochat.training.build import build_trainer_only
+from nanochat.training import loop
+from nanochat.training.build import build_run, build_trainer_only
 from nanochat.training.config import parse_config
 from nanochat.training.records import read_metrics
-from nanochat.training.weight_sharding import WHOLE_BELOW, unit_names
-from processes import started
+from nanochat.training.weight_sharding import WHOLE_BELOW
+from nanochat.training.weight_units import unit_names
+from processes import started, tiny_flags, trained
 
 TINY = ("--depth=4 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --vocab-size=600 --short-conv=4 --window-pattern=SL "
         "--device-batch-size=2 --warmup-steps=2 --core-metric-every=-1 --sample-every=-1 --eval-every=-1 --device-type=cpu "
@@ -30,27 +39,26 @@ BF16 = ["--dtype=bfloat16", "--weight-gradient=torch", "--rotary-norm=torch"]
 SUFFIX = ["--block-update-schedule=static_suffix", "--static-active-layers=2"]
 EXACT = {  # these give the same bits
     "full": [ONE],
-    "chunked": [ONE, "--chunked-ce", "--deferred-loss-logging"],
     "static suffix": [ONE, *SUFFIX],
-    "frozen embedding": [ONE, *SUFFIX, "--suffix-detach-x0"],
     "relevance": [ONE, "--block-update-schedule=dynamic_suffix", "--dyn-freeze-start-frac=0", "--dyn-warmup-steps=1",
                   "--dyn-probe-every=3", "--dyn-min-active-layers=1", "--dyn-relevance-threshold=0.5"],
     "fp8": [ONE, *FP8],
-    "bf16": [ONE, *BF16, "--bf16-momentum"],
+    "bf16, chunked": [ONE, *BF16, "--bf16-momentum", "--chunked-ce", "--deferred-loss-logging"],
     "all at once": [ONE, *BF16, *FP8, "--fp8-skip-attn-qk", "--chunked-ce", "--cast-once"],
     "compiled": [ONE, *BF16, "COMPILED", "--depth=2", "--aspect-ratio=32"],
     "one layer": [ONE, "--depth=1", "--aspect-ratio=64"],
     "small tables": [ONE, "--depth=1", "--head-dim=8", "--aspect-ratio=24"],
 }
-ROUNDED = {"accumulated": ["--total-batch-size=512"], "accumulated bf16": ["--total-batch-size=512", *BF16]}
-ON_FOUR = ("full", "one layer", "small tables", "static suffix", "fp8")
-STEPS = 8
+ROUNDED = {"accumulated": ["--total-batch-size=384"]}  # 3 micro-batches
+ON_FOUR = ("full", "small tables")
+WATCHED = ("full", "static suffix", "accumulated")
+STEPS = 6
 
 
 def trainer_of(base, flags, world_size):
     """A trainer of these flags; COMPILED among them compiles it in parts, by the cheapest backend that makes graphs."""
-    flags = [flag.replace("TOKENS", str(64 * world_size)) for flag in flags]
-    trainer = build_trainer_only(parse_config(FEATURES, [*TINY, f"--data={base / 'text'}", *(f for f in flags if f != "COMPILED")]))
+    known = [flag.replace("TOKENS", str(64 * world_size)) for flag in flags if flag != "COMPILED"]
+    trainer = build_trainer_only(parse_config(FEATURES, [*TINY, f"--data={base / 'text'}", *known]))
     if "COMPILED" in flags:
         torch._dynamo.reset()
         trainer.plan = replace(trainer.plan, compile=True)
@@ -94,12 +102,12 @@ def watched(trainer):
         hook.remove()
 
 
-def compared(base, flags, world_size):
-    """Train with and without --shard-weights; what is known of both."""
-    answer = {}
+def compared(base, name, world_size):
+    """Train a scenario with and without --shard-weights; what is known of both."""
+    answer, flags = {}, (EXACT | ROUNDED)[name]
     for kind in ("whole", "divided"):
         trainer = trainer_of(base, [*flags, *["--shard-weights"] * (kind == "divided")], world_size)
-        with nullcontext([]) if "COMPILED" in flags else watched(trainer) as seen:
+        with watched(trainer) if name in WATCHED else nullcontext([]) as seen:
             results = take_steps(trainer, STEPS)
         if "COMPILED" in flags:
             assert all(trainer.forward.compiled_variants.values()) and not trainer.forward.graph_breaks
@@ -134,7 +142,7 @@ def join(number, world_size, port, base):
 
 def rank(number, world_size, port, base, names, out):
     join(number, world_size, port, base)
-    answers = {name: compared(base, (EXACT | ROUNDED)[name], world_size) for name in names}
+    answers = {name: compared(base, name, world_size) for name in names}
     if world_size == 2:
         answers["no scenario"] = {check.__name__: check(base, number) for check in (
             any_suffix, nan_on_one_rank, evaluated_in_between, broken_off)}
@@ -154,7 +162,7 @@ def on_ranks(world_size, target, *arguments, expected=None):
 @pytest.fixture(scope="module")
 def answers(base, tmp_path_factory):
     """world size -> answers of its ranks."""
-    build_trainer_only(parse_config(FEATURES, [*TINY, "--total-batch-size=64", f"--data={base / 'text'}"])).loader.close()  # the text
+    trainer_of(base, [ONE], 1).loader.close()  # the text is prepared
     found = {}
     for world_size, names in ((2, [*EXACT, *ROUNDED]), (4, ON_FOUR)):
         out = tmp_path_factory.mktemp(f"ranks{world_size}")
@@ -175,8 +183,9 @@ def test_the_bits_are_those_of_whole_weights(answers, name, world_size):
     for answer in answers[world_size]:
         whole, divided = answer[name]["whole"], answer[name]["divided"]
         assert whole["losses"][-1] < whole["losses"][0] - 0.05
-        for key in ("losses", "norms", "trained", "active", "moments"):
+        for key in ("losses", "trained", "active", "moments"):
             assert divided[key] == whole[key], key
+        assert divided["norms"] == pytest.approx(whole["norms"], rel=1e-12)  # their squares are added up in another order
         assert answer[name]["apart"] == 0
 
 
@@ -184,7 +193,7 @@ def test_the_bits_are_those_of_whole_weights(answers, name, world_size):
 @pytest.mark.parametrize("name", ROUNDED)
 def test_accumulated_gradients_differ_by_rounding(answers, name):
     """Ranks are summed before micro-batches, not after."""
-    close = 1e-5 if name == "accumulated" else 2e-2
+    close = 1e-5
     for answer in answers[2]:
         whole, divided = answer[name]["whole"], answer[name]["divided"]
         assert divided["losses"] == pytest.approx(whole["losses"], rel=close) and divided["trained"] == whole["trained"]
@@ -200,7 +209,7 @@ def test_the_suffixes_were_of_several_lengths(answers):
 # ---- memory and bytes
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, world_size", cases(("full", "static suffix", "accumulated")))
+@pytest.mark.parametrize("name, world_size", cases(WATCHED))
 def test_a_rank_holds_its_share_and_few_units(answers, name, world_size):
     ranks = [answer[name] for answer in answers[world_size]]
     total, largest = ranks[0]["whole"]["between"], max(ranks[0]["units"].values())
@@ -214,24 +223,22 @@ def test_a_rank_holds_its_share_and_few_units(answers, name, world_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, world_size", cases(("full", "static suffix", "frozen embedding", "accumulated", "bf16", "fp8")))
+@pytest.mark.parametrize("name, world_size", cases((*WATCHED, "bf16, chunked", "fp8")))
 def test_bytes_are_those_of_the_formula(answers, name, world_size):
     """(N-1) (M (F + B + G) + s), of all ranks together."""
     ranks = [answer[name] for answer in answers[world_size]]
     sent = sum(answer["divided"]["bytes"][-1] for answer in ranks)
-    weights, micro_batches = ranks[0]["sent"], 512 // (64 * world_size) if name == "accumulated" else 1
-    suffix, frozen = name in ("static suffix", "frozen embedding"), name == "frozen embedding"
+    weights, micro_batches, suffix = ranks[0]["sent"], 3 if name == "accumulated" else 1, name == "static suffix"
     forward = backward = gradients = 0
     small = [0] * world_size
     for key, (count, size, divided, owners) in weights.items():
         block = int(key.split(".")[2]) if key.startswith("transformer.h.") else None
         table = "wte" in key or "value_embeds" in key
         layer = block if block is not None else int(key.split(".")[1]) if "value_embeds" in key else None
-        trained = not suffix or (layer >= 2 if layer is not None else key in ("lm_head.weight", "backout_lambda")
-                                 or ("wte" in key and not frozen))
+        trained = not suffix or (layer >= 2 if layer is not None else "wte" in key or key in ("lm_head.weight", "backout_lambda"))
         gradients += count * size * trained
         linear = divided and not table
-        wire = count * (2 if name == "bf16" and linear else 1 if name == "fp8" and linear else size)
+        wire = count * (2 if name == "bf16, chunked" and linear else 1 if name == "fp8" and linear else size)
         if name == "fp8" and linear:
             wire += 4 * (len(owners) == 1)  # the scale; that of rows each rank knows
         if divided:
@@ -258,7 +265,7 @@ def any_suffix(base, number):
     """Any sequence of what is trained. The same bits with and without?"""
     trainers, same = whole_and_divided(base, "--num-iterations=2000"), True
     choose, seen = random.Random(7), set()
-    for _ in range(20):
+    for _ in range(24):
         args = {"active_start": choose.randrange(4), "detach_x0": choose.random() < 0.5}
         seen.add(tuple(args.values()))
         losses = []
@@ -269,7 +276,7 @@ def any_suffix(base, number):
     weights = list(map(all_weights, trainers))
     for trainer in trainers:
         trainer.loader.close()
-    return [len(seen), same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
+    return [len(seen) > 6, same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
 
 
 def nan_on_one_rank(base, number):
@@ -316,7 +323,8 @@ def broken_off(base, number):
 
     def fail(*_):
         raise MemoryError("played")
-    for hook in (model.transformer.h[2].register_forward_pre_hook(fail), model.transformer.h[1].mlp.c_fc.weight.register_hook(fail)):
+    blocks = model.transformer.h
+    for hook in (blocks[2].register_forward_pre_hook(fail), blocks[1].mlp.c_fc.weight.register_hook(fail)):
         with pytest.raises(MemoryError):
             model(tokens, tokens).backward()
         hook.remove()
@@ -329,7 +337,7 @@ def broken_off(base, number):
 
 @pytest.mark.slow
 def test_what_is_trained_may_change_from_step_to_step(answers):
-    assert all(answer["no scenario"]["any_suffix"] == [8, True, True] for answer in answers[2])
+    assert all(answer["no scenario"]["any_suffix"] == [True] * 3 for answer in answers[2])
 
 
 @pytest.mark.slow
@@ -437,8 +445,8 @@ def test_it_is_switched_on_and_off_at_a_resume(of_runs, base):
 
 @pytest.mark.slow
 def test_evaluations_samples_and_the_audit_are_those_of_whole_weights(of_runs):
-    whole, divided = ([{key: row.get(key) for key in ("val_bpb", "samples")} for row in read_metrics(of_runs / tag / "metrics.jsonl")]
-                      for tag in ("whole", "divided"))
+    rows = {tag: read_metrics(of_runs / tag / "metrics.jsonl") for tag in ("whole", "divided")}
+    whole, divided = ([{key: row.get(key) for key in ("val_bpb", "samples")} for row in of_one] for of_one in rows.values())
     assert whole == divided and any(row["samples"] for row in divided) and sum(row["val_bpb"] is not None for row in divided) == 3
     for tag in ("whole", "divided"):
         audit = json.loads((of_runs / tag / "result.json").read_text())["audit"]
@@ -479,7 +487,8 @@ def test_an_error_of_one_rank_ends_all(of_runs, base, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--compile-evaluation"], "--compile-evaluation makes one graph"), (["--fused-qkv=fused"], "keeps a copy of the weights"),
-    ([*FP8, "--fp8-debug", "--no-compile"], "--fp8-debug looks at whole weights"), ([*FP8, "--fp8-policy=auto"], "--fp8-policy auto")])
+    ([*FP8, "--fp8-debug", "--no-compile"], "--fp8-debug looks at whole weights"),
+    ([*FP8, "--fp8-policy=auto"], "--fp8-policy auto")])
 def test_what_it_cannot_be_combined_with_is_said(monkeypatch, flags, says):
     monkeypatch.setenv("WORLD_SIZE", "2")
     parse_config(FEATURES, [*flags, "--device-type=cpu"])
