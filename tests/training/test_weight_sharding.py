@@ -45,11 +45,11 @@ EXACT = {  # these give the same bits
     "fp8": [ONE, *FP8],
     "bf16, chunked": [ONE, *BF16, "--bf16-momentum", "--chunked-ce", "--deferred-loss-logging"],
     "all at once": [ONE, *BF16, *FP8, "--fp8-skip-attn-qk", "--chunked-ce", "--cast-once"],
-    "compiled": [ONE, *BF16, "COMPILED", "--depth=2", "--aspect-ratio=32"],
+    "compiled": [ONE, *BF16, "--cast-once", "COMPILED", "--depth=2", "--aspect-ratio=32", "--short-conv=0"],
     "one layer": [ONE, "--depth=1", "--aspect-ratio=64"],
     "small tables": [ONE, "--depth=1", "--head-dim=8", "--aspect-ratio=24"],
 }
-ROUNDED = {"accumulated": ["--total-batch-size=384"]}  # 3 micro-batches
+ROUNDED = {"accumulated": ["--total-batch-size=256"]}  # 2 micro-batches
 ON_FOUR = ("full", "small tables")
 WATCHED = ("full", "static suffix", "accumulated")
 STEPS = 6
@@ -60,7 +60,6 @@ def trainer_of(base, flags, world_size):
     known = [flag.replace("TOKENS", str(64 * world_size)) for flag in flags if flag != "COMPILED"]
     trainer = build_trainer_only(parse_config(FEATURES, [*TINY, f"--data={base / 'text'}", *known]))
     if "COMPILED" in flags:
-        torch._dynamo.reset()
         trainer.plan = replace(trainer.plan, compile=True)
         trainer.forward = CompiledModel(trainer.state.model, whole=False, backend="aot_eager")
     return trainer
@@ -228,7 +227,7 @@ def test_bytes_are_those_of_the_formula(answers, name, world_size):
     """(N-1) (M (F + B + G) + s), of all ranks together."""
     ranks = [answer[name] for answer in answers[world_size]]
     sent = sum(answer["divided"]["bytes"][-1] for answer in ranks)
-    weights, micro_batches, suffix = ranks[0]["sent"], 3 if name == "accumulated" else 1, name == "static suffix"
+    weights, micro_batches, suffix = ranks[0]["sent"], 2 if name == "accumulated" else 1, name == "static suffix"
     forward = backward = gradients = 0
     small = [0] * world_size
     for key, (count, size, divided, owners) in weights.items():
@@ -265,7 +264,7 @@ def any_suffix(base, number):
     """Any sequence of what is trained. The same bits with and without?"""
     trainers, same = whole_and_divided(base, "--num-iterations=2000"), True
     choose, seen = random.Random(7), set()
-    for _ in range(24):
+    for _ in range(14):
         args = {"active_start": choose.randrange(4), "detach_x0": choose.random() < 0.5}
         seen.add(tuple(args.values()))
         losses = []
@@ -276,7 +275,7 @@ def any_suffix(base, number):
     weights = list(map(all_weights, trainers))
     for trainer in trainers:
         trainer.loader.close()
-    return [len(seen) > 6, same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
+    return [len(seen) > 5, same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
 
 
 def nan_on_one_rank(base, number):
@@ -362,7 +361,7 @@ def test_after_an_error_in_a_pass_the_next_one_is_right(answers):
 
 # ---- whole runs
 
-RUN = ["--total-batch-size=128", "--num-iterations=6", "--save-every=3", "--sample-every=6", "--dtype=float32", "--head-dim=16",
+RUN = ["--total-batch-size=128", "--num-iterations=6", "--save-every=3", "--dtype=float32", "--head-dim=16",
        "--aspect-ratio=32", "--attention-backend=masked", "--on-divergence=rollback", "--audit"]
 
 
@@ -397,8 +396,8 @@ def lets_diverge(number):
 def runs(number, world_size, port, base):
     join(number, world_size, port, base)
     with redirect_stdout(open(base / f"said-{number}", "w")):
-        fit_one(base, "whole")
-        fit_one(base, "divided", "--shard-weights")
+        fit_one(base, "whole", "--sample-every=6")
+        fit_one(base, "divided", "--sample-every=6", "--shard-weights")
         fit_one(base, copied(base, "divided", "divided-on", number), "--shard-weights", "--resume-from-step=latest")
         fit_one(base, copied(base, "divided", "whole-on", number), "--resume-from-step=latest")
         fit_one(base, copied(base, "one", "one-on", number), "--shard-weights", "--resume-from-step=latest")
@@ -463,7 +462,7 @@ def short_of_memory(number, world_size, port, base, log):
     join(number, world_size, port, base)
     os.environ["NANOCHAT_PATIENCE"] = "3"
     os.dup2(os.open(log / str(number), os.O_WRONLY | os.O_CREAT), 2)
-    run = build_run(parse_config(FEATURES, tiny_flags(base, "short", *RUN, "--shard-weights", "--sample-every=-1")))
+    run = build_run(parse_config(FEATURES, tiny_flags(base, "short", *RUN, "--shard-weights")))
 
     def fail(*_):
         if number and run.state.step == 4:
