@@ -4,6 +4,7 @@
 """
 
 import shutil
+from dataclasses import replace
 
 from nanochat.common import UserError, format_table, get_base_dir
 from nanochat.features import FEATURES, Features
@@ -11,6 +12,7 @@ from nanochat.recipe.memory_estimate import (
     MARGIN,
     MemoryConfig,
     advice,
+    all_weights,
     estimate_memory,
     host_memory,
     largest_fit,
@@ -80,18 +82,20 @@ def memory(config: Config, shape: GPTConfig) -> dict:
 def process_memory(config: Config, shape: GPTConfig) -> dict[str, int]:
     """Bytes that the process of a run on a CPU holds at its peak besides a step's. By purpose: the program; the copies from which
     checkpoints are written, where there are any before the end; the prepared text, as far as it is read and its size is known."""
-    estimate, horizon = estimate_memory(shape, 1, memory_config(config)), config.plan(shape)
+    how, horizon = memory_config(config), config.plan(shape)
+    copies = all_weights(shape, how) + estimate_memory(shape, 1, how).moments  # those of rank 0
     every, chars = config.eval.save_every, config.data.max_chars
     read = horizon.total_tokens // shape.sequence_len * MAPPED_AT_ONCE
     token = 2 if shape.vocab_size <= 2**16 else 4
     return {"program": PROGRAM[config.run.compile],
-            "checkpoint copies": estimate.weights + estimate.moments if 0 < every < horizon.num_iterations else 0,
+            "checkpoint copies": copies if 0 < every < horizon.num_iterations else 0,
             "text": min(read, chars // CHARS_PER_TOKEN * token) if chars > 0 else 0}
 
 
 def disk(config: Config, shape: GPTConfig, steps: int) -> dict:
     """The checkpoints of a run: the size of one, and how many there are at most at a time."""
-    estimate, every, keep = estimate_memory(shape, 1, memory_config(config)), config.eval.save_every, config.eval.keep_last
+    estimate = estimate_memory(shape, 1, replace(memory_config(config), weight_ranks=1))
+    every, keep = config.eval.save_every, config.eval.keep_last
     count = -(-steps // every) if every > 0 else 1
     count = min(count, keep + 2) if keep > 0 else count  # those kept, the best, and the one being written
     size = estimate.weights + estimate.moments

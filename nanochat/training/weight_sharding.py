@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint_manager import check_weights
+from nanochat.checkpoint_manager import check_weights, total_bytes
+from nanochat.common import print0
 from nanochat.fp8 import Float8Linear
 from nanochat.kernels.linear import CastOnceLinear, keep_casts
 from nanochat.optim import MuonAdamW
@@ -45,7 +46,15 @@ WHOLE_BELOW = 2**12  # elements: smaller parameters are on all ranks, as sending
 
 def make_sharding(model, optimizer: MuonAdamW, shard_weights: bool) -> Sharding:
     """What divides the model among the ranks: its weights, too, if there are several and `shard_weights`."""
-    return (WeightSharding if shard_weights and rank_and_world_size()[1] > 1 else Sharding)(model, optimizer)
+    if not shard_weights:
+        return Sharding(model, optimizer)
+    if rank_and_world_size()[1] == 1:
+        print0("--shard-weights does nothing here: there is one rank")
+        return Sharding(model, optimizer)
+    sharding = WeightSharding(model, optimizer)
+    held = total_bytes(sharding.held_weights()) / total_bytes(model.state_dict())
+    print0(f"weights: divided among {sharding.world_size} ranks; rank 0 holds {held:.1%} of them between steps")
+    return sharding
 
 
 class WeightSharding(Sharding):
