@@ -76,9 +76,9 @@ class Fp8(Feature):
             problems.append(f"--fp8-recipe {flags.fp8_recipe} is torchao's: add --fp8-backend torchao, or use tensorwise")
         if flags.fp8_backend == "torchao" and not importlib.util.find_spec("torchao"):
             problems.append("--fp8-backend torchao needs that package: pip install torchao, or use --fp8-backend custom")
-        if config.run.shard_weights and flags.fp8_debug:
+        if config.divides_weights and flags.fp8_debug:
             problems.append("--fp8-debug looks at whole weights, which --shard-weights divides: leave one of them out")
-        if config.run.shard_weights and flags.fp8_policy == "auto":
+        if config.divides_weights and flags.fp8_policy == "auto":
             problems.append("--fp8-policy auto may convert other layers on resume, which --shard-weights cannot follow: use all")
         rows = config.horizon.device_batch_size * config.model.max_seq_len
         if rows % MULTIPLE:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanochat import core_eval
 from nanochat.cli.launch_environment import PeerLost
 from nanochat.cli.paths import list_steps
 from nanochat.common import UserError
@@ -295,7 +296,11 @@ def nan_on_one_rank(base, number):
 
 
 def evaluated_in_between(base, number):
-    """Bits per byte in the midst of training, where rank 0 has two batches more than the other: as whole weights give it."""
+    """Bits per byte in the midst of training, where rank 0 has two batches more than the other, and the score of a CORE task of
+    which it has one question more: as whole weights give them."""
+    task = {"label": "task", "type": "multiple_choice", "delimiter": " ", "num_fewshot": 1, "path": "task"}
+    questions = [{"query": "def f" * (i % 5 + 1), "choices": ["return x", "import torch"], "gold": i % 2} for i in range(7)]
+    core_eval.FORWARD_TOKENS = 64  # a forward pass for each
     answers = []
     for trainer in whole_and_divided(base, *FP8):
         model, device = trainer.state.model, trainer.plan.device
@@ -308,6 +313,7 @@ def evaluated_in_between(base, number):
                 batches = in_step(batches, no_tokens(32, device), device)
             with evaluation(model), trainer.state.features.eval_context(model):
                 found.append(evaluate_bpb(model, batches, None, token_bytes))
+                found.append(core_eval.evaluate_task(model, trainer.plan.tokenizer, device, task, questions))
         answers.append(found)
         trainer.loader.close()
     return answers
