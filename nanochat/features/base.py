@@ -51,7 +51,8 @@ class Feature:
     def after_backward(self, model, step: int) -> None:
         """Called when the gradients of all micro-batches are summed and averaged over the ranks, before the optimizer. May read
         or change `p.grad`. Example: gradient clipping. Of several ranks, each has the gradients that it owns
-        (nanochat/training/sharding.py); `p.grad` of other parameters is None."""
+        (nanochat/training/sharding.py); `p.grad` of other parameters is None. Under --shard-weights, so it is with the weights:
+        a parameter without gradient may have no memory, and reading it ends the process."""
 
     def on_weights_changed(self) -> None:
         """Called when the weights have new values: after each optimizer update, as a part of the step's time, when training

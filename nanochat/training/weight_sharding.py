@@ -20,7 +20,8 @@ weights as they travel. B: of these, the trained blocks but the last. G: the gra
 parameters below WHOLE_BELOW, N rows filled up to the longest. With weights that are not divided: (N-1) 2 G.
 
 Memory of a rank: 1/N of weights and moments; the unit in use, the next one, and lm_head while the loss is computed; the gradients
-of a unit, and those of two on their way. At the start all weights, once: they are initialized as one rank would, then divided.
+of a unit, and those of two on their way. At the start all weights, once, and under --fp8 their casts: they are initialized as
+on one rank, and then divided.
 
 An error of one rank leaves the others waiting until they learn that it is gone, as in every collective.
 """
@@ -134,7 +135,7 @@ class WeightSharding(Sharding):
         return {"comm_bytes": self.bytes_sent + self.units.bytes_sent - self.sent_before}
 
     def _gradient_is_there(self, p: Tensor) -> None:
-        if p.grad is not None:  # as where an operation of the model stops it
+        if p.grad is not None:  # it is where an operation of the model stops the gradient
             self.ready.append(p)
 
     def _send_ready(self, last: bool = False) -> None:

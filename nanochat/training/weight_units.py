@@ -3,7 +3,8 @@
 `Shared` is a tensor that a layer reads, and what travels of it; `Units` is when it travels. What for: weight_sharding.py.
 
 A tensor that is not there has its shape and no memory: its storage has been resized to 0, and is given memory and filled again
-before each use. So views of it, also those that the backward pass has saved, and compiled graphs stay valid.
+before each use. So views of it, also those that the backward pass has saved, and compiled graphs stay valid. Nothing may read it
+in between: where torch does not check the size of the storage, that ends the process.
 """
 
 from collections.abc import Callable, Iterator
