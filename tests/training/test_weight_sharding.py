@@ -53,7 +53,7 @@ EXACT = {  # these give the same bits
 ROUNDED = {"accumulated": ["--total-batch-size=256"]}  # 2 micro-batches
 ON_FOUR = ("full", "small tables")
 WATCHED = ("full", "static suffix", "accumulated")
-STEPS = 6
+STEPS = {2: 6, 4: 3}  # by ranks
 
 
 def trainer_of(base, flags, world_size):
@@ -108,7 +108,7 @@ def compared(base, name, world_size):
     for kind in ("whole", "divided"):
         trainer = trainer_of(base, [*flags, *["--shard-weights"] * (kind == "divided")], world_size)
         with watched(trainer) if name in WATCHED else nullcontext([]) as seen:
-            results = take_steps(trainer, STEPS)
+            results = take_steps(trainer, STEPS[world_size])
         if "COMPILED" in flags:
             assert all(trainer.forward.compiled_variants.values()) and not trainer.forward.graph_breaks
         trainer.loader.close()
@@ -182,7 +182,7 @@ def cases(names):
 def test_the_bits_are_those_of_whole_weights(answers, name, world_size):
     for answer in answers[world_size]:
         whole, divided = answer[name]["whole"], answer[name]["divided"]
-        assert whole["losses"][-1] < whole["losses"][0] - 0.05
+        assert whole["losses"][-1] < whole["losses"][0] - 0.01
         for key in ("losses", "trained", "active", "moments"):
             assert divided[key] == whole[key], key
         assert divided["norms"] == pytest.approx(whole["norms"], rel=1e-12)  # their squares are added up in another order
@@ -265,7 +265,7 @@ def any_suffix(base, number):
     """Any sequence of what is trained. The same bits with and without?"""
     trainers, same = whole_and_divided(base, "--num-iterations=2000"), True
     choose, seen = random.Random(7), set()
-    for _ in range(14):
+    for _ in range(10):
         args = {"active_start": choose.randrange(4), "detach_x0": choose.random() < 0.5}
         seen.add(tuple(args.values()))
         losses = []
@@ -276,7 +276,7 @@ def any_suffix(base, number):
     weights = list(map(all_weights, trainers))
     for trainer in trainers:
         trainer.loader.close()
-    return [len(seen) > 5, same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
+    return [len(seen) > 4, same, all(weights[0][name].equal(weights[1][name]) for name in weights[0])]
 
 
 def nan_on_one_rank(base, number):
