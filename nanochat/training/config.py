@@ -13,8 +13,10 @@ from typing import Any
 from nanochat.cli.flags import LARGEST_SEED, above, at_least, default_of, flag, flag_name, other_than, parse
 from nanochat.cli.launch_environment import world_size
 from nanochat.cli.paths import folder_problem, output_problem, portable_source
+from nanochat.common import print0
 from nanochat.data.sources import TokenizerFlags
 from nanochat.recipe.horizon import Horizon, nearest_batch_sizes, plan_horizon
+from nanochat.recipe.memory_estimate import micro_batches
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 
 MOST_ROWS = 32  # of a micro-batch, where --device-batch-size does not say
@@ -281,6 +283,19 @@ class Config:
         return self.run.model_tag or f"d{self.model.depth}"
 
 
+def share_rows(config: Config) -> bool:
+    """Take fewer rows per micro-batch, where --total-batch-size is a whole number of rows for each rank but not of such
+    micro-batches: with several ranks, so that the flags of one device serve for them, and where no number was given. Returns
+    whether that was done."""
+    horizon, ranks = config.horizon, world_size()
+    rows, rest = divmod(horizon.total_batch_size, config.model.max_seq_len * ranks)
+    possible = [n for n in micro_batches(rows, config.model.max_seq_len) if n <= horizon.device_batch_size]
+    if rest or rows % horizon.device_batch_size == 0 or not possible or not (ranks > 1 or horizon.takes_what_fits):
+        return False
+    horizon.device_batch_size = possible[0]
+    return True
+
+
 def validate(config: Config) -> list[str]:
     """Problems between flags of different groups."""
     problems = []
@@ -288,7 +303,12 @@ def validate(config: Config) -> list[str]:
     micro = horizon.device_batch_size * config.model.max_seq_len * ranks
     if config.run.on_divergence == "rollback" and config.eval.save_every <= 0:
         problems.append("--on-divergence rollback goes back to a checkpoint: give --save-every a number")
-    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
+    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro and horizon.takes_what_fits:
+        row, each = config.model.max_seq_len, f" for each of {ranks} ranks" if ranks > 1 else ""
+        problems.append(
+            f"--total-batch-size {horizon.total_batch_size} is not a whole number of rows of {row} tokens (--max-seq-len){each}: "
+            f"use {nearest_batch_sizes(horizon.total_batch_size, row * ranks)}")
+    elif horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "
             f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {ranks} "
@@ -311,6 +331,8 @@ def parse_config(features=(), argv: list[str] | None = None, prog: str | None = 
 
     def validate_all(*instances):
         config = assemble(instances)
+        if share_rows(config):
+            print0(f"micro-batches of {config.horizon.device_batch_size} rows, as a step has {config.horizon.total_batch_size:,} tokens")
         return validate(config) + [p for feature in features for p in feature.validate(config)]
 
     groups: list[Any] = [f.type for f in core] + [feature.Config for feature in features]  # classes, all of them
