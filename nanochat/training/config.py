@@ -125,6 +125,8 @@ class ModelFlags:
     window_pattern: str = flag("SSSL", "attention windows tiled over layers: S a quarter of the context, L all of it")
     short_conv: int = flag(0, "tokens, with its own, that each token sees through a short convolution before attention and MLP "
                            "(arXiv 2109.08668, 2512.17351); 0 is none", low=0, high=64)
+    exclusive_attention: bool = flag(False, "take from attention's output what lies along the token's own value, so that it "
+                                     "tells of other tokens only (arXiv 2603.09078)")
 
     def validate(self):
         problems = []
@@ -141,7 +143,8 @@ class ModelFlags:
 
     def shape(self, vocab_size: int) -> GPTConfig:
         return shape_of_depth(self.depth, self.aspect_ratio, self.head_dim, sequence_len=self.max_seq_len,
-                              vocab_size=vocab_size, window_pattern=self.window_pattern, short_conv=self.short_conv)
+                              vocab_size=vocab_size, window_pattern=self.window_pattern, short_conv=self.short_conv,
+                              exclusive_attention=self.exclusive_attention)
 
 
 @dataclass
@@ -332,7 +335,8 @@ def parse_config(features=(), argv: list[str] | None = None, prog: str | None = 
     def validate_all(*instances):
         config = assemble(instances)
         if share_rows(config):
-            print0(f"micro-batches of {config.horizon.device_batch_size} rows, as a step has {config.horizon.total_batch_size:,} tokens")
+            horizon = config.horizon
+            print0(f"micro-batches of {horizon.device_batch_size} rows, as a step has {horizon.total_batch_size:,} tokens")
         return validate(config) + [p for feature in features for p in feature.validate(config)]
 
     groups: list[Any] = [f.type for f in core] + [feature.Config for feature in features]  # classes, all of them

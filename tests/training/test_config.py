@@ -97,8 +97,8 @@ def test_world_size_counts_in_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("ranks, flags, rows", [
-    (2, "--device-batch-size=8", 4), (2, "--device-batch-size=3", 2), (4, "--device-batch-size=8", 2), (8, "--device-batch-size=8", 1),
-    (1, "", 8), (2, "", 4), (1, "--device-batch-size=4", 4), (2, "--device-batch-size=2", 2)])
+    (2, "--device-batch-size=8", 4), (2, "--device-batch-size=3", 2), (4, "--device-batch-size=8", 2),
+    (8, "--device-batch-size=8", 1), (1, "", 8), (2, "", 4), (1, "--device-batch-size=4", 4), (2, "--device-batch-size=2", 2)])
 def test_ranks_share_the_rows_of_a_step(monkeypatch, ranks, flags, rows):
     """4 096 tokens are 8 rows: the flags of one device serve for several, and no number of rows means one that fits."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
