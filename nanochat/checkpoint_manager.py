@@ -131,7 +131,7 @@ def saved_shape(state: dict, run_dir: Path) -> GPTConfig:
         values = asdict(shape)
         if any(type(values[f.name]) is not type(f.default) for f in fields(shape)):
             raise ValueError("values of another type")
-        taps = values.pop("short_conv")  # 0: none
+        taps, _ = values.pop("short_conv"), values.pop("exclusive_attention")  # 0: none
         if not all(1 <= value <= LARGEST_SIZE for value in values.values() if isinstance(value, int)):
             raise ValueError(f"sizes go from 1 to {LARGEST_SIZE:,}")
         if taps and not 2 <= taps <= LARGEST_SIZE:

@@ -70,6 +70,15 @@ def use_weights(unit: str, function: Callable, *args):
     return function(*args)
 
 
+def without_own_value(y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Exclusive self-attention (Zhai, arXiv 2603.09078): attention's output y (B, T, H, D) without its part along the token's own
+    value v (B, T, H_kv, D). A head attends much to the token itself, of which the residual stream tells the rest anyway."""
+    own = v.float().unsqueeze(3)                                            # (B, T, H_kv, 1, D), for the heads that share it
+    heads = y.float().unflatten(2, (v.size(2), -1))                         # (B, T, H_kv, H / H_kv, D)
+    share = (heads * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return (heads - share * own).flatten(2, 3).to(y.dtype)
+
+
 def relu_square(x: torch.Tensor) -> torch.Tensor:
     """max(x, 0)^2 (arXiv 2109.08668)."""
     return F.relu(x).square()
@@ -98,7 +107,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, with_value_embedding: bool, kernels: Kernels):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim, self.exclusive = config.n_embd // config.n_head, config.exclusive_attention
         self.kernels = kernels
         kv_dim = config.n_kv_head * self.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -130,6 +139,8 @@ class CausalSelfAttention(nn.Module):
         else:
             y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=length,
                                                    causal=True, window_size=(window, 0))
+        if self.exclusive:
+            y = without_own_value(y, v)
         return self.c_proj(y.reshape(B, T, -1))
 
 

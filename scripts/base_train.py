@@ -8,6 +8,7 @@ $NANOCHAT_BASE_DIR/base_checkpoints/<model-tag>/.
 """
 
 from nanochat.cli.launch_environment import restarts
+from nanochat.cli.output import stop_when_unread
 from nanochat.cli.paths import runs_dir
 from nanochat.cli.program import cli
 from nanochat.common import UserError, is_main_rank
@@ -21,6 +22,7 @@ def main() -> int:
     config = parse_config(FEATURES, prog="python -m scripts.base_train")
     if config.run.explain:
         from nanochat.training.explain import explain_flags
+        stop_when_unread()
         print(explain_flags(config))
         return 0
     run_dir = runs_dir() / config.model_tag

@@ -27,7 +27,7 @@ def make_model(vocab_size=320, n_kv_head=2, pattern="SSSL", dtype=torch.float32,
     """A small model in which everything matters: what is initialized to zero is drawn at random too."""
     torch.manual_seed(1)
     config = GPTConfig(sequence_len=context, vocab_size=vocab_size, n_layer=4, n_head=4, n_kv_head=n_kv_head, n_embd=64,
-                       window_pattern=pattern, short_conv=3)
+                       window_pattern=pattern, short_conv=3, exclusive_attention=n_kv_head == 2)
     model = build_model(config, torch.float64, "cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():

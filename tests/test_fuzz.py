@@ -110,7 +110,8 @@ def test_a_stranger_who_seals_what_he_changed(checkpoint, name, data):
         weights, _, state = load_checkpoint(checkpoint, 1, with_optimizer=False)
         assert all(isinstance(t, torch.Tensor) for t in weights.values()) and state["step"] == 1
         shape = saved_shape(state, checkpoint)
-        sizes = vars(shape) | {"short_conv": shape.short_conv or 2}
+        sizes = vars(shape) | {"short_conv": shape.short_conv or 2, "exclusive_attention": True}
+        assert type(shape.exclusive_attention) is bool
         assert sizes["short_conv"] > 1 and all(1 <= n <= 2**24 for n in sizes.values() if isinstance(n, int))
     except UserError:
         pass

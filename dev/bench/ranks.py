@@ -63,7 +63,7 @@ def train(out: str, argv: list[str]) -> None:
     """In one of the processes: take steps, and write what rank 0 measured."""
     import torch
 
-    from nanochat.runtime.distributed import all_gather_async, all_to_all_async, barrier, leave_process_group
+    from nanochat.runtime.distributed import all_gather_async, all_to_all_async, barrier, broadcast_object, leave_process_group
     from nanochat.training.build import build_trainer_only
     steps, trace, *flags = argv
     trainer = build_trainer_only(parse_config(FEATURES, flags))
@@ -76,7 +76,8 @@ def train(out: str, argv: list[str]) -> None:
     measured = {part: statistics.median(seconds) for part, seconds in zip(PARTS, zip(*times, strict=True), strict=True)}
     measured |= {"threads": torch.get_num_threads(), "bytes": result.columns.get("comm_bytes", 0)}
     if sharding.world_size > 1:
-        n = measured["bytes"] // 8 // (sharding.world_size - 1)  # fp32 elements of a rank, half of the bytes each way
+        # fp32 elements of a rank, half of the bytes each way: of rank 0, as the ranks' parts differ by a little
+        n = broadcast_object(measured["bytes"]) // 8 // (sharding.world_size - 1)
         for name, exchange in (("reduce", lambda: all_to_all_async(torch.empty(n * sharding.world_size, device=device),
                                                                    [n] * sharding.world_size)),
                                ("gather", lambda: all_gather_async(torch.empty(n, device=device)))):

@@ -29,6 +29,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from nanochat.cli.config_files import config_text
 from nanochat.cli.flag_files import expand_flag_files, flags_in
 from nanochat.cli.help_text import HelpFormatter, default_text, values_text
+from nanochat.cli.output import stop_when_unread
 from nanochat.common import UserError, print0
 
 LARGEST = 10**15          # upper bound of an int without its own: steps, characters and bytes stay below, and a product of two
@@ -166,6 +167,7 @@ def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = 
     *instances, common = instances
     if common.print_completion and not problems:
         from nanochat.cli.completion import completion  # which imports this module
+        stop_when_unread()
         print0(completion(common.print_completion, parser.prog, groups))
         sys.exit(0)
     if not problems:  # these checks rely on every value being of its type
@@ -175,6 +177,7 @@ def parse(groups: list[type], argv: list[str] | None = None, prog: str | None = 
         problems += validate(*instances) if validate else []
     raise_problems(problems)
     if common.print_config:
+        stop_when_unread()
         print0(config_text(as_given[:-1]))
         sys.exit(0)
     return instances

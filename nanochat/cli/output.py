@@ -40,6 +40,13 @@ class TolerantStream(io.TextIOWrapper):
                 print(f"the output cannot be written any more ({why}): going on in silence", file=sys.stderr, flush=True)
 
 
+def stop_when_unread() -> None:
+    """For what a program prints instead of its work: it ends when the reader of the pipe goes away (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TolerantStream):
+            stream.go_on = False
+
+
 def tolerant_streams(go_on: bool = True) -> None:
     """Make the three standard streams of this process tolerant. Those that are closed (`>&-`) become the null device."""
     for number in range(3):

@@ -93,6 +93,7 @@ def hf_config(trained: Trained, dtype: str) -> dict:
         "value_embedding_layers": [i for i in range(shape.n_layer) if has_value_embedding(i, shape.n_layer)],
         "backout_layer": shape.n_layer // 2, "smear_channels": SMEAR_GATE_CHANNELS, "gate_channels": VE_GATE_CHANNELS,
         "qk_scale": QK_SCALE, "logit_softcap": SOFTCAP, "rotary_base": ROTARY_BASE, "short_conv": shape.short_conv,
+        "exclusive_attention": shape.exclusive_attention,
         "tie_word_embeddings": False, "bos_token_id": ends[0], "eos_token_id": ends, "pad_token_id": ends[0],
         "torch_dtype": dtype}
 

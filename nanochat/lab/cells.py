@@ -258,7 +258,8 @@ class Folder:
             code = run.train(flags, claim.heartbeat)
         finally:
             result = read_result(folder / "result.json")
-            row = make_row(self.name, cell.variant, cell.seed, cell.id, flags, result, -1 if code is None else code)
+            row = make_row(self.name, cell.variant, cell.seed, cell.id, flags, result, -1 if code is None else code,
+                           folder / "log.txt")
             row |= {"killed_at": killed, "flags": cell.flags, "trained_for": self.trained_for, "judged": self.judged,
                     "failures_before": self.failures(cell), "lab_time_sec": before + time.monotonic() - started}
             row |= {"status": "interrupted"} if code is None else {}

@@ -9,10 +9,12 @@ import io
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 from nanochat.cli.flags import flag_name
+from nanochat.cli.launch_environment import USER_ERROR
 from nanochat.common import UserError, format_table
 from nanochat.features import FEATURES
 from nanochat.lab.claim import hold_claim
@@ -47,11 +49,13 @@ def config_of(flags: Sequence[str]):
     return parse_config(FEATURES, list(flags))
 
 
-def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int) -> dict:
+def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[str], result: dict, exit_code: int,
+             log: Path | None = None) -> dict:
     """Make the row of a run, with `val_curve` and `audit`, which are no columns. Without a result.json the status is `failed`,
-    and the error names the exit status."""
+    and the error names the exit status, and what the run's log says was wrong with its command line."""
     config = config_of(flags)
     steps = result.get("steps_done")
+    said = last_error(log) if log and exit_code == USER_ERROR else ""
     row = dict.fromkeys(COLUMNS) | {
         "timestamp": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "experiment_name": f"{experiment}/{variant}",
         "seed": seed, "depth": config.model.depth, "max_seq_len": config.model.max_seq_len,
@@ -60,12 +64,20 @@ def make_row(experiment: str, variant: str, seed: int, cell: str, flags: list[st
         "target_param_data_ratio": config.horizon.target_param_data_ratio, "warmdown_ratio": config.optim.warmdown_ratio,
         "warmdown_shape": config.optim.warmdown_shape, "target_metric_name": config.eval.target_metric_name,
         "target_metric_threshold": config.eval.target_metric_threshold,
-        "status": "failed", "exit_code": exit_code, "error": f"exit status {exit_code}, no result.json",
+        "status": "failed", "exit_code": exit_code, "error": said or f"exit status {exit_code}, no result.json",
         "schema_version": SCHEMA_VERSION, "variant": variant, "cell": cell, "worker": f"{platform.node()}:{os.getpid()}",
     }
     row |= {name: result[name] for name in (*REQUIRED_COLUMNS, *FROM_RESULT, *SOURCE_AND_TIMES, "command")
             if name in result and name not in ("timestamp", "experiment_name", "seed", "depth", "total_batch_size")}
     return row | {"val_curve": result.get("val_curve") or [], "audit": result.get("audit")}
+
+
+def last_error(log: Path) -> str:
+    """The message of the last line `error: MESSAGE` of a run's log, else ""."""
+    with suppress(OSError):
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("error: ")]
+        return said[-1].removeprefix("error: ") if said else ""
+    return ""
 
 
 def read_row(path: Path) -> dict:

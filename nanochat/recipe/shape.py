@@ -24,6 +24,7 @@ class GPTConfig:
     n_embd: int = 768             # width of the residual stream
     window_pattern: str = "SSSL"  # per layer, repeated: S sees a quarter of the context, L all of it; the last is always L
     short_conv: int = 0           # tokens that the convolutions before attention and MLP see, with their own; 0: none
+    exclusive_attention: bool = False  # whether attention's output has no part along the token's own value
 
     @property
     def head_dim(self) -> int:
@@ -31,11 +32,13 @@ class GPTConfig:
 
 
 def shape_of_depth(depth: int, aspect_ratio: int = 64, head_dim: int = 128, *, sequence_len: int = 2048,
-                   vocab_size: int = 32768, window_pattern: str = "SSSL", short_conv: int = 0) -> GPTConfig:
+                   vocab_size: int = 32768, window_pattern: str = "SSSL", short_conv: int = 0,
+                   exclusive_attention: bool = False) -> GPTConfig:
     """The shape of depth `depth`: width = depth * aspect_ratio, rounded up to a multiple of head_dim."""
     heads = -(-depth * aspect_ratio // head_dim)
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
-                     n_embd=heads * head_dim, window_pattern=window_pattern, short_conv=short_conv)
+                     n_embd=heads * head_dim, window_pattern=window_pattern, short_conv=short_conv,
+                     exclusive_attention=exclusive_attention)
 
 
 def has_value_embedding(layer: int, n_layer: int) -> bool:

@@ -13,8 +13,10 @@ from typing import Any
 from nanochat.cli.flags import LARGEST_SEED, above, at_least, default_of, flag, flag_name, other_than, parse
 from nanochat.cli.launch_environment import world_size
 from nanochat.cli.paths import folder_problem, output_problem, portable_source
+from nanochat.common import print0
 from nanochat.data.sources import TokenizerFlags
 from nanochat.recipe.horizon import Horizon, nearest_batch_sizes, plan_horizon
+from nanochat.recipe.memory_estimate import micro_batches
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
 
 MOST_ROWS = 32  # of a micro-batch, where --device-batch-size does not say
@@ -126,6 +128,8 @@ class ModelFlags:
     window_pattern: str = flag("SSSL", "attention windows tiled over layers: S a quarter of the context, L all of it")
     short_conv: int = flag(0, "tokens, with its own, that each token sees through a short convolution before attention and MLP "
                            "(arXiv 2109.08668, 2512.17351); 0 is none", low=0, high=64)
+    exclusive_attention: bool = flag(False, "take from attention's output what lies along the token's own value, so that it "
+                                     "tells of other tokens only (arXiv 2603.09078)")
 
     def validate(self):
         problems = []
@@ -142,7 +146,8 @@ class ModelFlags:
 
     def shape(self, vocab_size: int) -> GPTConfig:
         return shape_of_depth(self.depth, self.aspect_ratio, self.head_dim, sequence_len=self.max_seq_len,
-                              vocab_size=vocab_size, window_pattern=self.window_pattern, short_conv=self.short_conv)
+                              vocab_size=vocab_size, window_pattern=self.window_pattern, short_conv=self.short_conv,
+                              exclusive_attention=self.exclusive_attention)
 
 
 @dataclass
@@ -290,6 +295,19 @@ class Config:
         return self.run.model_tag or f"d{self.model.depth}"
 
 
+def share_rows(config: Config) -> bool:
+    """Take fewer rows per micro-batch, where --total-batch-size is a whole number of rows for each rank but not of such
+    micro-batches: with several ranks, so that the flags of one device serve for them, and where no number was given. Returns
+    whether that was done."""
+    horizon, ranks = config.horizon, world_size()
+    rows, rest = divmod(horizon.total_batch_size, config.model.max_seq_len * ranks)
+    possible = [n for n in micro_batches(rows, config.model.max_seq_len) if n <= horizon.device_batch_size]
+    if rest or rows % horizon.device_batch_size == 0 or not possible or not (ranks > 1 or horizon.takes_what_fits):
+        return False
+    horizon.device_batch_size = possible[0]
+    return True
+
+
 def validate(config: Config) -> list[str]:
     """Problems between flags of different groups."""
     problems = []
@@ -302,7 +320,12 @@ def validate(config: Config) -> list[str]:
                         "midst of it: leave one of them out")
     if config.divides_weights and config.run.fused_qkv == "fused":
         problems.append("--fused-qkv fused keeps a copy of the weights, which --shard-weights is to save: leave one of them out")
-    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
+    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro and horizon.takes_what_fits:
+        row, each = config.model.max_seq_len, f" for each of {ranks} ranks" if ranks > 1 else ""
+        problems.append(
+            f"--total-batch-size {horizon.total_batch_size} is not a whole number of rows of {row} tokens (--max-seq-len){each}: "
+            f"use {nearest_batch_sizes(horizon.total_batch_size, row * ranks)}")
+    elif horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "
             f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {ranks} "
@@ -325,6 +348,9 @@ def parse_config(features=(), argv: list[str] | None = None, prog: str | None = 
 
     def validate_all(*instances):
         config = assemble(instances)
+        if share_rows(config):
+            horizon = config.horizon
+            print0(f"micro-batches of {horizon.device_batch_size} rows, as a step has {horizon.total_batch_size:,} tokens")
         return validate(config) + [p for feature in features for p in feature.validate(config)]
 
     groups: list[Any] = [f.type for f in core] + [feature.Config for feature in features]  # classes, all of them

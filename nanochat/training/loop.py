@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from nanochat.checkpoint_shards import GONE, IN_TROUBLE
+from nanochat.cli import program
 from nanochat.cli.launch_environment import PeerLost
 from nanochat.common import Diverged, UserError, is_main_rank
 from nanochat.runtime.device import synchronize
@@ -209,10 +210,14 @@ def fit(run: Run) -> int:
 
 
 def say(status: str, error: str) -> None:
-    """Print why this process ends. Rank 0 says what all ranks meet; memory may run out on another one alone."""
-    if is_main_rank() or status == "oom":
-        rank = "" if is_main_rank() else f"rank {rank_and_world_size()[0]}: "
-        print(f"{status}: {rank}{error}", file=sys.stderr, flush=True)
+    """Print why this process ends. Rank 0 says what all ranks meet. Another one may be alone with its error, such as a disk that
+    is full there, or memory that has run out."""
+    if not is_main_rank() and status not in ("failed", "oom"):
+        return
+    if not is_main_rank() and status == "failed":
+        program.wait_to_be_ended()
+    rank = "" if is_main_rank() else f"rank {rank_and_world_size()[0]}: "
+    print(f"{status}: {rank}{error}", file=sys.stderr, flush=True)
 
 
 def close(run: Run, status: str, error: str | None, exit_code: int) -> None:

@@ -23,7 +23,7 @@ from nanochat.training.auto_batch import memory_limit
 from nanochat.training.config import Config
 from nanochat.training.console import RECENT_STEPS, Console, progress_line
 from nanochat.training.divergence import MAX_ROLLBACKS
-from nanochat.training.plan import forecast_for_result
+from nanochat.training.forecast import forecast_for_result
 from nanochat.training.plan_cache import keep_run
 from nanochat.training.plot import plot_run
 from nanochat.training.records import MetricsFile, write_result

@@ -89,6 +89,13 @@ def test_who_stops_when_nobody_reads_any_more(tmp_path, options, finishes):
     assert path.exists() == finishes and (b"going on in silence" in done.stderr) == finishes
 
 
+@pytest.mark.parametrize("flags", ["--explain --vocab-size=512", "--print-config", "--print-completion bash"])
+def test_what_training_prints_instead_of_training_stops_when_nobody_reads(flags):
+    command = f'"{sys.executable}" -m scripts.base_train {flags} | head -c 20 > /dev/null; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_unbuffered_output_is_there_at_once():
     """PYTHONUNBUFFERED, which containers set: a line must not wait for the end of the program, which may be sudden."""
     program = """import os, sys

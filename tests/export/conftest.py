@@ -25,9 +25,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """Two layers, with grouped heads, a window of 128 and one of 130 tokens, short convolutions, and every part of weight."""
+    """Two layers, with grouped heads, exclusive attention in a window of 128 and one of 130 tokens, short convolutions, and every
+    part of weight."""
     shape = GPTConfig(sequence_len=130, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
-                      window_pattern="SL", short_conv=3)
+                      window_pattern="SL", short_conv=3, exclusive_attention=True)
     model = build_model(shape, torch.float32, "cpu")
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():

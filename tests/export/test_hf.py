@@ -138,7 +138,7 @@ def test_the_code_needs_torch_and_transformers_only():
 def test_the_config_has_every_part_of_the_shape():
     """A new one needs a place in modeling_nanochat.py: without, an export would compute something else."""
     assert {f.name for f in fields(GPTConfig)} == {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
-                                                   "window_pattern", "short_conv"}
+                                                   "window_pattern", "short_conv", "exclusive_attention"}
 
 
 def test_the_card_says_what_the_model_is(folder, trained):

@@ -257,7 +257,8 @@ def test_instability_is_rejected_however_good_the_rest(fields):
 
 @pytest.mark.parametrize("failed, of, baseline_failed, baseline_of, outcome", [
     (1, 2, 0, 2, "pass"), (2, 2, 0, 2, "fail"), (1, 1, 0, 1, "fail"), (1, 6, 0, 12, "pass"), (2, 6, 0, 12, "unclear"),
-    (3, 8, 0, 20, "unclear"), (4, 8, 0, 20, "fail"), (2, 6, 3, 12, "pass")])
+    (3, 8, 0, 20, "unclear"), (4, 8, 0, 20, "fail"), (2, 6, 3, 12, "pass"), (2, 2, 2, 2, "unclear"),
+    (6, 6, 4, 6, "unclear"), (20, 20, 11, 20, "fail")])
 def test_divergence_is_a_rate_on_both_sides(failed, of, baseline_failed, baseline_of, outcome):
     sides = [[{"seed": i, "status": "diverged" if i < bad else "ok"} for i in range(n)]
              for bad, n in ((baseline_failed, baseline_of), (failed, of))]

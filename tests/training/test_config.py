@@ -96,6 +96,18 @@ def test_world_size_counts_in_the_batch(monkeypatch):
     assert "--total-batch-size" in refusal("--device-batch-size=1", "--max-seq-len=512", "--total-batch-size=4096")
 
 
+@pytest.mark.parametrize("ranks, flags, rows", [
+    (2, "--device-batch-size=8", 4), (2, "--device-batch-size=3", 2), (4, "--device-batch-size=8", 2),
+    (8, "--device-batch-size=8", 1), (1, "", 8), (2, "", 4), (1, "--device-batch-size=4", 4), (2, "--device-batch-size=2", 2)])
+def test_ranks_share_the_rows_of_a_step(monkeypatch, ranks, flags, rows):
+    """4 096 tokens are 8 rows: the flags of one device serve for several, and no number of rows means one that fits."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    config = parse_config(FEATURES, [*flags.split(), "--max-seq-len=512", "--total-batch-size=4096"])
+    horizon = config.plan(config.model.shape(512), ranks)
+    assert config.horizon.device_batch_size == rows
+    assert rows * 512 * ranks * horizon.grad_accum_steps == horizon.total_batch_size == 4096
+
+
 def test_whole_numbers_may_be_written_with_exponents():
     assert parse_config(FEATURES, ["--eval-tokens=5e5"]).eval.eval_tokens == 500_000
 

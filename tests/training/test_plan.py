@@ -17,6 +17,7 @@ from nanochat.training import plan, plan_cache, plan_probe
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.explain import memory, report
+from nanochat.training.forecast import forecast, forecast_for_result
 from nanochat.training.loop import every
 from nanochat.training.plan_cache import Probe
 from nanochat.training.plan_probe import NotMeasured
@@ -64,7 +65,7 @@ def test_a_plan_measures_once_and_foretells_the_run(base, capsys):
     run_flags = [*tiny_flags(base, "foretold"), "--dtype=float32", "--num-iterations=9"]
     run = trained(build_run(parse_config(FEATURES, run_flags)))
     result = json.loads((run.plan.run_dir / "result.json").read_text())
-    foretold = plan.forecast_for_result(run.plan.config, run.plan.shape)
+    foretold = forecast_for_result(run.plan.config, run.plan.shape)
     assert foretold["estimated_train_time_sec"] == expected["estimated_train_time_sec"]
     assert 1 / 30 < foretold["estimated_train_time_sec"] / (9 * result["dt_median_ms"] / 1000) < 30
 
@@ -142,7 +143,7 @@ def test_a_damaged_file_counts_as_no_probe(empty, content):
     path, = (empty / "plan").iterdir()
     key, = json.loads(path.read_text())["probes"]
     path.write_text(content.replace("KEY", key))
-    assert plan_cache.kept_probe(config, shape) is None and plan.forecast_for_result(config, shape) is None
+    assert plan_cache.kept_probe(config, shape) is None and forecast_for_result(config, shape) is None
     plan_cache.keep(config, shape, PROBE)
     assert plan_cache.kept_probe(config, shape) == PROBE
 
@@ -161,7 +162,7 @@ def test_a_folder_that_cannot_be_written_costs_the_memory_alone(empty):
 def test_the_forecast_counts_what_the_loop_does(steps, eval_every, batches):
     config = parse_config(FEATURES, planned(f"--num-iterations={steps}", f"--eval-every={eval_every}",
                                             f"--total-batch-size={64 * batches}", "--eval-tokens=640"))
-    found = plan.forecast(config, shape_of(config), PROBE)
+    found = forecast(config, shape_of(config), PROBE)
     evaluations = sum(eval_every > 0 and (step in (0, steps) or every(step, eval_every)) for step in range(steps + 1))
     assert found["estimated_train_time_sec"] == pytest.approx(steps * (batches * 0.3 + 0.1))
     assert found["estimated_eval_time_sec"] == pytest.approx(evaluations * 640 / 64 * 0.2)
@@ -182,7 +183,7 @@ def keep_run(result, *extra):
 
 def foretold(*extra):
     config = parse_config(FEATURES, planned(*extra))
-    return plan.forecast_for_result(config, shape_of(config))
+    return forecast_for_result(config, shape_of(config))
 
 
 def test_a_run_tells_what_the_next_one_takes(empty):
@@ -235,7 +236,7 @@ def test_the_memory_of_the_process_is_that_of_a_real_run(base, tmp_path):
 
 def test_a_limit_of_time_ends_the_forecast_too():
     config = parse_config(FEATURES, planned("--max-train-seconds=1.25"))
-    assert plan.forecast(config, shape_of(config), PROBE)["estimated_train_time_sec"] == 1.25
+    assert forecast(config, shape_of(config), PROBE)["estimated_train_time_sec"] == 1.25
 
 
 def test_the_disk_is_that_of_a_real_run(base):

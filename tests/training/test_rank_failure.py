@@ -17,6 +17,7 @@ import pytest
 from dev.two_hosts import Flags, play, unavailable_reason
 from nanochat.cli.launch_environment import PeerLost
 from nanochat.cli.paths import list_steps
+from nanochat.common import UserError
 from nanochat.features import FEATURES
 from nanochat.runtime import heartbeat
 from nanochat.runtime.heartbeat import ENDED, Heart
@@ -119,18 +120,20 @@ def test_two_machines_that_lose_each_other_both_end(base, monkeypatch):
         assert len(said) == 1 and lost in said[0] and "Traceback" not in "".join(host.lines), host.lines
 
 
-def short_of_memory(number, port, base, log):
-    """One of two ranks. Memory runs out on rank 1 alone, in the evaluation after step 3."""
+def in_trouble(number, port, base, log, error):
+    """One of two ranks. Rank 1 alone meets the error, in the evaluation after step 3."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_PATIENCE": "3"}
+    loop.program.SECONDS_FOR_RANK_0 = 0.5
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     loop.IN_TROUBLE = 0.5
-    run = build_run(parse_config(FEATURES, tiny_flags(base, "short-of-memory", "--num-iterations=9", "--dtype=float32")))
+    run = build_run(parse_config(FEATURES, tiny_flags(base, "in-trouble", "--num-iterations=9", "--dtype=float32",
+                                               "--overwrite")))
     evaluate = run.evaluator.bits_per_byte
 
     def evaluate_or_fail():
         if number and run.state.step:
-            raise MemoryError("played")
+            raise error
         evaluate()
     run.evaluator.bits_per_byte = evaluate_or_fail
     try:
@@ -141,17 +144,20 @@ def short_of_memory(number, port, base, log):
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_on_one_rank_alone_is_said(base, tmp_path):
+@pytest.mark.parametrize("error, said, status", [
+    (MemoryError("played"), "oom: rank 1: out of memory.", 1),
+    (UserError("its disk is full"), "failed: rank 1: its disk is full\n", 2)])
+def test_what_one_rank_meets_alone_is_said(base, tmp_path, error, said, status):
     """Nothing is saved, as the other rank is in the evaluation; nobody waits for that."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [started(short_of_memory, number, port, base, tmp_path / str(number)) for number in range(2)]
+    processes = [started(in_trouble, number, port, base, tmp_path / str(number), error) for number in range(2)]
     for process in processes:
         process.join(90)
-    assert [process.exitcode for process in processes] == [PeerLost.status, 1]
-    assert (tmp_path / "1").read_text().startswith("oom: rank 1: out of memory.")
-    run_dir = base / "base_checkpoints" / "short-of-memory"
+    assert [process.exitcode for process in processes] == [PeerLost.status, status]
+    assert (tmp_path / "1").read_text().startswith(said)
+    run_dir = base / "base_checkpoints" / "in-trouble"
     assert json.loads((run_dir / "result.json").read_text())["exit_code"] == PeerLost.status
     assert not list(run_dir.glob(".step*")) and not list_steps(run_dir)
 

@@ -70,6 +70,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim, self.qk_scale = layer, config.head_dim, config.qk_scale
+        self.exclusive = config.exclusive_attention
         self.groups = config.num_attention_heads // config.num_key_value_heads
         kv_dim = config.num_key_value_heads * config.head_dim
         self.c_q = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -89,10 +90,14 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
         q, k = (norm(rotate(t, cos, sin)) * self.qk_scale for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+        own = v.repeat_interleave(self.groups, dim=1)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)          # (B, H_kv, S, D)
         k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if self.exclusive:
+            share = (y * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-12)
+            y = y - share * own
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
