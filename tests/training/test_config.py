@@ -169,6 +169,8 @@ def test_a_micro_batch_has_rows():
     assert "--device-batch-size must be at least -1" in refusal("--device-batch-size=-2")
 
 
-def test_the_default_rows_count_in_every_check():
-    assert "(--device-batch-size 32 x --max-seq-len 512 x 1 ranks)" in refusal("--max-seq-len=512", "--total-batch-size=8192")
-    parse_config(FEATURES, ["--max-seq-len=512", "--total-batch-size=16384"])
+def test_without_a_number_rows_follow_from_the_tokens_of_a_step():
+    assert "rows of 512 tokens (--max-seq-len): use 7,680 or 8,192" in refusal("--max-seq-len=512", "--total-batch-size=8000")
+    for tokens, rows in ((8192, 16), (16384, 32), (32768, 32), (512, 1)):
+        config = parse_config(FEATURES, ["--max-seq-len=512", f"--total-batch-size={tokens}"])
+        assert config.horizon.device_batch_size == rows
