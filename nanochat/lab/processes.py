@@ -37,3 +37,19 @@ def sigterm_as_interrupt():
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_wait():
+    """Hold back SIGINT and SIGTERM until the end of the block: one that comes while `subprocess.Popen` starts a program would
+    leave that program behind, as nobody has got hold of it."""
+    came: list[int] = []
+    caught = [signum for signum in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(signum))]
+    before = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in caught}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if came:
+        raise KeyboardInterrupt

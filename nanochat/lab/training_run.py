@@ -16,7 +16,7 @@ from nanochat.checkpoint_names import optimizer_files
 from nanochat.cli.paths import child_environment, list_steps, step_dir
 from nanochat.common import ROOT, Progress, UserError
 from nanochat.lab.plan import horizon_of
-from nanochat.lab.processes import last_step, sigterm_as_interrupt, training_command
+from nanochat.lab.processes import last_step, signals_wait, sigterm_as_interrupt, training_command
 from nanochat.lab.rows import config_of, read_result
 
 POLL_SECONDS = 1.0        # between checks of a run, each of which is also a heartbeat
@@ -45,11 +45,13 @@ class TrainingRun:
         (self.folder / "result.json").unlink(missing_ok=True)
         resume = ["--resume-from-step=latest"] if list_steps(self.run_dir) else []
         with self.output() as log, sigterm_as_interrupt():
-            process = self.start([*flags, *resume, f"--result-json={self.folder / 'result.json'}"], log)
             steps = horizon_of(config_of(flags)).num_iterations
             progress = Progress(self.name, steps, " steps", plain_every=30.0)
             progress.enabled = not self.show_output
+            process = None
             try:
+                with signals_wait():
+                    process = self.start([*flags, *resume, f"--result-json={self.folder / 'result.json'}"], log)
                 while True:
                     try:
                         return process.wait(POLL_SECONDS)
@@ -58,6 +60,8 @@ class TrainingRun:
                             raise UserError(f"{self.folder.name} was taken over by another worker") from None
                     progress.update(max(0, last_step(self.run_dir)) - progress.done)
             except BaseException:
+                if process is None:
+                    raise
                 process.terminate()  # a second signal, after a terminal's Ctrl-C: base_train takes the two for one request
                 try:
                     process.wait(SHUTDOWN_SECONDS)
@@ -72,8 +76,10 @@ class TrainingRun:
         """Start it anew and kill it once there is a checkpoint; the name of that checkpoint, None where the run ended first."""
         shutil.rmtree(self.run_dir, ignore_errors=True)
         with self.output() as log, sigterm_as_interrupt():
-            process = self.start(flags, log)
+            process = None
             try:
+                with signals_wait():
+                    process = self.start(flags, log)
                 while process.poll() is None and not (found := list_steps(self.run_dir)):
                     time.sleep(0.01)
                     heartbeat()
@@ -85,8 +91,9 @@ class TrainingRun:
                 os.kill(pid, signal.SIGKILL)
                 return step_dir(self.run_dir, found[-1]).name
             finally:
-                (process.kill if self.processes == 1 else process.terminate)()
-                process.wait()
+                if process:
+                    (process.kill if self.processes == 1 else process.terminate)()
+                    process.wait()
 
     def output(self):
         """Where the run writes its output, as a context manager."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.lab.processes import signals_wait, sigterm_as_interrupt
 from nanochat.lab.rows import read_csv
 from nanochat.training.records import read_metrics
 
@@ -151,6 +152,19 @@ def test_two_workers_share_a_sweep_and_a_stopped_one_loses_nothing(compared, bas
     begun = [len(re.findall(r"^\+ ", log.read_text(), re.MULTILINE)) for log in (out / "cells").glob("*/log.txt")]
     assert len(begun) == 4 and sum(begun) <= 5  # only the run that was stopped was started again
     assert not list((out / "cells").glob("*.claim"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_program_has_been_started(signum):
+    """Otherwise nobody would have got hold of the program, and it would run on."""
+    started = False
+    with sigterm_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        with signals_wait():
+            signal.raise_signal(signum)
+            started = True
+    assert started
+    with sigterm_as_interrupt(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signum)  # as before
 
 
 @pytest.mark.slow
