@@ -320,7 +320,7 @@ def validate(config: Config) -> list[str]:
                         "midst of it: leave one of them out")
     if config.divides_weights and config.run.fused_qkv == "fused":
         problems.append("--fused-qkv fused keeps a copy of the weights, which --shard-weights is to save: leave one of them out")
-    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro and horizon.takes_what_fits:
+    if horizon.total_batch_size > 0 and horizon.total_batch_size % micro and (ranks > 1 or horizon.takes_what_fits):
         row, each = config.model.max_seq_len, f" for each of {ranks} ranks" if ranks > 1 else ""
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of rows of {row} tokens (--max-seq-len){each}: "
@@ -328,8 +328,8 @@ def validate(config: Config) -> list[str]:
     elif horizon.total_batch_size > 0 and horizon.total_batch_size % micro:
         problems.append(
             f"--total-batch-size {horizon.total_batch_size} is not a whole number of micro-batches of {micro} tokens "
-            f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len} x {ranks} "
-            f"ranks): use {nearest_batch_sizes(horizon.total_batch_size, micro)}, or change --device-batch-size")
+            f"(--device-batch-size {horizon.device_batch_size} x --max-seq-len {config.model.max_seq_len}): "
+            f"use {nearest_batch_sizes(horizon.total_batch_size, micro)}, or change --device-batch-size")
     return problems
 
 

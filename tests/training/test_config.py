@@ -93,7 +93,8 @@ def test_what_the_memory_estimate_needs():
 
 def test_world_size_counts_in_the_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "--total-batch-size" in refusal("--device-batch-size=1", "--max-seq-len=512", "--total-batch-size=4096")
+    assert "for each of 3 ranks: use 3,072 or 4,608" in refusal("--device-batch-size=1", "--max-seq-len=512",
+                                                                "--total-batch-size=4096")
 
 
 @pytest.mark.parametrize("ranks, flags, rows", [
