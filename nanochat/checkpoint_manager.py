@@ -102,7 +102,7 @@ def load_model(source: str, device, phase: str, model_tag: str | None = None, st
 
     source: "base". phase: "train" or "eval". model_tag and step: by default the run trained last, and its last step.
     """
-    from nanochat.runtime.device import pick_compute_dtype
+    from nanochat.runtime.compute_dtype import pick_compute_dtype
     from nanochat.tokenizer import get_tokenizer
     assert source == "base" and phase in ("train", "eval"), (source, phase)
     folder = runs_dir()

@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     with naming_text():
         for source in flags.text:
             source_identity(source)  # before the model is loaded: a file that is not there is an error
-    from nanochat.runtime.device import device_name, dtype_name, evaluation
+    from nanochat.runtime.compute_dtype import dtype_name
+    from nanochat.runtime.device import device_name, evaluation
     from nanochat.runtime.distributed import leave_process_group
     started = time.monotonic()
     model, tokenizer, state, ranks = model_flags.load()

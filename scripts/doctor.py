@@ -71,7 +71,8 @@ def diagnose(flags: DoctorFlags) -> Iterator[Finding]:
     yield from findings_of("base directory", diagnosis.disk, required=True)
     if missing:
         return
-    from nanochat.runtime.device import init_device, pick_compute_dtype
+    from nanochat.runtime.compute_dtype import pick_compute_dtype
+    from nanochat.runtime.device import init_device
     from nanochat.training import kernel_checks
     with redirect_stdout(sys.stderr):
         device, _ = init_device(flags.device_type)

@@ -385,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
                           validate=schedule_problems)
     flags, started = flags.filled(), time.monotonic()
     device, dtype = flags.open_device()
-    from nanochat.runtime.device import device_name, dtype_name
+    from nanochat.runtime.compute_dtype import dtype_name
+    from nanochat.runtime.device import device_name
     from residual_stack import Task
     task = Task(flags.seed, (flags.batch_size, flags.seq_len), device, dtype)
     measured = measure_cost(flags, task, device)

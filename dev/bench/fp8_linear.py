@@ -77,7 +77,8 @@ def main() -> None:
     from nanochat.benchmarks.result_file import make_result, write_json
     from nanochat.fp8 import refresh_weights
     from nanochat.runtime import timing
-    from nanochat.runtime.device import device_name, init_device, peak_flops, pick_compute_dtype
+    from nanochat.runtime.compute_dtype import pick_compute_dtype
+    from nanochat.runtime.device import device_name, init_device, peak_flops
     from nanochat.runtime.nvidia import words
     started = time.monotonic()
     device, _ = init_device(flags.device_type)

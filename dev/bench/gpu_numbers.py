@@ -167,7 +167,7 @@ def attention(flags: PartFlags, device: "torch.device") -> dict:
     import torch
 
     from nanochat.flash_attention import BACKENDS, FULL, backend_unavailable_reason, make_attention
-    from nanochat.runtime.device import pick_compute_dtype
+    from nanochat.runtime.compute_dtype import pick_compute_dtype
     from nanochat.runtime.tuner import Tuner, measure
     dtype, _ = pick_compute_dtype(device)
     shapes = {"tiny": (shape_of_depth(2, 16, 16, sequence_len=256), 2)} if flags.tiny else {

@@ -157,7 +157,8 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     """The `results` of the bench's JSON, by variant, and the device."""
     import torch
 
-    from nanochat.runtime.device import dtype_name, peak_flops as datasheet_peak
+    from nanochat.runtime.compute_dtype import dtype_name
+    from nanochat.runtime.device import peak_flops as datasheet_peak
     torch._inductor.config.cpp.enable_kernel_profile = True  # names a CPU's compiled kernels; asks for new graphs
     base_dir, variants, rounds = get_base_dir(), {}, []
     for name, config in configs.items():

@@ -31,7 +31,7 @@ class Attempt:
 
     def save(self, results: dict, draw: Callable, traces: dict | None = None, **facts) -> None:
         """Write the result where --json-out says; `facts` are added to its config."""
-        from nanochat.runtime.device import dtype_name
+        from nanochat.runtime.compute_dtype import dtype_name
         config = asdict(self.model_flags) | asdict(self.flags) | {
             "model": self.about, "compute_dtype": dtype_name(self.dtype)} | facts
         content = make_result(self.script, self.device, config, results, time.monotonic() - self.started, traces, self.argv)

@@ -40,6 +40,7 @@ class AttemptFlags(OutputFlags):
         return replace(self, **{name: value for name, value in chosen if getattr(self, name) in (None, [])})
 
     def open_device(self) -> "tuple[torch.device, torch.dtype]":
-        from nanochat.runtime.device import init_device, pick_compute_dtype
+        from nanochat.runtime.compute_dtype import pick_compute_dtype
+        from nanochat.runtime.device import init_device
         device, _ = init_device("" if self.device == "auto" else self.device)
         return device, pick_compute_dtype(device, self.dtype)[0]

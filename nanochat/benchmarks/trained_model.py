@@ -112,7 +112,7 @@ class TrainedModel:
         from nanochat.checkpoint_manager import load_model
         from nanochat.dataset import TokenDataset
         from nanochat.flash_attention import make_attention
-        from nanochat.runtime.device import dtype_name
+        from nanochat.runtime.compute_dtype import dtype_name
         from nanochat.runtime.tuner import Tuner
         from nanochat.tokenizer import get_token_bytes
         self.model, tokenizer, state = load_model("base", device, "eval", str(folder), step, dtype_name(dtype))

@@ -20,7 +20,7 @@ from nanochat.export.trained import Trained
 from nanochat.gpt import QK_SCALE, ROTARY_BASE
 from nanochat.kernels.cross_entropy import SOFTCAP
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, has_value_embedding, window_sizes
-from nanochat.runtime.device import DTYPES
+from nanochat.runtime.compute_dtype import DTYPES
 from nanochat.runtime.files import read_json
 
 MODEL_TYPE = "nanochat_home"  # as in hf_files/configuration_nanochat.py

@@ -1,4 +1,4 @@
-"""The machine as seen by torch: which device, which compute dtype and why, the allocator, real peak memory."""
+"""The machine as seen by torch: which device, the allocator, real peak memory."""
 
 import ctypes
 import os
@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from nanochat.common import RankError, UserError, print0
+from nanochat.runtime.cores import cpu_quota, take_cores
 from nanochat.runtime.distributed import Ranks, join_process_group
 from nanochat.runtime.nvidia import peak_bf16_flops, unseen_gpu_reason
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def autodetect_device_type() -> str:
@@ -61,44 +60,6 @@ def init_device(device_type: str = "") -> tuple[torch.device, Ranks]:
     return device, ranks
 
 
-def take_cores(local_rank: int, processes: int, system: Path = Path("/sys/devices/system/cpu")) -> None:
-    """Of several processes of one machine, keep this one to its share of the cores, with as many threads: neighbours of one
-    memory node, so that its weights are near. Linux only, and where each has a core of its own.
-
-    torchrun sets OMP_NUM_THREADS=1, whatever the number of cores; another value counts.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0), key=lambda core: place_of_core(system / f"cpu{core}"))
-    share = cores[len(cores) * local_rank // processes:len(cores) * (local_rank + 1) // processes]
-    if len(cores) >= processes:
-        os.sched_setaffinity(0, share)
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            torch.set_num_threads(min(len(share), max(1, (cpu_quota() or len(cores)) // processes)))
-
-
-def place_of_core(folder: Path) -> tuple[int, ...]:
-    """Memory node, physical core, number: sorted by it, neighbours are near each other."""
-    node = next((int(path.name[4:]) for path in folder.glob("node[0-9]*")), 0)
-    try:
-        core = int((folder / "topology/core_id").read_text())
-    except (OSError, ValueError):
-        core = 0
-    return node, core, int(folder.name[3:])
-
-
-def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Cores that the control group of a container grants, at least 1; None without a limit. torch counts those of the machine:
-    the threads beyond the quota would make all of them wait."""
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of control groups version 2, and 1
-        try:
-            quota, period = [word for name in files for word in (group / name).read_text().split()]
-            return None if int(quota) <= 0 else max(1, -(-int(quota) // int(period)))
-        except (OSError, ValueError, ZeroDivisionError):  # not there, or "max"
-            continue
-    return None
-
-
 def let_segments_grow(os_release: Path = Path("/proc/sys/kernel/osrelease")) -> None:
     """Let torch's CUDA allocator lengthen what it has instead of taking new pieces that leave holes: 8 % less memory held in a
     d12 run (dev/LOG.md). Before the first allocation; settings of the user's own stay. Not under WSL, where the first
@@ -133,39 +94,6 @@ def give_back_memory() -> None:
     kernels took, and training does not need: 50 of the 694 MiB of a first run of d2 (dev/LOG.md)."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def cpu_multiplies_bf16() -> bool:
-    """True where the processor has native bf16 matrix arithmetic: AVX512-BF16 or AMX."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
-
-
-def pick_compute_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
-    """The dtype that activations and matrix products use, and the reason in words.
-
-    In order: `requested` (the flag `--dtype`), `$NANOCHAT_DTYPE`, then bf16 where the hardware multiplies it
-    natively, else fp32. fp16 is never chosen by itself: it needs a gradient scaler.
-    """
-    environment = os.environ.get("NANOCHAT_DTYPE", "")
-    for name, origin in ((requested, "--dtype"), (environment, "NANOCHAT_DTYPE")):
-        if name and name != "auto":
-            if name not in DTYPES:
-                raise UserError(f"{origin}={name}: choose one of {', '.join(DTYPES)}.")
-            if name == "float16" and device.type == "cpu":
-                raise UserError(f"{origin}=float16 trains on a GPU only; on a CPU choose bfloat16 or float32.")
-            return DTYPES[name], f"set by {origin}"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return torch.bfloat16, "the GPU is sm_80 or newer"
-        return torch.float32, "the GPU is older than sm_80 and has no bf16 units"
-    if device.type == "cpu" and cpu_multiplies_bf16():
-        return torch.bfloat16, "the CPU multiplies bf16 natively"
-    return torch.float32, f"no known fast bf16 on this {device.type}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

@@ -159,7 +159,8 @@ def triton(device: "torch.device") -> Iterable[Finding]:
 def device_and_memory(device: "torch.device") -> Iterable[Finding]:
     import torch
 
-    from nanochat.runtime.device import cpu_quota, device_name
+    from nanochat.runtime.cores import cpu_quota
+    from nanochat.runtime.device import device_name
     from nanochat.runtime.nvidia import unseen_gpu_reason
     why_unseen = None if device.type == "cuda" else unseen_gpu_reason(torch.version.cuda)
     yield Finding("device", OK, device_name(device), {"type": device.type}, True)

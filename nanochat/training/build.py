@@ -26,7 +26,9 @@ from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
 from nanochat.recipe.shape import GPTConfig
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
-from nanochat.runtime.device import device_name, dtype_name, give_back_memory, init_device, pick_compute_dtype
+from nanochat.runtime.compute_dtype import dtype_name, pick_compute_dtype
+from nanochat.runtime.cores import choose_threads
+from nanochat.runtime.device import device_name, give_back_memory, init_device
 from nanochat.runtime.distributed import Ranks, broadcast_object, grad_scaler, on_main_rank_first
 from nanochat.runtime.lock import RunLock
 from nanochat.runtime.provenance import source_fingerprint
@@ -234,7 +236,9 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     use_compile_cache(config.run.compile_cache_dir)
     torch.manual_seed(config.run.seed)
     model = build_model(plan.shape, plan.dtype, plan.device)
-    tuner, before = Tuner(plan.device), saved["numerics_environment"] if saved else {}
+    before = saved["numerics_environment"] if saved else {}
+    threads = use_fastest_threads(plan, before)
+    tuner = Tuner(plan.device)  # its choices are of this number of threads
     attention = model.kernels.attention = make_attention(
         plan.device, plan.dtype, plan.shape.head_dim, plan.shape.sequence_len, model.window_sizes, rows=plan.micro_batch_size,
         heads=plan.shape.n_head, kv_heads=plan.shape.n_kv_head, tuner=tuner, backend=config.run.attention_backend,
@@ -244,7 +248,8 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):
         print0(f"going on without torch.compile, slower: {reason}")
         plan = plan.without_compiler()
-    plan = replace(plan, kernel_choices={"attention": attention.describe(), **choose_kernels(plan, model, tuner, before)})
+    plan = replace(plan, kernel_choices={
+        "attention": attention.describe(), **threads, **choose_kernels(plan, model, tuner, before)})
     give_back_memory()
     flags, factor = config.optim, plan.horizon.lr_factor
     optimizer = model.setup_optimizer(
@@ -264,6 +269,18 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     loader = TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
                          rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
     return Trainer(plan, state, forward, loader, Signals())
+
+
+def use_fastest_threads(plan: RunPlan, before: dict) -> dict[str, dict]:
+    """On a CPU, where one process uses all of it, take as many threads as are fastest. Returns the choice for the records, none
+    where there was nothing to choose."""
+    if plan.device.type != "cpu" or plan.ranks.local_world_size > 1:
+        return {}
+    choice = choose_threads(Tuner(plan.device), plan.shape.n_embd, plan.dtype, before.get("threads"))
+    if choice is None:
+        return {}
+    print0(f"threads: {choice}")
+    return {"threads": choice._asdict()}
 
 
 def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dict[str, dict]:

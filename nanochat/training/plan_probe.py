@@ -95,7 +95,8 @@ def work_in_process(sender, work: Callable, arguments: tuple) -> None:
 
 def take_probe(config: Config, shape: GPTConfig, seconds: float) -> dict:
     """The fields of a Probe. Measure here: in a process that has taken no other steps, or its peak memory would be theirs."""
-    from nanochat.runtime.device import device_name, dtype_name, evaluation
+    from nanochat.runtime.compute_dtype import dtype_name
+    from nanochat.runtime.device import device_name, evaluation
     from nanochat.training.auto_batch import memory_limit
     trainer = make_trainer(config, shape)
     plan, state = trainer.plan, trainer.state
@@ -173,7 +174,8 @@ def take_steps(trainer, count: int) -> list[tuple[float, float]]:
 
 def make_trainer(config: Config, shape: GPTConfig):
     """A Trainer at step 0 of a run on random tokens, with at most two micro-batches of --device-batch-size a step."""
-    from nanochat.runtime.device import init_device, pick_compute_dtype
+    from nanochat.runtime.compute_dtype import pick_compute_dtype
+    from nanochat.runtime.device import init_device
     from nanochat.training.build import build_trainer, plan_of
     short = copy.deepcopy(config)
     micro_batch = config.horizon.device_batch_size * shape.sequence_len

@@ -15,7 +15,8 @@ from nanochat.cli.paths import portable
 from nanochat.common import is_main_rank, resolve
 from nanochat.recipe.shape import param_counts
 from nanochat.runtime.compilation import graphs_compiled
-from nanochat.runtime.device import device_name, dtype_name, peak_flops
+from nanochat.runtime.compute_dtype import dtype_name
+from nanochat.runtime.device import device_name, peak_flops
 from nanochat.runtime.files import write_atomic
 from nanochat.runtime.provenance import git_state, source_fingerprint
 from nanochat.training import run_folder

@@ -17,7 +17,8 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.cli.paths import list_steps, portable, step_dir
 from nanochat.common import UserError, is_main_rank, print0
-from nanochat.runtime.device import device_name, dtype_name
+from nanochat.runtime.compute_dtype import dtype_name
+from nanochat.runtime.device import device_name
 from nanochat.runtime.distributed import barrier, broadcast_object, on_main_rank_first
 from nanochat.training import run_folder
 from nanochat.training.config import Config

@@ -17,7 +17,7 @@ import torch
 
 from nanochat.features import FEATURES
 from nanochat.runtime.compilation import CompiledModel, graphs_compiled
-from nanochat.runtime.device import cpu_multiplies_bf16
+from nanochat.runtime.compute_dtype import pick_compute_dtype
 from nanochat.runtime.provenance import source_fingerprint
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
@@ -28,6 +28,7 @@ from processes import Served, anew, compile_with, python_m
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+OTHER_DTYPE = "float32" if pick_compute_dtype(torch.device("cpu"))[0] == torch.bfloat16 else "bfloat16"  # than `auto` takes here
 TINY = ("--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-batch-size=4 --total-batch-size=256 "
         f"--num-iterations={STEPS} --warmup-steps=4 --eval-every=6 --eval-tokens=1500 --core-metric-every=-1 --sample-every=-1 "
         "--device-type=cpu").split()
@@ -379,7 +380,7 @@ def test_it_runs_without_the_optional_packages(base, tmp_path):
     (["--resume-from-step=5", "--num-iterations=4"], "--num-iterations 12 -> 4"),
     (["--resume-from-step=5", "--num-iterations=4", "--allow-change"], "lengthen it"),
     (["--resume-from-step=5", "--max-chars=40000"], "--max-chars -1 -> 40000"),
-    (["--resume-from-step=5", f"--dtype={'float32' if cpu_multiplies_bf16() else 'bfloat16'}"], "the compute dtype "),
+    (["--resume-from-step=5", f"--dtype={OTHER_DTYPE}"], "the compute dtype "),
     (["--device-type=cuda"], "no such device"),
     (["--dtype=float16"], "bfloat16 or float32"),
     (["--data=/no/such/folder"], "/no/such/folder"),
