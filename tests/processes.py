@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.cli.launch_environment import PeerLost
 from nanochat.cli.output import tolerant_streams
 from nanochat.features import FEATURES
 from nanochat.training.build import build_run
@@ -48,6 +49,14 @@ def trained(run):
     """The run, trained to its end without trouble."""
     assert fit(run) == 0
     return run
+
+
+def train_and_exit(run) -> None:
+    """Train, and end this process with the exit status of the program, also where another rank is lost."""
+    try:
+        sys.exit(fit(run))
+    except PeerLost as e:
+        sys.exit(e.status)
 
 
 def compile_with(run, forward) -> None:

@@ -34,12 +34,6 @@ class Words:
     faster: bool = flag(False, "more", requires={"fast": True})
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read(*argv) -> Words:
     return parse([Words], list(argv))[0]
 

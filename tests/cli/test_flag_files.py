@@ -24,12 +24,6 @@ class Words:
     plot: bool = flag(True, "a switch to turn off")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def read(*argv) -> Words:
     return parse([Words], list(argv))[0]
 

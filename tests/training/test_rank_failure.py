@@ -24,7 +24,7 @@ from nanochat.runtime.heartbeat import ENDED, Heart
 from nanochat.training import loop, run_folder
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
-from processes import started, tiny_flags
+from processes import started, tiny_flags, train_and_exit
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--depth=1 --head-dim=16 --aspect-ratio=32 --max-seq-len=32 --device-batch-size=2 --total-batch-size=128 "
@@ -136,11 +136,7 @@ def in_trouble(number, port, base, log, error):
             raise error
         evaluate()
     run.evaluator.bits_per_byte = evaluate_or_fail
-    try:
-        status = loop.fit(run)
-    except PeerLost as e:
-        status = e.status
-    sys.exit(status)
+    train_and_exit(run)
 
 
 @pytest.mark.slow

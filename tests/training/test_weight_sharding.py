@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 
@@ -29,7 +28,7 @@ from nanochat.training.config import parse_config
 from nanochat.training.records import read_metrics
 from nanochat.training.weight_sharding import WHOLE_BELOW
 from nanochat.training.weight_units import unit_names
-from processes import started, tiny_flags, trained
+from processes import started, tiny_flags, train_and_exit, trained
 
 TINY = ("--depth=4 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --vocab-size=600 --short-conv=4 --window-pattern=SL "
         "--device-batch-size=2 --warmup-steps=2 --core-metric-every=-1 --sample-every=-1 --eval-every=-1 --device-type=cpu "
@@ -474,11 +473,7 @@ def short_of_memory(number, world_size, port, base, log):
         if number and run.state.step == 4:
             raise MemoryError("played")
     run.state.model.transformer.h[1].register_forward_pre_hook(fail)
-    try:
-        status = loop.fit(run)
-    except PeerLost as e:
-        status = e.status
-    sys.exit(status)
+    train_and_exit(run)
 
 
 @pytest.mark.slow
