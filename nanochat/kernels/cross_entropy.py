@@ -136,7 +136,7 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
     chunk: tokens.   compiled: compile the PyTorch kernel, which torch.compile cannot see inside this custom operator.
     own_weight_gradient: compute dW by the C++ kernel of nanochat/kernels/weight_gradient.py.
     """
-    total, dx, dw = _empty_gradients(x, weight)
+    total, dx, dw = empty_gradients(x, weight)
     logits, scale = x.new_empty(min(chunk, len(x)), len(weight)), FP16_SCALE if x.dtype == torch.float16 else 1.0
     for x_part, y_part, dx_part in zip(x.split(chunk), targets.split(chunk), dx.split(chunk), strict=True):
         dz = torch.mm(x_part, weight.t(), out=logits[:len(x_part)])
@@ -150,10 +150,10 @@ def chunked_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
 
 @chunked_gradients.register_fake
 def _(x, weight, targets, vocab_size, chunk, compiled, own_weight_gradient=False):
-    return _empty_gradients(x, weight)
+    return empty_gradients(x, weight)
 
 
-def _empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """total (0-d), dx and dW before the first chunk; the sums start at zero."""
     return x.new_zeros((), dtype=torch.float32), torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
 

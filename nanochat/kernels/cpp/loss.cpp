@@ -1,26 +1,15 @@
 // Soft-capped cross-entropy of rows of logits, and its gradient, written over the logits. Used by
 // nanochat/kernels/cross_entropy.py, which also has the reference implementation.
-//
-// With u = exp(2 z / cap) and r = 1 / (1 + u), the capped logit is s = cap tanh(z / cap) = cap (1 - 2 r) and its derivative is
-// 4 r (1 - r). As |s| <= cap, exp(s) neither overflows nor underflows, so no maximum is needed: one pass over a row gives the sum
-// of exp(s) and the gradient up to the division by that sum.
+// One pass over a row gives the sum of exp(s) and the gradient up to the division by that sum.
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "bf16.h"
+#include "softcap.h"
 
 namespace {
-
-// r = 1 / (1 + u) of logits z. Beyond the clamp it is 0 or 1 to fp32 precision. NaN stays NaN.
-inline __m512 r_of(__m512 z, float cap) {
-    __m512 x = _mm512_mul_ps(z, _mm512_set1_ps(2.0f * LOG2_E / cap));
-    x = _mm512_max_ps(_mm512_set1_ps(-60.0f), _mm512_min_ps(_mm512_set1_ps(60.0f), x));
-    const __m512 d = _mm512_add_ps(exp2_of(x), _mm512_set1_ps(1.0f));
-    const __m512 r = _mm512_rcp14_ps(d);
-    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(1.0f)), r);  // one Newton step
-}
 
 inline __m512 load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
 inline void store(float* p, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, x); }
@@ -33,14 +22,13 @@ float row_loss(T* logits, int64_t target, int64_t width, int64_t vocab, float ca
         if (GRADIENT) std::fill_n(logits, width, T(0));
         return 0.0f;
     }
-    const __m512 log2_cap = _mm512_set1_ps(cap * LOG2_E);
     __m512 sums = _mm512_setzero_ps();
     for (int64_t i = 0; i < vocab; i += LANES) {
         const __mmask16 mask = first(vocab - i);
         const __m512 r = r_of(load(logits + i, mask), cap);
-        const __m512 e = exp2_of(_mm512_fnmadd_ps(_mm512_set1_ps(2.0f * cap * LOG2_E), r, log2_cap));
+        const __m512 e = exp_of_capped(r, cap);
         sums = _mm512_mask_add_ps(sums, mask, sums, e);
-        if (GRADIENT) _mm512_mask_storeu_ps(scratch + i, mask, _mm512_mul_ps(e, _mm512_fnmadd_ps(r, r, r)));
+        if (GRADIENT) _mm512_mask_storeu_ps(scratch + i, mask, _mm512_mul_ps(e, quarter_of_slope(r)));
     }
     const float sum = _mm512_reduce_add_ps(sums);
     const float r = _mm512_cvtss_f32(r_of(load(logits + target, 1), cap)), loss = std::log(sum) - cap * (1.0f - 2.0f * r);
