@@ -32,7 +32,7 @@ COMMON = ("--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-ba
 DYNAMIC = ("--block-update-schedule=dynamic_suffix --dyn-warmup-steps=2 --dyn-probe-every=4 --dyn-refresh-every=0 "
            "--dyn-relevance-threshold=0.5 --dyn-freeze-start-frac=0 --dyn-min-active-layers=1 --dyn-adapt-budget")
 FP8 = "--fp8 --fp8-emulate --fp8-min-dim=16"
-CHUNKED = "--chunked-ce --ce-chunk-tokens=48"
+CHUNKED = "--chunked-ce --ce-chunk-tokens=48 --head-loss=torch"
 DEFERRED = "--deferred-loss-logging"
 ALL = f"{FP8} {CHUNKED} --bf16-momentum --cast-once --fused-rmsnorm --dtype=bfloat16"
 RUNS = {  # flags in addition to COMMON

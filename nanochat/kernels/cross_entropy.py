@@ -16,7 +16,7 @@ the backward pass multiplies them by the gradient that arrives at the sum.
 
 As |s| < cap, exp(s) cannot overflow, so softmax needs no maximum, and loss and gradient take a single pass over a row. This
 fused kernel exists in Triton for CUDA, in C++ for CPUs (nanochat/kernels/cpp/loss.cpp), and in PyTorch for other devices,
-compiled where the model is.
+compiled where the model is. On CPUs in bf16 one kernel may do all of a chunk instead: head_loss.py.
 """
 
 import ctypes
@@ -68,15 +68,18 @@ class ChunkedCrossEntropy:
 
     chunk_tokens: tokens per chunk; 0 chooses by the size of their logits.
     plain: the class of linear layers whose forward is x W^T and nothing else, with W from `weight_in(dtype)`. For those the
-    products are computed here. An lm_head with a method `chunked_gradients` (FP8) computes them itself; any other is called on
-    each chunk, which torch.compile cannot see through.
+    products are computed by `gradients`: `chunked_gradients`, or a function with its signature. An lm_head with a method
+    `chunked_gradients` (FP8) computes them itself; any other is called on each chunk, which torch.compile cannot see through.
 
     With gradients and `reduction="none"` the reference implementation runs instead: the gradient that arrives at each single
     loss is not known in the forward pass.
     """
 
     def __init__(self, chunk_tokens: int, plain: type):
-        self.chunk_tokens, self.plain = chunk_tokens, plain
+        self.chunk_tokens, self.plain, self.gradients = chunk_tokens, plain, chunked_gradients
+
+    def is_plain(self, lm_head) -> bool:
+        return type(lm_head).forward is self.plain.forward
 
     def __call__(self, x: Tensor, lm_head, targets: Tensor, vocab_size: int, reduction: str = "mean") -> Tensor:
         rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
@@ -85,10 +88,10 @@ class ChunkedCrossEntropy:
             if reduction == "none":
                 return softcapped_cross_entropy(x, lm_head, targets, vocab_size, reduction)
             compiled = torch.compiler.is_compiling()
-            if type(lm_head).forward is self.plain.forward:
+            if self.is_plain(lm_head):
                 weight = lm_head.weight_in(x.dtype).detach()
-                gradients = chunked_gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled,
-                                              lm_head.own_weight_gradient)
+                gradients = self.gradients(rows.detach(), weight, flat_targets, vocab_size, chunk, compiled,
+                                           lm_head.own_weight_gradient)
             elif hasattr(lm_head, "chunked_gradients"):
                 gradients = lm_head.chunked_gradients(rows.detach(), flat_targets, vocab_size, chunk, compiled)
             else:

@@ -1,8 +1,8 @@
 """Head and loss in one C++ kernel (`cpp/head_loss.cpp`), for bf16 on CPUs, and the choice between it and chunks by PyTorch.
 
-`chunked_gradients` of cross_entropy.py makes the logits of a chunk by one product, reads them for the loss, and makes dx and dW by
-two more. The kernel goes over a block of tokens instead, and there over the vocabulary, so that logits are in the cache when they
-are read and when dx is made of them. It keeps them in fp32, and sums dW in fp32. Whether that is faster, and with how many tokens
+`chunked_gradients` of cross_entropy.py makes the logits of a chunk by one product, reads them for the loss, and makes dx and dW
+by two more. In the kernel a thread takes a block of tokens through the vocabulary, so that logits are in its cache when they are
+read and when dx is made of them. It keeps logits in fp32, and sums dW in fp32. Whether that is faster, and with how many tokens
 in a chunk, depends on processor and sizes: `choose_head_loss` measures it on those of a model.
 """
 
@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason, library, pointer
-from nanochat.kernels.cross_entropy import CHUNK_BYTES, IGNORED, SOFTCAP, chunked_gradients, default_chunk, empty_gradients
-from nanochat.runtime.tuner import MOST_TOKENS, Choice, Tuner, untimed_choice
+from nanochat.kernels.cross_entropy import (
+    CHUNK_BYTES,
+    IGNORED,
+    SOFTCAP,
+    ChunkedCrossEntropy,
+    chunked_gradients,
+    default_chunk,
+    empty_gradients,
+)
+from nanochat.runtime.device import dtype_name
+from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
 
-FEATURES = 32          # the kernel takes a multiple of these
+FEATURES = 32            # the kernel takes multiples of these
 BLOCK, PADDING = 64, 32  # in cpp/packing.h: tokens and words are packed in blocks; a row in memory has some elements more
-CHUNKS = (512, 1024, 2048, 4096)  # tokens, from which one is chosen
-LARGEST = 4 * CHUNK_BYTES["cpu"]  # bytes of the logits of a chunk that is not the default one
+LARGER = 4               # times the default number of tokens in a chunk: for many threads, and fewer passes over dW
+MOST_BYTES = LARGER * CHUNK_BYTES["cpu"]  # of the logits of such a chunk
 
 
 def unavailable_reason(dtype: torch.dtype, device_type: str, features: int) -> str | None:
@@ -38,8 +47,8 @@ def head_loss_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: 
     The last two arguments are there for the same signature; nothing depends on them.
     Raises: IndexError for targets outside of the vocabulary.
     """
-    total, dx, dw = empty_gradients(x, weight)
     x, weight, kernels = x.contiguous(), weight.contiguous(), library("head_loss")
+    total, dx, dw = empty_gradients(x, weight)
     features, tokens = x.size(1), _rounded_up(min(chunk, len(x)))
     gradient = x.new_empty(_rounded_up(vocab_size), tokens + PADDING)          # of the logits, transposed
     scaled = x.new_empty(tokens, features + PADDING)
@@ -58,34 +67,58 @@ def head_loss_gradients(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: 
 
 @head_loss_gradients.register_fake
 def _(x, weight, targets, vocab_size, chunk, compiled=False, own_weight_gradient=False):
-    return empty_gradients(x, weight)
+    return empty_gradients(x.contiguous(), weight.contiguous())
 
 
 def _rounded_up(n: int) -> int:
     return -(-n // BLOCK) * BLOCK
 
 
-def way_and_chunk(name: str, default: int) -> tuple[str, int]:
-    """Of the name of a choice: `torch` or `brgemm`, and the tokens of a chunk. "torch 2048" names them, "torch" is `default`."""
-    way, _, tokens = name.partition(" ")
-    return way, int(tokens or default)
+WAYS = {"torch": chunked_gradients, "brgemm": head_loss_gradients}
 
 
-def choose_head_loss(weight: Tensor, tokens: int, dtype: torch.dtype, vocab_size: int, chunk: int = 0, *,
-                     own_weight_gradient: bool = False, tuner: Tuner | None = None, wanted: str = "auto",
+def choose_head_loss(lm_head, tokens: int, dtype: torch.dtype, vocab_size: int, *, plain: bool = True, chunk_tokens: int = 0,
+                     compiled: bool = False, tuner: Tuner | None = None, wanted: str = "auto",
                      recorded: str | None = None) -> Choice:
-    """How head and loss are computed in chunks: by PyTorch's products (`torch`) or by the kernel (`brgemm`), and with how many
-    tokens in a chunk, where that is not the default: "torch 2048". Whichever takes the least time, forward and backward.
+    """How head and loss are computed in chunks: by PyTorch's products (`torch`) or by the kernel (`brgemm`), and on a CPU with
+    the default number of tokens in a chunk or with more ("torch 4096"). Whichever takes the least time, forward and backward.
 
-    weight (V, C): of the head.   tokens: of a micro-batch.   chunk: --ce-chunk-tokens; 0 lets the sizes be chosen, too.
-    own_weight_gradient: as in `chunked_gradients`.   wanted: --head-loss.   recorded: the choice of the run to be resumed.
+    tokens: of a micro-batch.   plain: whether ChunkedCrossEntropy computes the products of lm_head, which then is a `Linear`.
+    chunk_tokens: --ce-chunk-tokens; 0 lets the number be chosen.   compiled: whether the model is.   wanted: --head-loss.
+    recorded: the choice of the run to be resumed.
     Raises: UserError where `brgemm` is wanted and does not work.
     """
-    vocab, features = weight.shape
-    why_not = unavailable_reason(dtype, weight.device.type, features)
-    if recorded and chunk:
-        recorded = recorded.split()[0]
-    if recorded and recorded.startswith("torch"):  # works everywhere
-        wanted_here = wanted == "auto"
-    if choice := untimed_choice("--head-loss", wanted, "torch", "brgemm", why_not, recorded):
+    weight, device = lm_head.weight.detach(), lm_head.weight.device
+    why_not = unavailable_reason(dtype, device.type, weight.size(1)) if plain else "lm_head computes its products itself"
+    ways = ["torch"] if why_not else ["torch", "brgemm"]
+    if recorded:
+        way = recorded.split()[0]
+        recorded = None if way not in ways else way if chunk_tokens else recorded
+    if choice := untimed_choice("--head-loss", wanted, "torch", "brgemm", why_not if wanted == "brgemm" else None, recorded):
         return choice
+    default = chunk_tokens or default_chunk(len(weight), dtype, device.type)
+    chunks = {"": default}
+    if plain and device.type == "cpu" and not chunk_tokens and default < tokens \
+            and (larger := LARGER * default) * len(weight) * dtype.itemsize <= MOST_BYTES:
+        chunks[f" {larger}"] = larger
+    in_use, tokens = tokens, min(tokens, max(chunks.values()))
+    random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
+
+    def gradients(way, chunk):
+        def make():
+            x = torch.randn(tokens, weight.size(1), generator=random).to(dtype)
+            targets, cast = torch.randint(vocab_size, (tokens,), generator=random), weight.to(dtype)
+            return lambda: WAYS[way](x, cast, targets, vocab_size, chunk, compiled, lm_head.own_weight_gradient)
+        return make
+    own = plain and lm_head.own_weight_gradient
+    problem = (f"head and loss of {tokens} tokens, {'x'.join(map(str, weight.shape))} {dtype_name(dtype)}, chunks of {default}"
+               + ", compiled" * compiled + ", own weight gradient" * own)
+    return (tuner or Tuner(device, folder=None)).choose(
+        problem, {way + name: gradients(way, chunk) for name, chunk in chunks.items() for way in ways},
+        times_in_use=in_use / tokens)
+
+
+def use_head_loss(loss: ChunkedCrossEntropy, name: str) -> None:
+    """Let `loss` compute the products of a plain head in the way of this name of a choice."""
+    way, _, chunk = name.partition(" ")
+    loss.gradients, loss.chunk_tokens = WAYS[way], int(chunk or loss.chunk_tokens)

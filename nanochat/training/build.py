@@ -15,7 +15,9 @@ from nanochat.dataset import TokenDataset, prepare_tokens, train_tokenizer
 from nanochat.features import FEATURES, Feature, Features
 from nanochat.flash_attention import make_attention
 from nanochat.gpt import GPT, QK_SCALE
+from nanochat.kernels.cross_entropy import ChunkedCrossEntropy, kernel_name
 from nanochat.kernels.embedding import choose_embedding_gradient
+from nanochat.kernels.head_loss import choose_head_loss, use_head_loss
 from nanochat.kernels.inference import use_inference_kernels
 from nanochat.kernels.linear import Linear, use_own_weight_gradient
 from nanochat.kernels.qkv import choose_qkv, fused_qkv
@@ -33,7 +35,7 @@ from nanochat.runtime.distributed import Ranks, broadcast_object, grad_scaler, o
 from nanochat.runtime.lock import RunLock
 from nanochat.runtime.provenance import source_fingerprint
 from nanochat.runtime.signals import Signals
-from nanochat.runtime.tuner import Tuner
+from nanochat.runtime.tuner import Choice, Tuner
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer
 from nanochat.training import run_folder
 from nanochat.training.audit import Audit
@@ -296,6 +298,7 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
         recorded=before.get("weight gradient"))
     if gradient.name == "brgemm":
         use_own_weight_gradient(layers)
+    head = choose_loss(plan, model, tuner, before)
     qkv = choose_qkv(
         [(block.attn.c_q, block.attn.c_k, block.attn.c_v) for block in model.transformer.h], tokens, plan.dtype,
         tuner=tuner, wanted="separate" if plan.config.divides_weights else flags.fused_qkv, recorded=before.get("qkv"))
@@ -310,15 +313,31 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
         [model.transformer.wte, *model.value_embeds.values()], tokens, tuner,
         recorded=None if plan.device.type == "cpu" else before.get("embedding gradient"))
     chosen = {
-        "weight gradients": gradient, "queries, keys and values": qkv, "rotary and norm": rotary, "embedding gradients": tables,
+        "weight gradients": gradient, **({"head and loss": head} if head else {}), "queries, keys and values": qkv,
+        "rotary and norm": rotary, "embedding gradients": tables,
         "evaluation's passes": use_inference_kernels(model, tokens, tuner)}
     for what, choice in chosen.items():
         if choice.milliseconds:
             print0(f"{what}: {choice}")
-    decisive = {"weight gradient": gradient, "rotary norm": rotary, "qkv": qkv}
+    decisive = {"weight gradient": gradient, **({"head loss": head} if head else {}), "rotary norm": rotary, "qkv": qkv}
     if plan.device.type != "cpu":  # on a CPU both ways give the same bits
         decisive["embedding gradient"] = tables
     return {name: choice._asdict() for name, choice in decisive.items()}
+
+
+def choose_loss(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> Choice | None:
+    """`choose_kernels` for head and loss, after the gradients of weights; None without --chunked-ce."""
+    loss, head, flags = model.kernels.loss, model.lm_head, plan.config.features["chunked_ce"]
+    if not isinstance(loss, ChunkedCrossEntropy):
+        return None
+    choice = choose_head_loss(
+        head, plan.micro_batch_size * plan.shape.sequence_len, plan.dtype, plan.shape.vocab_size, plain=loss.is_plain(head),
+        chunk_tokens=flags.ce_chunk_tokens, compiled=plan.compile, tuner=tuner, wanted=plan.config.run.head_loss,
+        recorded=before.get("head loss"))
+    use_head_loss(loss, choice.name)
+    kernel = "brgemm" if choice.name.startswith("brgemm") else kernel_name(plan.device.type, plan.dtype)
+    print0(f"cross-entropy: {loss.chunk_tokens:,} tokens at a time, kernel: {kernel}")
+    return choice
 
 
 def build_trainer_only(config: Config, available: tuple[type[Feature], ...] = FEATURES) -> Trainer:

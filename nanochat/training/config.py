@@ -44,6 +44,9 @@ class RunFlags(DeviceFlags):
     weight_gradient: str = flag("auto", "how the gradients of linear layers' weights are computed on a CPU in bf16 "
                                 "(nanochat/kernels/weight_gradient.py); auto takes the faster way here",
                                 choices=("auto", "torch", "brgemm"), affects_results=False)
+    head_loss: str = flag("auto", "how head and loss are computed on a CPU in bf16 (nanochat/kernels/head_loss.py); auto takes "
+                          "the faster way here", choices=("auto", "torch", "brgemm"), affects_results=False,
+                          requires={"chunked_ce": True})
     rotary_norm: str = flag("auto", "how rotary positions and norms of queries and keys are computed on a CPU in bf16 "
                             "(nanochat/kernels/rotary.py); auto takes the faster way here",
                             choices=("auto", "torch", "cpp"), affects_results=False)

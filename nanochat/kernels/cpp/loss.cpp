@@ -1,6 +1,6 @@
 // Soft-capped cross-entropy of rows of logits, and its gradient, written over the logits. Used by
-// nanochat/kernels/cross_entropy.py, which also has the reference implementation.
-// One pass over a row gives the sum of exp(s) and the gradient up to the division by that sum.
+// nanochat/kernels/cross_entropy.py, which also has the reference implementation. One pass over a
+// row gives the sum of exp(s) and the gradient up to the division by that sum.
 
 #include <algorithm>
 #include <cmath>
