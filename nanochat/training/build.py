@@ -327,13 +327,13 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
 
 def choose_loss(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> Choice | None:
     """`choose_kernels` for head and loss, after the gradients of weights; None without --chunked-ce."""
-    loss, head, flags = model.kernels.loss, model.lm_head, plan.config.features["chunked_ce"]
+    loss, head = model.kernels.loss, model.lm_head
     if not isinstance(loss, ChunkedCrossEntropy):
         return None
     choice = choose_head_loss(
         head, plan.micro_batch_size * plan.shape.sequence_len, plan.dtype, plan.shape.vocab_size, plain=loss.is_plain(head),
-        chunk_tokens=flags.ce_chunk_tokens, compiled=plan.compile, tuner=tuner, wanted=plan.config.run.head_loss,
-        recorded=before.get("head loss"))
+        chunk_tokens=plan.config.features["chunked_ce"].ce_chunk_tokens, compiled=plan.compile, tuner=tuner,
+        wanted=plan.config.run.head_loss, recorded=before.get("head loss"))
     use_head_loss(loss, choice.name)
     kernel = "brgemm" if choice.name.startswith("brgemm") else kernel_name(plan.device.type, plan.dtype)
     print0(f"cross-entropy: {loss.chunk_tokens:,} tokens at a time, kernel: {kernel}")
