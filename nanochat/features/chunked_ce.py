@@ -20,8 +20,8 @@ class ChunkedCe(Feature):
         """Chunked cross-entropy"""
         chunked_ce: bool = flag(False, "compute head and loss for a chunk of tokens at a time: saves memory, and time on CPUs",
                                 affects_results=False)
-        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 derives it from the size of their logits, and "
-                                    "on a CPU may take four times as many, if they are faster", low=0,
+        ce_chunk_tokens: int = flag(0, "tokens of a chunk, a multiple of 16; 0 derives it from the size of their logits; on a "
+                                    "CPU four times as many are tried too", low=0,
                                     affects_results=False, requires={"chunked_ce": True})
 
     @classmethod

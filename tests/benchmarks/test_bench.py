@@ -133,6 +133,8 @@ def test_the_breakdown_of_a_compiled_step():
     ("loss", ("aten::mul", "TanhBackward0")),
     ("gemms", ("aten::mm", "nanochat::chunked_cross_entropy")),
     ("loss", ("nanochat::chunked_cross_entropy",)),
+    ("gemms", ("nanochat::add_weight_gradient", "nanochat::head_loss")),
+    ("loss", ("nanochat::head_loss",)),
     ("embedding", ("triton_poi_fused_embedding_dense_backward_0",)),
     ("embedding", ("aten::embedding_dense_backward", "nanochat::embedding_gradient")),
     ("embedding", ("graph_2_cpp_fused__to_copy_add_constant_pad_nd_index_mean_mul_pow_rsqrt_slice_t_0",)),

@@ -9,22 +9,22 @@
 //     dx^T = W^T G^T   (features, tokens, words)   features: W transposed     G^T, interleaved
 //     dW   = G^T x'    (words, features, tokens)   words: G^T                 x' packed by rows
 //
-// G is the gradient of the logits before the division by the sum of exp(s), which is known only when the whole vocabulary has been
-// seen: dz = 4 G / sum. The factor 4 / sum goes to dx at its end, in fp32, and to x' = 4 x / sum. So a block of logits is read
-// once, while it is in the cache. What G is at a token's target depends on that sum too: it has 0 there, and the target's share of dx
-// and dW, a row of W and of x, is added at the end, in fp32.
+// G is the gradient of the logits before the division by the sum of exp(s), which is known only when the whole vocabulary has
+// been seen: dz = 4 G / sum. The factor 4 / sum goes to dx at its end, in fp32, and to x' = 4 x / sum. So a block of logits is
+// read once, while it is in the cache. dz at a token's target depends on that sum too: G has 0 there, and the target's share of
+// dx and dW, a row of W and of x, is added at the end, in fp32.
 //
-// A task of `head_loss` is a block of tokens, one of `head_weight_gradient` a tile of dW. Every sum is added in one order, whatever
-// the size of these: the same bits for any number of threads.
+// A task of `head_loss` is a block of tokens, one of `head_weight_gradient` a tile of dW. Every sum is added in one order,
+// whatever the number of tasks: the same bits for any number of threads.
 
 #include <omp.h>
 
 #include <cmath>
 
 #include "bf16.h"
+#include "brgemm.h"
 #include "packing.h"
 #include "softcap.h"
-#include "brgemm.h"
 
 namespace {
 
@@ -35,7 +35,8 @@ constexpr int64_t TILE_WORDS = 128, TILE_FEATURES = 256, TILE_TOKENS = 512;  // 
 
 // Arguments, as 64-bit integers.
 struct Problem {
-    int64_t tokens, features, vocab, pitch;  // pitch: from a row of G^T to the next, in elements; at least tokens rounded up to 64
+    int64_t tokens, features, vocab;
+    int64_t pitch;  // from a row of G^T to the next, in elements; tokens rounded up to 64, or more
 };
 
 // Tokens of a task: the more, the less often W is read; but each thread needs some tasks.
@@ -55,8 +56,8 @@ struct Tokens {
     __mmask16 counted[MOST_TOKENS / LANES];      // those with a target
 };
 
-// From the logits z (64 words, n tokens), of which `words` are of the vocabulary: exp(s), added to the sums, and G, interleaved and
-// in rows. pitch: from a row of z, and a pair of rows of `interleaved`, to the next.
+// From the logits z (64 words, n tokens), of which `words` are of the vocabulary: exp(s), added to the sums, and G, interleaved
+// and in rows. pitch: from a row of z, and a pair of rows of `interleaved`, to the next.
 void exponentials(const float* z, int64_t pitch, int64_t words, int64_t n, float cap, Tokens& tokens, pair* interleaved, bf16* g,
                   int64_t g_pitch) {
     for (int64_t c = 0; c < n; c += LANES) {
@@ -65,9 +66,9 @@ void exponentials(const float* z, int64_t pitch, int64_t words, int64_t n, float
             __m512 d[2];
             for (int i = 0; i < 2; i++) {
                 const __mmask16 real = r + i < words ? 0xffff : 0;
-                const __m512 half = r_of(_mm512_loadu_ps(z + (r + i) * pitch + c), cap), e = exp_of_capped(half, cap);
+                const __m512 ratio = r_of(_mm512_loadu_ps(z + (r + i) * pitch + c), cap), e = exp_of_capped(ratio, cap);
                 sum = _mm512_mask_add_ps(sum, real, sum, e);
-                d[i] = _mm512_maskz_mul_ps(real & tokens.counted[c / LANES], e, quarter_of_slope(half));
+                d[i] = _mm512_maskz_mul_ps(real & tokens.counted[c / LANES], e, quarter_of_slope(ratio));
                 store(g + (r + i) * g_pitch + c, d[i]);
             }
             store_interleaved(interleaved + r / 2 * pitch + c, d[0], d[1]);
@@ -87,8 +88,7 @@ void finish(int64_t n, float cap, Tokens& tokens) {
         _mm512_store_ps(tokens.at_target + c, _mm512_maskz_mul_ps(counted, _mm512_mul_ps(less, slope), factor));
         alignas(64) float s[LANES];
         _mm512_store_ps(s, _mm512_fnmadd_ps(_mm512_set1_ps(2 * cap), r, _mm512_set1_ps(cap)));
-        for (int64_t i = 0; i < LANES; i++)
-            tokens.losses[c + i] = counted >> i & 1 ? std::log(tokens.sums[c + i]) - s[i] : 0;
+        for (int64_t i = 0; i < LANES; i++) tokens.losses[c + i] = counted >> i & 1 ? std::log(tokens.sums[c + i]) - s[i] : 0;
     }
 }
 
@@ -117,8 +117,8 @@ void store_dx(const Problem& p, const float* out, int64_t pitch, int64_t rows, c
 void pack_scaled(const bf16* x, int64_t rows, int64_t D, const float* factor, bf16* scaled, pair* y) {
     for (int64_t r = 0; r < std::min(rows, BLOCK); r++)
         for (int64_t d = 0; d < D; d += LANES)  // 0 where a token has no target, also if its x is no number
-            store(scaled + r * padded(D) + d, _mm512_maskz_mul_ps(factor[r] != 0 ? 0xffff : 0, load(x + r * D + d),
-                                                                  _mm512_set1_ps(factor[r])));
+            store(scaled + r * padded(D) + d,
+                  _mm512_maskz_mul_ps(factor[r] != 0 ? 0xffff : 0, load(x + r * D + d), _mm512_set1_ps(factor[r])));
     pack_rows(scaled, padded(D), rows, D, y, padded(D));
 }
 
@@ -172,10 +172,11 @@ void token_block(const Problem& p, int64_t from, int64_t rows, const bf16* x, co
 }  // namespace
 
 // x (tokens, features), w (at least vocab, features), dx like x: bf16, contiguous. targets (tokens,): -1 = ignored. losses
-// (tokens,): in nats, 0 if ignored. at_target (tokens,): dz there. g: G^T, vocab rounded up to 64 rows of `pitch`. x_scaled: x' packed, tokens rounded up to 64
-// rows of padded(features). features must be a multiple of 32. Returns the number of invalid targets; if any, nothing is done.
-extern "C" int64_t head_loss(const Problem* problem, const bf16* x, const bf16* w, const int64_t* targets, float cap, float* losses,
-                             float* at_target, bf16* dx, bf16* g, pair* x_scaled) {
+// (tokens,): in nats, 0 if ignored. at_target (tokens,): dz there. g: G^T, vocab rounded up to 64 rows of `pitch`. x_scaled: x'
+// packed, tokens rounded up to 64 rows of padded(features). features must be a multiple of 32. Returns the number of invalid
+// targets; if there are any, nothing is done.
+extern "C" int64_t head_loss(const Problem* problem, const bf16* x, const bf16* w, const int64_t* targets, float cap,
+                             float* losses, float* at_target, bf16* dx, bf16* g, pair* x_scaled) {
     const Problem& p = *problem;
     int64_t wrong = 0;
     for (int64_t i = 0; i < p.tokens; i++) wrong += targets[i] < -1 || targets[i] >= p.vocab;
@@ -207,8 +208,8 @@ extern "C" void head_weight_gradient(const Problem* problem, const bf16* x, cons
             if (targets[t] < word || targets[t] >= word + m) continue;
             float* row = dw + targets[t] * D + d;
             for (int64_t i = 0; i < n; i += LANES)
-                _mm512_storeu_ps(row + i, _mm512_fmadd_ps(_mm512_set1_ps(at_target[t]), load(x + t * D + d + i),
-                                                          _mm512_loadu_ps(row + i)));
+                _mm512_storeu_ps(
+                    row + i, _mm512_fmadd_ps(_mm512_set1_ps(at_target[t]), load(x + t * D + d + i), _mm512_loadu_ps(row + i)));
         }
         at::native::cpublas::brgemm_release(true);
     }
