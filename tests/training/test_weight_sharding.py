@@ -43,7 +43,7 @@ EXACT = {  # these give the same bits
     "relevance": [ONE, "--block-update-schedule=dynamic_suffix", "--dyn-freeze-start-frac=0", "--dyn-warmup-steps=1",
                   "--dyn-probe-every=3", "--dyn-min-active-layers=1", "--dyn-relevance-threshold=0.5"],
     "fp8": [ONE, *FP8],
-    "bf16, chunked": [ONE, *BF16, "--bf16-momentum", "--chunked-ce", "--deferred-loss-logging"],
+    "bf16, chunked": [ONE, *BF16, "--bf16-momentum", "--chunked-ce", "--head-loss=torch", "--deferred-loss-logging"],
     "all at once": [ONE, *BF16, *FP8, "--fp8-skip-attn-qk", "--chunked-ce", "--cast-once"],
     "compiled": [ONE, *BF16, "--cast-once", "COMPILED", "--depth=2", "--aspect-ratio=32", "--short-conv=0"],
     "one layer": [ONE, "--depth=1", "--aspect-ratio=64"],
