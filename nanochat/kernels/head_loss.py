@@ -21,7 +21,7 @@ from nanochat.kernels.cross_entropy import (
     default_chunk,
     empty_gradients,
 )
-from nanochat.runtime.device import dtype_name
+from nanochat.runtime.compute_dtype import dtype_name
 from nanochat.runtime.tuner import Choice, Tuner, untimed_choice
 
 FEATURES = 32            # the kernel takes multiples of these
