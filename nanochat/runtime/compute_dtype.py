@@ -10,7 +10,8 @@ from nanochat.common import UserError
 from nanochat.runtime.timing import timed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-TOKENS, WIDTH, ROUNDS = 512, 512, 6  # the product that is timed in bf16 and in fp32: some milliseconds a round
+TOKENS, WIDTH = 512, 512  # of the product that is timed in bf16 and in fp32: some milliseconds a round
+ROUNDS = 6, 40            # at least and at most
 GAIN = 1.2  # bf16 has to be so many times as fast as fp32: native instructions are 2 to 16 times as fast, emulated ones slower
 
 
@@ -56,12 +57,16 @@ def cpu_has_bf16_instructions() -> bool:
 
 @cache
 def bf16_over_fp32() -> float:
-    """How many times as fast as in fp32 this CPU multiplies in bf16, timed in turn. It takes some hundredths of a second, and is
-    not written down: no processor is near the limit."""
+    """How many times as fast as in fp32 this CPU multiplies in bf16, timed in turn until that is clearly above or below GAIN: a
+    busy neighbour must not decide. It takes some hundredths of a second, and is not written down."""
     random, cpu = torch.Generator().manual_seed(0), torch.device("cpu")  # private: the run's random numbers must not change
-    x, w = (torch.randn(rows, WIDTH, generator=random) for rows in (TOKENS, WIDTH))
-    least = dict.fromkeys((torch.bfloat16, torch.float32), float("inf"))
-    for _ in range(ROUNDS):
-        for dtype in least:
-            least[dtype] = min(least[dtype], timed(cpu, torch.mm, x.to(dtype), w.to(dtype))[0])
-    return least[torch.float32] / least[torch.bfloat16]
+    factors = [torch.randn(rows, WIDTH, generator=random) for rows in (TOKENS, WIDTH)]
+    pairs = {dtype: [x.to(dtype) for x in factors] for dtype in (torch.bfloat16, torch.float32)}
+    least, gain = dict.fromkeys(pairs, float("inf")), GAIN
+    for rounds in range(1, ROUNDS[1] + 1):
+        for dtype, pair in pairs.items():
+            least[dtype] = min(least[dtype], timed(cpu, torch.mm, *pair)[0])
+        gain = least[torch.float32] / least[torch.bfloat16]
+        if rounds >= ROUNDS[0] and not GAIN / 2 < gain < GAIN:
+            break
+    return gain
