@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nanochat.runtime.tuner import Choice, Tuner
 
 SYSTEM = Path("/sys/devices/system/cpu")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 AS_FAST = 0.9  # a core of this share of the fastest core's clock or more is one of the fast ones
 TOKENS = 2048  # of the products by which numbers of threads are compared
 
@@ -36,7 +37,7 @@ def place_of_core(folder: Path) -> tuple[int, ...]:
     return node, _number(folder / "topology/core_id") or 0, int(folder.name[3:])
 
 
-def cpu_quota(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+def cpu_quota(group: Path = CONTROL_GROUP) -> int | None:
     """Cores that the control group of a container grants, at least 1; None without a limit. torch counts those of the machine:
     the threads beyond the quota would make all of them wait."""
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of control groups version 2, and 1
@@ -73,7 +74,7 @@ def choose_threads(tuner: "Tuner", width: int, dtype: torch.dtype, recorded: str
     return choice
 
 
-def thread_counts(system: Path = SYSTEM) -> list[int]:
+def thread_counts(system: Path = SYSTEM, group: Path = CONTROL_GROUP) -> list[int]:
     """Numbers of threads that may be the fastest here, the present one first: one per physical core, per fast physical core, and
     per logical core, of those that this process may use and within a container's quota."""
     present = torch.get_num_threads()
@@ -87,7 +88,7 @@ def thread_counts(system: Path = SYSTEM) -> list[int]:
         socket, number = _number(folder / "topology/physical_package_id"), _number(folder / "topology/core_id")
         physical[(socket, core if number is None else number)] = speed
     fast = sum(speed >= AS_FAST * max(physical.values()) for speed in physical.values())
-    most = cpu_quota() or len(usable)
+    most = cpu_quota(group) or len(usable)
     return list(dict.fromkeys(min(count, most) for count in (present, len(physical), fast, len(usable))))
 
 

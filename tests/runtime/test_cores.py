@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from nanochat.runtime import cores
 from nanochat.runtime.cores import choose_threads, cpu_quota, place_of_core, thread_counts
 from nanochat.runtime.tuner import Tuner
 from processes import python_c
@@ -81,10 +80,9 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-def use_cores(monkeypatch, number, quota=None):
-    """This process may use the first `number` cores, and its container as much as `quota`."""
+def use_cores(monkeypatch, number):
+    """This process may use the first `number` cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(number)), raising=False)
-    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
 
 
 LAPTOP = [{"core": core, "cpufreq__cpuinfo_max_freq": 5_000_000 if core < 2 else 3_800_000}
@@ -99,15 +97,17 @@ SERVER = [{"core": core % 2, "topology__physical_package_id": core // 2} for cor
 def test_threads_worth_trying_follow_from_the_kinds_of_cores(tmp_path, monkeypatch, two_threads, machine, quota, counts):
     for number, core in enumerate(machine):
         make_core(tmp_path, number, **core)
-    use_cores(monkeypatch, len(machine), quota)
-    assert thread_counts(tmp_path) == counts
+    use_cores(monkeypatch, len(machine))
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota * 100000} 100000\n")
+    assert thread_counts(tmp_path, tmp_path) == counts
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert thread_counts(tmp_path) == [2], "the user has said how many"
+    assert thread_counts(tmp_path, tmp_path) == [2], "the user has said how many"
 
 
 def test_a_system_that_says_nothing_of_its_cores_has_as_many_as_it_has_numbers(tmp_path, monkeypatch, two_threads):
     use_cores(monkeypatch, 4)
-    assert thread_counts(tmp_path) == [2, 4]
+    assert thread_counts(tmp_path, tmp_path) == [2, 4]
 
 
 def test_the_fastest_number_of_threads_is_taken_remembered_and_resumed(tmp_path, monkeypatch, two_threads):
