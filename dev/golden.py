@@ -28,7 +28,7 @@ COMMON = ("--depth=4 --head-dim=16 --aspect-ratio=8 --max-seq-len=32 --device-ba
           "--vocab-size=300 --num-iterations=16 --warmup-steps=2 --eval-every=6 --eval-tokens=512 "
           "--save-every=4 --core-metric-every=-1 --sample-every=-1 --device-type=cpu --no-compile "
           "--attention-backend=chunked --weight-gradient=torch --rotary-norm=torch "
-          "--fused-qkv=separate")  # measured, these could change each time
+          "--fused-qkv=separate --polar-express=plain")  # measured, these could change each time
 DYNAMIC = ("--block-update-schedule=dynamic_suffix --dyn-warmup-steps=2 --dyn-probe-every=4 --dyn-refresh-every=0 "
            "--dyn-relevance-threshold=0.5 --dyn-freeze-start-frac=0 --dyn-min-active-layers=1 --dyn-adapt-budget")
 FP8 = "--fp8 --fp8-emulate --fp8-min-dim=16"

@@ -354,12 +354,12 @@ class GPT(nn.Module):
 
     def setup_optimizer(self, unembedding_lr: float = 0.008, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
                         weight_decay: float = 0.28, scalar_lr: float = 0.5, momentum_dtype: torch.dtype = torch.float32,
-                        compile: bool = False) -> MuonAdamW:
+                        compile: bool = False, muon_way: str = "plain") -> MuonAdamW:
         """One MuonAdamW over all parameters: Muon for the matrices of the blocks, AdamW for the rest.
 
         unembedding_lr, embedding_lr: for n_embd = 768; scaled by (n_embd / 768)^-0.5 for other widths.
         matrix_lr: the spectral norm of one Muon update of a square matrix.   weight_decay: Muon's.
-        momentum_dtype, compile: see MuonAdamW.
+        momentum_dtype, compile, muon_way: see MuonAdamW.
         Every group keeps `initial_lr` and `initial_weight_decay`, which the schedules multiply.
         """
         scale = (self.config.n_embd / 768) ** -0.5
@@ -379,13 +379,21 @@ class GPT(nn.Module):
         ]
         if convs := [conv.weight for conv in self.short_convs()]:
             groups.append(adamw(convs, CONV_LR, (0.8, 0.95), eps=1e-8))  # their gradients are of about 1e-4
-        matrices = [p for module in self.linears().values() for p in module.parameters() if module is not self.lm_head]
+        matrices = self.muon_matrices()
         for shape in sorted({tuple(p.shape) for p in matrices}):  # a group per shape: Muon updates a stack of matrices at once
             groups.append(dict(kind="muon", params=[p for p in matrices if tuple(p.shape) == shape], lr=matrix_lr,
                                momentum=0.95, beta2=0.9, weight_decay=weight_decay))
         assert sum(len(g["params"]) for g in groups) == len(list(self.parameters()))
         for group in groups:
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
-        orthogonalize_in = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
-        return MuonAdamW(groups, names={p: name for name, p in self.named_parameters()},
-                         muon_dtype=orthogonalize_in, momentum_dtype=momentum_dtype, compile=compile)
+        return MuonAdamW(groups, names={p: name for name, p in self.named_parameters()}, muon_dtype=self.muon_dtype,
+                         momentum_dtype=momentum_dtype, compile=compile, muon_way=muon_way)
+
+    def muon_matrices(self) -> list[torch.Tensor]:
+        """The parameters that Muon updates: the matrices of the blocks."""
+        return [p for module in self.linears().values() for p in module.parameters() if module is not self.lm_head]
+
+    @property
+    def muon_dtype(self) -> torch.dtype:
+        """The dtype of Muon's matrix products."""
+        return torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32

@@ -6,7 +6,8 @@ large in every direction that the gradients point in. One Muon step, in order:
 
 1. Nesterov momentum;
 2. row equilibration: all rows scaled to one norm, so that the iteration below starts well conditioned (arXiv 2603.28254);
-3. five Polar Express iterations (arXiv 2505.16932), a faster Newton-Schulz iteration towards the polar factor;
+3. five Polar Express iterations (arXiv 2505.16932), a faster Newton-Schulz iteration towards the polar factor
+   (nanochat/kernels/polar_express.py);
 4. Frobenius norm scaled to sqrt(min(m, n)), that of an exactly semi-orthogonal matrix (arXiv 2602.21545);
 5. NorMuon: each row (or column) divided by the root of its second moment, the norm of the whole kept (arXiv 2510.05491);
 6. cautious weight decay, only where update and weight have the same sign (arXiv 2411.16085), and the update.
@@ -25,19 +26,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nanochat.kernels.polar_express import TINY, polar_factor
 from nanochat.recipe.shape import MUON_BATCH
 
-# (a, b, c) of X <- a X + (b A + c A A) X with A = X X^T, for five iterations (arXiv 2505.16932, safety 2e-2, cushion 2).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
 COMPILE_FROM = 2**14  # elements: smaller parameters are updated eagerly, as compiling a graph for each would cost seconds
 FP32_BELOW = 2**10    # elements: first moments of smaller parameters are always fp32, as they take hardly any memory
-TINY = 1e-20          # keeps a division by the norm of an all-zero row or matrix finite
 
 
 def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, finite: Tensor,
@@ -55,33 +48,17 @@ def adamw_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, f
     exp_avg_sq.copy_(torch.where(finite, new_avg_sq, exp_avg_sq))
 
 
-def polar_factor(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Approximate the polar factor (the nearest semi-orthogonal matrix) of each of K matrices after row equilibration.
-
-    g (K, m, n) -> (K, m, n). The matrix products are in `dtype`.
-    """
-    x = g / g.norm(dim=-1, keepdim=True).clamp_min(TINY)  # row equilibration
-    x = (x / (1.01 * x.norm(dim=(-2, -1), keepdim=True)).clamp_min(TINY)).to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:  # the smaller of X X^T and X^T X is cheaper
-        x = x.mT
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(g.dtype)
-
-
 def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, finite: Tensor,
-                momentum, lr, weight_decay, beta2, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+                momentum, lr, weight_decay, beta2, dtype: torch.dtype, way: str = "plain") -> tuple[Tensor, Tensor, Tensor]:
     """One Muon step for a stack of K matrices of one shape, (12, 768, 3072) for example.
 
     params, grads, momenta: (K, m, n).   second: second moments of rows (K, m, 1) if m >= n, else of columns (K, 1, n).
-    lr: the spectral norm of the update.   dtype: of the matrix products.
+    lr: the spectral norm of the update.   dtype, way: of `polar_factor`.
     Returns the new params, momenta and second moments in fp32, or unchanged values unless `finite` (0-d bool).
     """
     before = params, momenta, second
     momenta = torch.lerp(momenta.float(), grads, 1 - momentum)
-    g = polar_factor(torch.lerp(grads, momenta, momentum), dtype)  # Nesterov: the gradient once more on top
+    g = polar_factor(torch.lerp(grads, momenta, momentum), dtype, way)  # Nesterov: the gradient once more on top
     m, n = g.shape[-2:]
     g = g * (min(m, n) ** 0.5 / g.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
     reduced = -1 if m >= n else -2  # NorMuon: one second moment per row of a tall matrix, per column of a wide one
@@ -105,20 +82,21 @@ class MuonAdamW(torch.optim.Optimizer):
     max(1, m/n)^0.5.
     names: parameter -> name, for `named_state`. Of several ranks, each updates only what it owns, of large parameters rows
     such as `NAME[0:512]` (nanochat/training/sharding.py).
-    muon_dtype: dtype of Muon's matrix products.
+    muon_dtype, muon_way: dtype of Muon's matrix products, and how they are computed (nanochat/kernels/polar_express.py).
     momentum_dtype: dtype in which first moments are stored; they are computed in fp32. Second moments are always fp32.
     compile: fuse each update rule with torch.compile. The size of a stack is dynamic, so all stacks of two or more matrices of a
     shape share a graph; the sizes of the matrices are fixed in it.
     """
 
     def __init__(self, param_groups: list[dict], names: dict[Tensor, str] | None = None,
-                 muon_dtype: torch.dtype = torch.float32, momentum_dtype: torch.dtype = torch.float32, compile: bool = False):
+                 muon_dtype: torch.dtype = torch.float32, momentum_dtype: torch.dtype = torch.float32, compile: bool = False,
+                 muon_way: str = "plain"):
         super().__init__(param_groups, defaults={})
         assert all(g["kind"] in ("adamw", "muon") for g in self.param_groups)
         assert all(len({p.shape for p in g["params"]}) <= 1 for g in self.param_groups if g["kind"] == "muon")
         self.names = names or {}
         self.known = set(self.names.values())
-        self.muon_dtype, self.momentum_dtype = muon_dtype, momentum_dtype
+        self.muon_dtype, self.muon_way, self.momentum_dtype = muon_dtype, muon_way, momentum_dtype
         self.compile = compile
 
     @cached_property  # where nothing is compiled, the compiler is not even loaded
@@ -189,7 +167,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if self._is_compiled(active[0]):
             updated = self._compiled_muon_update(stacks, finite, scalars)
         else:
-            updated = muon_update(*stacks, finite, *scalars, self.muon_dtype)
+            updated = muon_update(*stacks, finite, *scalars, self.muon_dtype, self.muon_way)
         for tensors, new in zip((active, momenta, seconds), updated, strict=True):
             torch._foreach_copy_(tensors, list(new.unbind()))
 
@@ -197,7 +175,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """`muon_update` of stacks (K, ...), compiled for any K."""
         for stack in stacks:
             torch._dynamo.maybe_mark_dynamic(stack, 0)
-        return self._compiled_muon(*stacks, finite, *_host_tensors(scalars), self.muon_dtype)
+        return self._compiled_muon(*stacks, finite, *_host_tensors(scalars), self.muon_dtype, self.muon_way)
 
     def _most_at_once(self, p: Tensor) -> int:
         """How many matrices of the size of p Muon stacks at most."""

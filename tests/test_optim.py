@@ -1,4 +1,4 @@
-"""MuonAdamW against torch.optim.AdamW, against an exact SVD, and on parameters that have no gradient."""
+"""MuonAdamW against torch.optim.AdamW, and on parameters that have no gradient."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat import optim
-from nanochat.optim import MuonAdamW, muon_update, polar_factor
+from nanochat.optim import MuonAdamW, muon_update
 
 COMPILE = pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 
@@ -82,27 +82,6 @@ def test_adamw_keeps_fp32_moments_of_a_bf16_table(device):
         optimizer.step()
     assert table.dtype == torch.bfloat16
     assert optimizer.named_state()["wte/exp_avg_sq"].dtype == torch.float32
-
-
-@settings(max_examples=40)
-@given(rows=st.integers(2, 24), cols=st.integers(2, 24), scale=st.sampled_from([1e-12, 1.0, 1e8]), seed=st.integers(0, 999))
-def test_polar_factor_is_orthogonal_at_any_scale(device, rows, cols, scale, seed):
-    """Five iterations bring every singular value that is not tiny to within 0.7 .. 1.3; the paper's bound is tighter for
-    well conditioned input, but a random square matrix has a small one now and then."""
-    g = normal(1, rows, cols, seed=seed, device=device) * scale
-    equilibrated = (g / g.norm(dim=-1, keepdim=True))[0].double()
-    u, s, vh = torch.linalg.svd(equilibrated, full_matrices=False)
-    ours = polar_factor(g, torch.float32)[0].double()
-    along = torch.diagonal(u.T @ ours @ vh.T)   # how far the update goes in each direction of the gradient
-    well = s > 1e-2 * s.max()
-    assert ((along[well] > 0.7) & (along[well] < 1.3)).all(), along
-    off_diagonal = u.T @ ours @ vh.T - torch.diag(along)
-    assert off_diagonal.abs().max() < 1e-3
-
-
-def test_polar_factor_of_zeros_is_zero(device):
-    zeros = torch.zeros(2, 3, 5, device=device)
-    assert torch.equal(polar_factor(zeros, torch.bfloat16), zeros)
 
 
 def test_muon_update_has_unit_spectral_scale_and_follows_the_gradient(device):

@@ -20,6 +20,7 @@ from nanochat.kernels.embedding import choose_embedding_gradient
 from nanochat.kernels.head_loss import choose_head_loss, use_head_loss
 from nanochat.kernels.inference import use_inference_kernels
 from nanochat.kernels.linear import Linear, use_own_weight_gradient
+from nanochat.kernels.polar_express import choose_polar_express
 from nanochat.kernels.qkv import choose_qkv, fused_qkv
 from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
 from nanochat.kernels.weight_gradient import choose_weight_gradient
@@ -250,14 +251,15 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     if plan.compile and (reason := compile_unavailable_reason(plan.device)):
         print0(f"going on without torch.compile, slower: {reason}")
         plan = plan.without_compiler()
-    plan = replace(plan, kernel_choices={
-        "attention": attention.describe(), **threads, **choose_kernels(plan, model, tuner, before)})
+    kernels = choose_kernels(plan, model, tuner, before)
+    plan = replace(plan, kernel_choices={"attention": attention.describe(), **threads, **kernels})
     give_back_memory()
     flags, factor = config.optim, plan.horizon.lr_factor
     optimizer = model.setup_optimizer(
         flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
         flags.scalar_lr * plan.horizon.scalar_lr_factor,
-        momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile)
+        momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile,
+        muon_way=kernels["polar express"]["name"])
     state = TrainState(
         model=model, optimizer=optimizer, sharding=make_sharding(model, optimizer, config.run.shard_weights), features=features,
         clock=Clock(plan.device),
@@ -312,14 +314,18 @@ def choose_kernels(plan: RunPlan, model: GPT, tuner: Tuner, before: dict) -> dic
     tables = choose_embedding_gradient(
         [model.transformer.wte, *model.value_embeds.values()], tokens, tuner,
         recorded=None if plan.device.type == "cpu" else before.get("embedding gradient"))
+    polar = choose_polar_express(
+        [tuple(p.shape) for p in model.muon_matrices()], model.muon_dtype, plan.device, tuner=tuner, wanted=flags.polar_express,
+        recorded=before.get("polar express"))
     chosen = {
         "weight gradients": gradient, **({"head and loss": head} if head else {}), "queries, keys and values": qkv,
         "rotary and norm": rotary, "embedding gradients": tables,
-        "evaluation's passes": use_inference_kernels(model, tokens, tuner)}
+        "Muon's polar factors": polar, "evaluation's passes": use_inference_kernels(model, tokens, tuner)}
     for what, choice in chosen.items():
         if choice.milliseconds:
             print0(f"{what}: {choice}")
-    decisive = {"weight gradient": gradient, **({"head loss": head} if head else {}), "rotary norm": rotary, "qkv": qkv}
+    decisive = {"weight gradient": gradient, **({"head loss": head} if head else {}), "rotary norm": rotary, "qkv": qkv,
+                "polar express": polar}
     if plan.device.type != "cpu":  # on a CPU both ways give the same bits
         decisive["embedding gradient"] = tables
     return {name: choice._asdict() for name, choice in decisive.items()}

@@ -47,6 +47,8 @@ class RunFlags(DeviceFlags):
     head_loss: str = flag("auto", "how head and loss are computed on a CPU in bf16 (nanochat/kernels/head_loss.py); auto takes "
                           "the faster way here", choices=("auto", "torch", "brgemm"), affects_results=False,
                           requires={"chunked_ce": True})
+    polar_express: str = flag("auto", "how Muon makes its updates orthogonal (nanochat/kernels/polar_express.py); auto takes the "
+                              "fastest way here", choices=("auto", "plain", "gram", "brgemm"), affects_results=False)
     rotary_norm: str = flag("auto", "how rotary positions and norms of queries and keys are computed on a CPU in bf16 "
                             "(nanochat/kernels/rotary.py); auto takes the faster way here",
                             choices=("auto", "torch", "cpp"), affects_results=False)

@@ -28,7 +28,7 @@ from nanochat.training.state import RunPlan, TrainState
 RENAMED = {"tally": "stats", "computed": "result_fingerprint", "rounded_by": "numerics_environment"}  # in older state.json
 # The kernels of runs from before there was a choice, which their numerics_environment does not name
 FIRST_KERNELS = {"weight gradient": "torch", "head loss": "torch", "rotary norm": "torch", "qkv": "separate",
-                 "embedding gradient": "torch"}
+                 "embedding gradient": "torch", "polar express": "plain"}
 
 
 class Checkpoints:

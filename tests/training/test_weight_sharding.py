@@ -35,7 +35,7 @@ TINY = ("--depth=4 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --vocab-size
         "--no-compile --dtype=float32 --num-iterations=40 --attention-backend=masked").split()
 ONE = "--total-batch-size=TOKENS"  # one micro-batch: sums in the same order
 FP8 = ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"]
-BF16 = ["--dtype=bfloat16", "--weight-gradient=torch", "--rotary-norm=torch"]
+BF16 = ["--dtype=bfloat16", "--weight-gradient=torch", "--rotary-norm=torch", "--polar-express=plain"]
 SUFFIX = ["--block-update-schedule=static_suffix", "--static-active-layers=2"]
 EXACT = {  # these give the same bits
     "full": [ONE],
