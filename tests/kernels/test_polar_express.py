@@ -1,10 +1,13 @@
 """Polar factors, in each way that there is: against an exact SVD, against float64 in bf16, at any size and number of threads."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
+from nanochat.features import FEATURES
 from nanochat.kernels.cpp_kernels import cpp_unavailable_reason
 from nanochat.kernels.polar_express import (
     WAYS,
@@ -14,6 +17,8 @@ from nanochat.kernels.polar_express import (
     symmetric_product_cpp,
     symmetric_product_op,
 )
+from nanochat.training.build import build_trainer_only
+from nanochat.training.config import parse_config
 
 reason = cpp_unavailable_reason("polar_express")
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -86,14 +91,18 @@ def test_rounding_to_bf16_does_no_harm(way, power, shape):
        alpha=st.sampled_from([1.0, -22.5]), beta=st.sampled_from([1.0, 8.2]), added=st.booleans(), seed=st.integers(0, 9))
 def test_a_symmetric_product_equals_the_definition(count, m, k, alpha, beta, added, seed):
     """Products of bf16 are exact in fp32: k sums round, then the result to bf16."""
-    x = normal(count, 16 * m, 32 * k, seed=seed).bfloat16()
-    c = normal(count, 16 * m, 16 * m, seed=seed + 10)
+    check_symmetric_product(count, 16 * m, 32 * k, alpha, beta, added, seed)
+
+
+def check_symmetric_product(count, m, k, alpha, beta, added, seed):
+    x = normal(count, m, k, seed=seed).bfloat16()
+    c = normal(count, m, m, seed=seed + 10)
     c = (c + c.mT).bfloat16() if added else None
     got = symmetric_product_cpp(x, x, c, alpha, beta)
     exact, size = (alpha * (x.double() @ x.double().mT), abs(alpha) * x.double().abs() @ x.double().abs().mT)
     if added:
         exact, size = exact + beta * c.double(), size + abs(beta) * c.double().abs()
-    bound = EPS_BF16 * exact.abs() + EPS_FP32 * (32 * k + 4) * size
+    bound = EPS_BF16 * exact.abs() + EPS_FP32 * (k + 4) * size
     assert ((got.double() - exact).abs() <= bound).all()
     assert torch.equal(got, got.mT)
 
@@ -158,3 +167,26 @@ def test_where_the_kernel_does_not_work_the_same_steps_are_taken_by_torch():
     assert choose_polar_express(shapes, torch.float32, cpu, recorded="brgemm").name == "gram"
     with pytest.raises(UserError, match="--polar-express brgemm cannot be used here: the kernel is for bfloat16"):
         choose_polar_express(shapes, torch.float32, cpu, wanted="brgemm")
+
+
+def test_a_run_takes_the_choice_and_records_it(base):
+    flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--device-batch-size=2",
+             "--total-batch-size=64", "--num-iterations=1", "--vocab-size=300", f"--data={base / 'text'}", "--no-compile", "--device-type=cpu"]
+    for wanted in ("plain", "gram"):
+        trainer = build_trainer_only(parse_config(FEATURES, [*flags, f"--polar-express={wanted}"]))
+        assert trainer.plan.kernel_choices["polar express"]["name"] == wanted == trainer.state.optimizer.muon_way
+
+
+@pytest.mark.slow
+@needs_kernel
+@pytest.mark.parametrize("isa, works", [("AVX512_CORE_BF16", True), ("AVX2", False)])
+def test_on_lesser_processors(isa, works):
+    """oneDNN made to believe that there is no AMX: the same bounds. No AVX512 either: a reason, where a product would end the
+    process."""
+    from processes import python_c
+    folder = Path(__file__).parent
+    code = ("from test_polar_express import *; check_symmetric_product(2, 80, 544, -2.0, 3.0, True, 0); print(None)" if works else
+            "from nanochat.kernels.cpp_kernels import cpp_unavailable_reason; print(cpp_unavailable_reason('polar_express'))")
+    run = python_c(f"import sys; sys.path[:0] = {[str(folder), str(folder.parent)]}; {code}", ONEDNN_MAX_CPU_ISA=isa)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "None\n" if works else "brgemm does not work here" in run.stdout
