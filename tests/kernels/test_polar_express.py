@@ -171,7 +171,8 @@ def test_where_the_kernel_does_not_work_the_same_steps_are_taken_by_torch():
 
 def test_a_run_takes_the_choice_and_records_it(base):
     flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--device-batch-size=2",
-             "--total-batch-size=64", "--num-iterations=1", "--vocab-size=300", f"--data={base / 'text'}", "--no-compile", "--device-type=cpu"]
+             "--total-batch-size=64", "--num-iterations=1", "--vocab-size=300", f"--data={base / 'text'}", "--no-compile",
+             "--device-type=cpu"]
     for wanted in ("plain", "gram"):
         trainer = build_trainer_only(parse_config(FEATURES, [*flags, f"--polar-express={wanted}"]))
         assert trainer.plan.kernel_choices["polar express"]["name"] == wanted == trainer.state.optimizer.muon_way
