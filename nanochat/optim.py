@@ -60,14 +60,16 @@ def muon_update(params: Tensor, grads: Tensor, momenta: Tensor, second: Tensor, 
     momenta = torch.lerp(momenta.float(), grads, 1 - momentum)
     g = polar_factor(torch.lerp(grads, momenta, momentum), dtype, way)  # Nesterov: the gradient once more on top
     m, n = g.shape[-2:]
-    g = g * (min(m, n) ** 0.5 / g.norm(dim=(-2, -1), keepdim=True).clamp_min(TINY))
     reduced = -1 if m >= n else -2  # NorMuon: one second moment per row of a tall matrix, per column of a wide one
     mean_square = g.square().mean(dim=reduced, keepdim=True)
+    norm_square = mean_square.sum(dim=(-2, -1), keepdim=True) * g.size(reduced)
+    to_size = min(m, n) / norm_square.clamp_min(TINY)  # the square of the factor: g itself is multiplied once, below
+    mean_square = mean_square * to_size
     second = torch.lerp(second, mean_square, 1 - beta2)
     scale = second.clamp_min(1e-10).rsqrt()
     plain = mean_square.sum(dim=(-2, -1), keepdim=True)
     scaled = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
-    g = g * (scale * (plain / scaled.clamp_min(TINY)).sqrt())
+    g = g * (scale * (to_size * plain / scaled.clamp_min(TINY)).sqrt())
     agree = (g * params) >= 0  # cautious weight decay: only where it points the same way as the update
     after = params - lr * (g + weight_decay * params * agree), momenta, second
     return tuple(torch.where(finite, new, old) for new, old in zip(after, before, strict=True))

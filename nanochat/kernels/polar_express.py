@@ -37,7 +37,7 @@ RESTART = 2      # steps; more lose small singular values in bf16, fewer save no
 GRAM_FROM = 2    # times as wide as high: narrower matrices take the plain steps, as the Gram matrix saves them nothing
 ROWS, INNER = 16, 32  # the C++ kernel takes multiples of these
 TIMED = {"cpu": 2**21, "cuda": 2**25}  # elements of a shape that are timed at most
-TINY = 1e-20     # keeps a division by the norm of an all-zero row or matrix finite
+TINY = 1e-20     # keeps a division by the norm of an all-zero row finite
 
 
 def symmetric_product(x: Tensor, y: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -115,8 +115,10 @@ def polar_factor(g: Tensor, dtype: torch.dtype, way: str = "plain") -> Tensor:
 
     g (K, m, n) -> (K, m, n). The matrix products are in `dtype`.   way: one of WAYS.
     """
-    x = g / g.norm(dim=-1, keepdim=True).clamp_min(TINY)
-    x = (x / (1.01 * x.norm(dim=(-2, -1), keepdim=True)).clamp_min(TINY)).to(dtype)
+    norms = g.norm(dim=-1, keepdim=True)
+    scales = 1 / norms.clamp_min(TINY)  # of rows; the norm of the whole follows from them, without reading g again
+    whole = (norms * scales).square().sum(dim=-2, keepdim=True).sqrt().clamp_min(1)
+    x = (g * (scales / (1.01 * whole))).to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:  # the smaller of X X^T and X^T X is cheaper
         x = x.mT.contiguous()
