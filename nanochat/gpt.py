@@ -41,6 +41,7 @@ from nanochat.kernels.rotary import rotary_norm
 from nanochat.kernels.short_conv import ShortConv
 from nanochat.optim import MuonAdamW
 from nanochat.recipe.shape import (
+    MUON_BATCH,
     SMEAR_GATE_CHANNELS,
     VE_GATE_CHANNELS,
     GPTConfig,
@@ -354,12 +355,12 @@ class GPT(nn.Module):
 
     def setup_optimizer(self, unembedding_lr: float = 0.008, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
                         weight_decay: float = 0.28, scalar_lr: float = 0.5, momentum_dtype: torch.dtype = torch.float32,
-                        compile: bool = False, muon_way: str = "plain") -> MuonAdamW:
+                        compile: bool = False, muon_way: str = "plain", muon_batch: int = MUON_BATCH) -> MuonAdamW:
         """One MuonAdamW over all parameters: Muon for the matrices of the blocks, AdamW for the rest.
 
         unembedding_lr, embedding_lr: for n_embd = 768; scaled by (n_embd / 768)^-0.5 for other widths.
         matrix_lr: the spectral norm of one Muon update of a square matrix.   weight_decay: Muon's.
-        momentum_dtype, compile, muon_way: see MuonAdamW.
+        momentum_dtype, compile, muon_way, muon_batch: see MuonAdamW.
         Every group keeps `initial_lr` and `initial_weight_decay`, which the schedules multiply.
         """
         scale = (self.config.n_embd / 768) ** -0.5
@@ -387,7 +388,7 @@ class GPT(nn.Module):
         for group in groups:
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
         return MuonAdamW(groups, names={p: name for name, p in self.named_parameters()}, muon_dtype=self.muon_dtype,
-                         momentum_dtype=momentum_dtype, compile=compile, muon_way=muon_way)
+                         momentum_dtype=momentum_dtype, compile=compile, muon_way=muon_way, muon_batch=muon_batch)
 
     def muon_matrices(self) -> list[torch.Tensor]:
         """The parameters that Muon updates: the matrices of the blocks."""

@@ -80,7 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     param_groups: `kind` is `adamw` (with lr, betas, eps, weight_decay) or `muon` (with lr, momentum, beta2, weight_decay). All
     parameters of a Muon group have the same shape (m, n): those with a gradient are stacked and updated at once, in stacks of
-    at most MUON_BATCH elements, as the temporaries take about twenty times the memory of the stack. lr is multiplied by
+    at most `muon_batch` elements, as the temporaries take about twenty times the memory of the stack. lr is multiplied by
     max(1, m/n)^0.5.
     names: parameter -> name, for `named_state`. Of several ranks, each updates only what it owns, of large parameters rows
     such as `NAME[0:512]` (nanochat/training/sharding.py).
@@ -92,14 +92,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, param_groups: list[dict], names: dict[Tensor, str] | None = None,
                  muon_dtype: torch.dtype = torch.float32, momentum_dtype: torch.dtype = torch.float32, compile: bool = False,
-                 muon_way: str = "plain"):
+                 muon_way: str = "plain", muon_batch: int = MUON_BATCH):
         super().__init__(param_groups, defaults={})
         assert all(g["kind"] in ("adamw", "muon") for g in self.param_groups)
         assert all(len({p.shape for p in g["params"]}) <= 1 for g in self.param_groups if g["kind"] == "muon")
         self.names = names or {}
         self.known = set(self.names.values())
         self.muon_dtype, self.muon_way, self.momentum_dtype = muon_dtype, muon_way, momentum_dtype
-        self.compile = compile
+        self.compile, self.muon_batch = compile, muon_batch
 
     @cached_property  # where nothing is compiled, the compiler is not even loaded
     def _compiled_adamw(self):
@@ -181,7 +181,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _most_at_once(self, p: Tensor) -> int:
         """How many matrices of the size of p Muon stacks at most."""
-        return max(1, MUON_BATCH // p.numel())
+        return max(1, self.muon_batch // p.numel())
 
     def _state(self, p: Tensor, group: dict) -> dict:
         """The optimizer state of one parameter, created at its first update."""

@@ -122,10 +122,10 @@ def test_batches_of_a_size_are_updated_as_all_at_once(compile, device, monkeypat
     sets, sizes = [parameters(*[(6, 4)] * 5, device=device) for _ in range(3)], []
     if not compile:
         monkeypatch.setattr(optim, "muon_update", lambda *args: sizes.append(len(args[0])) or muon_update(*args))
-    optimizers = [MuonAdamW([muon_group(params)], compile=compile) for params in sets]
+    optimizers = [MuonAdamW([muon_group(params)], compile=compile, muon_batch=size)
+                  for params, size in zip(sets, (2**25, 48, 1), strict=True)]
     for step, frozen in enumerate((0, 2, 0, 4)):
-        for params, optimizer, size in zip(sets, optimizers, (2**25, 48, 1), strict=True):
-            monkeypatch.setattr(optim, "MUON_BATCH", size)
+        for params, optimizer in zip(sets, optimizers, strict=True):
             give_gradients(params, step)
             for p in params[:frozen]:
                 p.grad = None
@@ -241,13 +241,12 @@ def test_warming_up_compiles_all_that_steps_need_and_changes_nothing(monkeypatch
     """Steps with all gradients, and with those of a suffix that was warmed up too: no graph is added. Seven matrices are
     updated four and three at a time, five of a suffix by three and two; one by itself needs a graph of its own."""
     monkeypatch.setattr(optim, "FP32_BELOW", 20)
-    monkeypatch.setattr(optim, "MUON_BATCH", 4 * 24)
     graphs = graphs_of(monkeypatch)
     matrices, others = parameters(*[(6, 4)] * 7), parameters((5, 7), (5, 7), (3,), ())
     others[1] = torch.nn.Parameter(others[1].bfloat16())
     params = [*matrices, *others]
     optimizer = MuonAdamW([muon_group(matrices), adamw_group(others)], names={p: str(i) for i, p in enumerate(params)},
-                          momentum_dtype=momentum_dtype, compile=True)
+                          momentum_dtype=momentum_dtype, compile=True, muon_batch=4 * 24)
     before, random = copy.deepcopy(params), torch.get_rng_state()
     seen = []
     for trained in (params, params[2:], params[6:]):

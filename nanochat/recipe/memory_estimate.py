@@ -72,7 +72,7 @@ def estimate_memory(shape: GPTConfig, rows: int, config: MemoryConfig) -> Memory
     tables, matrices = counts["wte"] + counts["value_embeds"], counts["block_matrices"]
     weights = tables * config.bytes_per_element + (counts["total"] - tables) * 4
     tokens, matrix = rows * shape.sequence_len, 4 * shape.n_embd**2  # the largest matrix, of an MLP
-    stacked = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix  # elements that Muon updates at once
+    stacked = min(shape.n_layer, max(1, MUON_BATCH // matrix)) * matrix  # elements that Muon updates at once, at most
     activations = config.bytes_per_element * tokens * shape.n_embd * (
         shape.n_layer * (fit.recomputed if config.recompute else fit.per_layer) + fit.once)
     logits = fit.logit * tokens * shape.vocab_size

@@ -49,6 +49,21 @@ def cpu_quota(group: Path = CONTROL_GROUP) -> int | None:
     return None
 
 
+def cache_bytes(system: Path = SYSTEM) -> int | None:
+    """Bytes of the last-level caches of the cores that this process may use; None where the system does not tell (Linux does)."""
+    caches: dict[str, int] = {}  # by the cores that share it
+    for core in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        levels = [(level, folder) for folder in (system / f"cpu{core}/cache").glob("index[0-9]*")
+                  if (level := _number(folder / "level"))]
+        try:
+            _, last = max(levels)
+            size = (last / "size").read_text().strip()
+            caches[(last / "shared_cpu_list").read_text()] = int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1:]]
+        except (OSError, ValueError, KeyError):
+            return None
+    return sum(caches.values()) or None
+
+
 def choose_threads(tuner: "Tuner", width: int, dtype: torch.dtype, recorded: str | None = None,
                    system: Path = SYSTEM) -> "Choice | None":
     """Let torch use the number of threads that multiplies fastest: on a processor with fast and slow cores, those of the slow

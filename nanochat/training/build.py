@@ -26,11 +26,11 @@ from nanochat.kernels.rotary import choose_rotary_norm, rotary_norm_cpp
 from nanochat.kernels.weight_gradient import choose_weight_gradient
 from nanochat.recipe.horizon import Horizon
 from nanochat.recipe.memory_estimate import MemoryConfig, micro_batches
-from nanochat.recipe.shape import GPTConfig
+from nanochat.recipe.shape import MUON_BATCH, GPTConfig
 from nanochat.runtime.clock import Clock
 from nanochat.runtime.compilation import CompiledModel, compile_unavailable_reason, use_compile_cache
 from nanochat.runtime.compute_dtype import dtype_name, pick_compute_dtype
-from nanochat.runtime.cores import choose_threads
+from nanochat.runtime.cores import cache_bytes, choose_threads
 from nanochat.runtime.device import device_name, give_back_memory, init_device
 from nanochat.runtime.distributed import Ranks, broadcast_object, grad_scaler, on_main_rank_first
 from nanochat.runtime.lock import RunLock
@@ -259,7 +259,7 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
         flags.unembedding_lr * factor, flags.embedding_lr * factor, flags.matrix_lr * factor, plan.horizon.weight_decay,
         flags.scalar_lr * plan.horizon.scalar_lr_factor,
         momentum_dtype=torch.bfloat16 if flags.bf16_momentum else torch.float32, compile=plan.compile,
-        muon_way=kernels["polar express"]["name"])
+        muon_way=kernels["polar express"]["name"], muon_batch=muon_batch(plan.device))
     state = TrainState(
         model=model, optimizer=optimizer, sharding=make_sharding(model, optimizer, config.run.shard_weights), features=features,
         clock=Clock(plan.device),
@@ -273,6 +273,12 @@ def build_trainer(plan: RunPlan, features: Features, saved: dict | None = None) 
     loader = TrainLoader(rows, device_batch_size=plan.micro_batch_size, grad_accum_steps=plan.horizon.grad_accum_steps,
                          rank=plan.ranks.rank, world_size=plan.ranks.world_size, device=plan.device)
     return Trainer(plan, state, forward, loader, Signals())
+
+
+def muon_batch(device: torch.device) -> int:
+    """How many elements Muon updates at once: on a CPU so many that four fp32 stacks fit into its last-level cache."""
+    cache = cache_bytes() if device.type == "cpu" else None
+    return min(MUON_BATCH, cache // 16) if cache else MUON_BATCH
 
 
 def use_fastest_threads(plan: RunPlan, before: dict) -> dict[str, dict]:

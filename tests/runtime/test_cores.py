@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from nanochat.runtime.cores import choose_threads, cpu_quota, place_of_core, thread_counts
+from nanochat.runtime.cores import cache_bytes, choose_threads, cpu_quota, place_of_core, thread_counts
 from nanochat.runtime.tuner import Tuner
 from processes import python_c
 
@@ -130,3 +130,25 @@ def test_the_fastest_number_of_threads_is_taken_remembered_and_resumed(tmp_path,
     real(2)
     assert choose_threads(tuner, 64, torch.float32, recorded="2", system=tmp_path).name == "2" and torch.get_num_threads() == 2
     assert choose_threads(tuner, 64, torch.float32, recorded="16", system=tmp_path).name == "1", "fewer cores than there were"
+
+
+def test_the_last_level_caches_of_a_processor(tmp_path):
+    """Each counts once, however many cores share it; where a core does not tell, nothing is known."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("a single core")
+
+    def describe(core, shared, size):
+        for index, (level, bytes_) in enumerate([(1, "32K"), (1, "32K"), (2, "1024K"), (3, size)]):
+            folder = tmp_path / f"cpu{core}/cache/index{index}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in (("level", level), ("size", bytes_), ("shared_cpu_list", shared if level == 3 else core)):
+                (folder / name).write_text(f"{text}\n")
+    assert cache_bytes(tmp_path) is None
+    for core in cores:
+        describe(core, "all", "32768K")
+    assert cache_bytes(tmp_path) == 32 * 2**20
+    describe(cores[0], "one", "16M")
+    assert cache_bytes(tmp_path) == 48 * 2**20
+    (tmp_path / f"cpu{cores[1]}/cache/index3/size").write_text("unknown")
+    assert cache_bytes(tmp_path) is None
