@@ -5,7 +5,7 @@ X <- (a I + b A + c A A) X with the Gram matrix A = X X^T, so it multiplies the 
 
 - `plain`: these steps.
 - `gram`: the polynomials of A commute, so a matrix (m, n) with n >= 2 m needs products with n only where A is made and where the
-  factor Q of all steps is applied to X. Between, Q and A are (m, m): for the (4C, C) matrices of an MLP 60 m^3 multiplications
+  factor Q of all steps is applied to X. Between, Q and A are (m, m): for the (4C, C) matrices of an MLP 60 m^3 operations
   instead of 90 m^3. It is known as Gram Newton-Schulz. In bf16 A loses its small eigenvalues, and every step multiplies such
   errors by a^2: after RESTART steps X is made anew, and A of it. Until then Q is mostly a multiple of the identity, which is kept
   apart, so that it is not rounded.
