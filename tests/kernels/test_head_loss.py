@@ -1,7 +1,6 @@
 """Head and loss in one kernel: against float64 on any sizes, inside the chunked loss and a run, and the choice of it."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -208,18 +207,3 @@ def test_a_run_goes_on_with_the_choice_of_its_checkpoint(base, capsys):
         choices = choose_kernels(trainer.plan, trainer.state.model, Tuner("cpu", folder=None), before)
         assert choices["head loss"]["name"] == name and loss.gradients is function and loss.chunk_tokens == chunk
     assert "cross-entropy: 48 tokens at a time, kernel: brgemm\n" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@needs_kernel
-@pytest.mark.parametrize("isa, works", [("AVX512_CORE_BF16", True), ("AVX2", False)])
-def test_on_lesser_processors(isa, works):
-    """oneDNN made to believe that there is no AMX: the same bounds. No AVX512 either: a reason, where a product would end the
-    process."""
-    from processes import python_c
-    folder = Path(__file__).parent
-    code = ("from test_head_loss import check, draw; check(draw(300, 96, 1000, 24), 256); print(None)" if works else
-            "from nanochat.kernels.cpp_kernels import cpp_unavailable_reason; print(cpp_unavailable_reason('head_loss'))")
-    run = python_c(f"import sys; sys.path[:0] = {[str(folder), str(folder.parent)]}; {code}", ONEDNN_MAX_CPU_ISA=isa)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "None\n" if works else "brgemm does not work here" in run.stdout
