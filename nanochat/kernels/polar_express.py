@@ -35,7 +35,7 @@ COEFFICIENTS = (
 )
 RESTART = 2      # steps; more lose small singular values in bf16, fewer save nothing
 GRAM_FROM = 2    # times as wide as high: narrower matrices take the plain steps, as the Gram matrix saves them nothing
-ROWS, INNER = 16, 32  # the C++ kernel takes multiples of these
+ROWS, COLUMNS = 16, 32  # the C++ kernel takes multiples of these
 TIMED = {"cpu": 2**21, "cuda": 2**25}  # elements of a shape that are timed at most
 TINY = 1e-20     # keeps a division by the norm of an all-zero row finite
 
@@ -49,7 +49,7 @@ def symmetric_product(x: Tensor, y: Tensor, added: Tensor | None = None, alpha: 
 
 @torch.library.custom_op("nanochat::symmetric_product", mutates_args=(), device_types="cpu")
 def symmetric_product_op(x: Tensor, y: Tensor, added: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """`symmetric_product` of bf16 matrices in C++; both triangles are the same bits. m is a multiple of ROWS, k of INNER."""
+    """`symmetric_product` of bf16 matrices in C++; both triangles are the same bits. m is a multiple of ROWS, k of COLUMNS."""
     x, y, added = x.contiguous(), y.contiguous(), None if added is None else added.contiguous()
     out = x.new_empty(len(x), x.size(1), x.size(1))
     library("polar_express").symmetric_product(
@@ -65,7 +65,7 @@ def _(x, y, added, alpha, beta):
 
 def symmetric_product_cpp(x: Tensor, y: Tensor, added: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """`symmetric_product`, by the C++ kernel where it takes matrices of this size and dtype."""
-    fits = x.size(1) % ROWS == 0 and x.size(2) % INNER == 0 and x.dtype == torch.bfloat16
+    fits = x.size(1) % ROWS == 0 and x.size(2) % COLUMNS == 0 and x.dtype == torch.bfloat16
     return symmetric_product_op(x, y, added, alpha, beta) if fits else symmetric_product(x, y, added, alpha, beta)
 
 
@@ -131,12 +131,12 @@ def polar_factor(g: Tensor, dtype: torch.dtype, way: str = "plain") -> Tensor:
 
 def choose_polar_express(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device, *,
                          tuner: Tuner | None = None, wanted: str = "auto", recorded: str | None = None) -> Choice:
-    """Which of WAYS takes the least time for matrices of these shapes, each as often as it is named.
+    """Which of WAYS takes the least time for matrices of these shapes, each as often as it is named. Tall ones are timed as wide.
 
     dtype: of the products.   wanted: --polar-express.   recorded: the choice of the run to be resumed.
     Raises: UserError where `brgemm` is wanted and does not work.
     """
-    counts = Counter(shapes)
+    counts = Counter((min(shape), max(shape)) for shape in shapes)
     why_not = f"the kernel is for bfloat16 on a CPU, not for {dtype} on {device.type}" \
         if device.type != "cpu" or dtype != torch.bfloat16 else cpp_unavailable_reason("polar_express")
     if recorded == "brgemm" and why_not:
@@ -144,7 +144,7 @@ def choose_polar_express(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, 
     if choice := untimed_choice("--polar-express", wanted, "plain", "brgemm", why_not if wanted == "brgemm" else None, recorded):
         return choice
     ways = [way for way in WAYS if way != "brgemm" or not why_not]
-    if not any(max(shape) >= GRAM_FROM * min(shape) for shape in counts):
+    if not any(n >= GRAM_FROM * m for m, n in counts):
         ways.remove("gram")
     random = torch.Generator().manual_seed(0)  # a private generator: the run's random numbers must not change
     most = TIMED.get(device.type, TIMED["cuda"])

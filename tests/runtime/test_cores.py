@@ -132,6 +132,7 @@ def test_the_fastest_number_of_threads_is_taken_remembered_and_resumed(tmp_path,
     assert choose_threads(tuner, 64, torch.float32, recorded="16", system=tmp_path).name == "1", "fewer cores than there were"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux alone tells which cores a process may use")
 def test_the_last_level_caches_of_a_processor(tmp_path):
     """Each counts once, however many cores share it; where a core does not tell, nothing is known."""
     cores = sorted(os.sched_getaffinity(0))
