@@ -35,7 +35,7 @@ from nanochat.flash_attention import flash_attn
 from nanochat.kernels.cross_entropy import softcapped_cross_entropy, softcapped_logits
 from nanochat.kernels.embedding import Embedding, sort_tokens
 from nanochat.kernels.linear import Linear
-from nanochat.kernels.norms import add_norm, mix_norm, rms_norm
+from nanochat.kernels.norms import add_norm, mix, mix_norm, rms_norm
 from nanochat.kernels.qkv import separate_qkv
 from nanochat.kernels.rotary import rotary_norm
 from nanochat.kernels.short_conv import ShortConv
@@ -286,7 +286,7 @@ class GPT(nn.Module):
     def short_convs(self) -> list[ShortConv]:
         return [m for m in self.modules() if isinstance(m, ShortConv)]
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0, detach_x0=True):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", active_start=0, detach_x0=True, active_end=None):
         """Token ids idx (B, T) int64 -> logits (B, T, V) fp32; with `targets` (B, T) int64, -1 = ignored, the loss in nats.
 
         loss_reduction: `mean` or `sum` -> a 0-d tensor, `none` -> (B, T).
@@ -298,11 +298,15 @@ class GPT(nn.Module):
         that flows through the prefix, and which diverged when trained by the rest (dev/LOG.md).
         detach_x0: at a > 0, whether x0, which enters every block, is detached too. False trains the embedding wte on suffix
         steps as well, by the gradient that reaches it through the x0 of blocks [a, n_layer).
+        active_end, e: run only the blocks below e; None runs all. Of the others no more than the mix of x and x0 before each is
+        computed, with its scalars. Before their first update, while their output projections are zero, that is all they do:
+        loss and gradients are then those of the whole model, and the gradients of their weights None instead of zero.
         """
         start = 0 if kv_cache is None else kv_cache.get_pos()
         T = idx.size(1)
         assert start + T <= self.max_seq_len, f"{start + T} positions, but the rotary tables end at {self.max_seq_len}"
-        assert 0 <= active_start < self.config.n_layer
+        end = self.config.n_layer if active_end is None else active_end
+        assert 0 <= active_start < end <= self.config.n_layer
         cos, sin = self.rotary_tables(start, T)
         lambdas = self.resid_lambdas, self.x0_lambdas                          # (n_layer,) each
         if active_start > 0:
@@ -316,9 +320,9 @@ class GPT(nn.Module):
         # 2. The frozen blocks [0, a), of which there are none in full training.
         with torch.no_grad() if active_start > 0 else nullcontext():
             x, mid = self._run_blocks(range(active_start), x0, x0, None, lambdas, idx, by_token, cos, sin, kv_cache, start)
-        # 3. The trained blocks [a, n_layer).
-        suffix = range(active_start, self.config.n_layer)
-        x, mid = self._run_blocks(suffix, x, x0, mid, lambdas, idx, by_token, cos, sin, kv_cache, start)
+        # 3. The trained blocks [a, e), and the mixes before the blocks that are left out.
+        x, mid = self._run_blocks(range(active_start, end), x, x0, mid, lambdas, idx, by_token, cos, sin, kv_cache, start)
+        x, mid = self._skip_blocks(range(end, self.config.n_layer), x, x0, mid, lambdas)
         if kv_cache is not None:
             kv_cache.advance(T)
         # 4. The head.
@@ -349,6 +353,15 @@ class GPT(nn.Module):
             cache = None if kv_cache is None else ((*kv_cache.get_layer_cache(i), start), kv_cache.get_conv_states(i))
             x = self.use_weights(f"transformer.h.{i}", self.transformer.h[i], x, x0, resid_lambdas[i], x0_lambdas[i], ve, cos,
                                  sin, self.window_sizes[i], cache)
+            if i == self.config.n_layer // 2:
+                mid = x
+        return x, mid
+
+    def _skip_blocks(self, layers, x, x0, mid, lambdas):
+        """What `_run_blocks` would return if the output projections of these layers were zero."""
+        resid_lambdas, x0_lambdas = lambdas
+        for i in layers:
+            x = mix(x, x0, resid_lambdas[i], x0_lambdas[i])
             if i == self.config.n_layer // 2:
                 mid = x
         return x, mid

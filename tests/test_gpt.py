@@ -166,6 +166,28 @@ def test_the_embedding_learns_through_x0(device, start):
             assert_same(p.grad, q.grad, name)
 
 
+@pytest.mark.parametrize("start, end", [(0, 1), (0, 2), (1, 2), (0, TINY.n_layer - 1), (0, TINY.n_layer)])
+def test_blocks_that_add_nothing_may_be_left_out(device, start, end):
+    """While their output projections are zero: loss and gradients are to the bit (on a CPU) those of the whole model."""
+    whole, shallow = tiny_model(device=device), tiny_model(device=device)
+    for model in (whole, shallow):
+        for block in model.transformer.h[end:]:
+            torch.nn.init.zeros_(block.attn.c_proj.weight)
+            torch.nn.init.zeros_(block.mlp.c_proj.weight)
+    x, y = batch(device=device)
+    losses = whole(x, y, active_start=start), shallow(x, y, active_start=start, active_end=end)
+    assert_same(*losses)
+    for loss in losses:
+        loss.backward()
+    expected = dict(whole.named_parameters())
+    left_out = tuple(f"{kind}.{i}." for kind in ("transformer.h", "value_embeds") for i in range(end, TINY.n_layer))
+    for name, p in shallow.named_parameters():
+        if name.startswith(left_out) or expected[name].grad is None:
+            assert p.grad is None, name
+        else:
+            assert_same(p.grad, expected[name].grad, name)
+
+
 def test_bf16_model_follows_the_fp32_one(device):
     exact, coarse = tiny_model(device=device), tiny_model(dtype=torch.bfloat16, device=device)
     x, y = batch(device=device)

@@ -11,8 +11,9 @@ from nanochat.features.cast_once import CastOnce
 from nanochat.features.chunked_ce import ChunkedCe
 from nanochat.features.fp8 import Fp8
 from nanochat.features.fused_rmsnorm import FusedRmsnorm
+from nanochat.features.progressive_depth import ProgressiveDepth
 from nanochat.features.suffix import Suffix
 
-FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, ChunkedCe, FusedRmsnorm)
+FEATURES: tuple[type[Feature], ...] = (Fp8, CastOnce, Suffix, ProgressiveDepth, ChunkedCe, FusedRmsnorm)
 
 __all__ = ["FEATURES", "Feature", "Features"]

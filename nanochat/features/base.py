@@ -14,6 +14,7 @@ class Feature:
 
     name: str                     # key of its flags in `config.features` and of its state in checkpoints
     dynamic_forward_args = False  # whether before_step's answers differ from step to step
+    follows_results = False       # whether they depend on after_step, so that no step may be launched before it
     many_variants = False         # whether there are more than two such answers in a run. The model is then compiled in parts:
                                   # their few graphs serve every variant, where a whole model needs a graph for each
     memory: dict = {}             # its fields of MemoryConfig (nanochat/recipe/memory_estimate.py)
@@ -47,6 +48,11 @@ class Feature:
         """Called before each optimizer step. Returns keyword arguments for the forward of all its micro-batches. Example: dynamic
         suffix training returns {"active_start": 5, "detach_x0": False}: blocks 0 to 4 are not trained."""
         return {}
+
+    def cost_between(self, start: int, end: int) -> float:
+        """Called for the time left. What the steps from `start` to before `end` cost, in steps that run and train all blocks, as
+        far as the schedule tells beforehand."""
+        return end - start
 
     def after_backward(self, model, step: int) -> None:
         """Called when the gradients of all micro-batches are summed and averaged over the ranks, before the optimizer. May read
@@ -103,6 +109,10 @@ class Features:
         return any(feature.dynamic_forward_args for feature in self.enabled)
 
     @property
+    def follows_results(self) -> bool:
+        return any(feature.follows_results for feature in self.enabled)
+
+    @property
     def many_variants(self) -> bool:
         return any(feature.many_variants for feature in self.enabled)
 
@@ -115,6 +125,9 @@ class Features:
 
     def before_step(self, step: int) -> dict:
         return _merged(feature.before_step(step) for feature in self.enabled)
+
+    def cost_between(self, start: int, end: int) -> float:
+        return min((feature.cost_between(start, end) for feature in self.enabled), default=end - start)
 
     def after_backward(self, model, step: int) -> None:
         for feature in self.enabled:

@@ -7,11 +7,12 @@ so decide the same.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.cli.flags import flag, one_of
 from nanochat.common import UserError
 from nanochat.features.base import Feature
+from nanochat.recipe.depth_growth import growth_step
 from nanochat.recipe.shape import flops_per_token, padded_vocab_size
 from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, chooses_once, predicted_speedup, problems
 
@@ -29,7 +30,7 @@ class Flags(SuffixFlags):
 class Suffix(Feature):
     name = "suffix"
     Config = Flags
-    dynamic_forward_args = True
+    dynamic_forward_args = follows_results = True
     STATE = ("active", "steps", "full", "parts")
 
     @classmethod
@@ -45,18 +46,27 @@ class Suffix(Feature):
         steps = config.horizon.num_iterations  # if it is derived from the model, on_model checks what depends on it
         return problems(config.features[cls.name], config.model.depth, steps if steps > 0 else None)
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.depth_flags = config.features.get("progressive_depth")
+
     def on_model(self, model, horizon) -> None:
         try:
             self.policy = SuffixPolicy(self.config, model.config.n_layer, horizon.num_iterations)
         except ValueError as e:
             raise UserError(str(e)) from None
         self.shape = model.config
+        # the first step in which all blocks run: what came before tells nothing of relevance or of full steps
+        self.first = growth_step(self.depth_flags, horizon.num_iterations) if self.depth_flags else 0
         self.active = []              # number of trained blocks, per step
         self.steps, self.full = [0, 0.0], [0, 0.0]  # [number, seconds] of all steps, and of full ones that measured nothing
         self.parts = []               # (forward, backward, update) seconds of these full steps
 
     def before_step(self, step: int) -> dict:
         self.decision, self.relevance = self.policy.decide(step), None
+        self.shallow = step < self.first
+        if self.shallow:
+            self.decision = replace(self.decision, needs_relevance=False)
         return {"active_start": self.decision.active_start, "detach_x0": self.config.suffix_detach_x0}
 
     def after_backward(self, model, step: int) -> None:
@@ -65,6 +75,8 @@ class Suffix(Feature):
 
     def step_columns(self) -> dict:
         """`cost_share`: the step's cost as a share of a full step's, by the cost model."""
+        if self.shallow:
+            return {}
         start = self.decision.active_start
         layers = self.policy.n_layer - start
         return {"step_kind": self.decision.kind, "active_start": start, "active_layers": layers,
@@ -72,6 +84,8 @@ class Suffix(Feature):
 
     def after_step(self, step: int, loss: float, time) -> None:
         self.policy.observe(step, loss, self.relevance)
+        if step < self.first:
+            return
         plain = self.decision.active_start == 0 and not self.decision.needs_relevance
         for count in (self.steps, self.full) if plain else (self.steps,):
             count[0], count[1] = count[0] + 1, count[1] + time.total

@@ -44,9 +44,14 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def mix(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x' = a x + b x0. x and x0 (..., C) of one dtype, a and b 0-d fp32."""
+    return a * x + b * x0
+
+
 def mix_norm(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """x' = a x + b x0, and norm(x'): the reference. x and x0 (..., C) of one dtype, a and b 0-d fp32."""
-    x = a * x + b * x0
+    x = mix(x, x0, a, b)
     return x, rms_norm(x)
 
 

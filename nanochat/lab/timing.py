@@ -208,17 +208,18 @@ def make_pace(seconds_per_step: float, *sides) -> Pace:
 def shortened(flags: Sequence[str], pace: Pace) -> list[str]:
     """A run of the pace's steps that evaluates, samples and saves nothing but before its first step.
 
-    After the lead-in, whose steps are full ones, every phase of dynamic suffix training has the share of the steps that it has in
-    the whole run.
+    After the lead-in, every phase of a schedule, of progressive depth or of dynamic suffix training, has the share of the steps
+    that it has in the whole run.
     """
     config = config_of(flags)
     periods = ("eval_every", "core_metric_every", "sample_every", "save_every")
     found = [*flags, *steps_of(pace.steps), "--max-train-seconds=-1", "--eval-tokens=1",
              *(f"{flag_name(period)}={NEVER}" for period in periods if getattr(config.eval, period) > 0)]
-    suffix = config.features["suffix"]
+    timed, suffix, depth = pace.steps - pace.lead_in, config.features["suffix"], config.features["progressive_depth"]
+    if depth.initial_depth:
+        found.append(f"--depth-growth-frac={(pace.lead_in + depth.depth_growth_frac * timed) / pace.steps}")
     if suffix.block_update_schedule != "dynamic_suffix":
         return found
-    timed = pace.steps - pace.lead_in
     share = timed / horizon_of(config).num_iterations
     found.append(f"--dyn-warmup-steps={pace.lead_in + round(suffix.dyn_warmup_steps * share)}")
     if suffix.dyn_freeze_start_step == -1:

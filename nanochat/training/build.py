@@ -85,7 +85,7 @@ class Run:
         """Whether a step's results are read while the next one runs: not where they decide about that one."""
         flags = self.plan.config.run
         return (flags.deferred_loss_logging and flags.on_divergence == "stop"
-                and not self.state.features.dynamic_forward_args)
+                and not self.state.features.follows_results)
 
     @property
     def console(self) -> Console:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from nanochat.common import format_duration, print0
@@ -44,18 +45,24 @@ class Console:
         return nullcontext()
 
 
+def steps_alike(start: int, end: int) -> float:
+    """What steps cost whose cost does not differ (`Feature.cost_between`)."""
+    return end - start
+
+
 def time_left(done: int, num_iterations: int, recent_step_seconds: list[float], train_seconds: float,
-              max_train_seconds: float) -> float:
-    """Seconds until the last step or --max-train-seconds (<= 0: none), by the mean of the last steps."""
-    left = (num_iterations - done) * sum(recent_step_seconds) / len(recent_step_seconds)
+              max_train_seconds: float, cost_between: Callable[[int, int], float] = steps_alike) -> float:
+    """Seconds until the last step or --max-train-seconds (<= 0: none), by the time and the cost of the last steps."""
+    recent = cost_between(max(0, done - len(recent_step_seconds)), done)
+    left = cost_between(done, num_iterations) * sum(recent_step_seconds) / recent
     return min(left, max(0.0, max_train_seconds - train_seconds)) if max_train_seconds > 0 else left
 
 
 def progress_line(row: dict, num_iterations: int, recent_step_seconds: list[float], train_seconds: float,
-                  max_train_seconds: float) -> str:
+                  max_train_seconds: float, cost_between: Callable[[int, int], float] = steps_alike) -> str:
     """A step's row of metrics.jsonl as one line, with the time left."""
     done = row["step"] + 1
-    eta = time_left(done, num_iterations, recent_step_seconds, train_seconds, max_train_seconds)
+    eta = time_left(done, num_iterations, recent_step_seconds, train_seconds, max_train_seconds, cost_between)
     return (f"step {done:0{len(str(num_iterations))}d}/{num_iterations} ({100 * done / num_iterations:.1f}%) | "
             f"loss {row['smooth_loss']:.4f} | lr x{row['lr_multiplier']:.2f} | {row['dt_ms']:,.0f} ms | "
             f"{row['tok_per_sec']:,.0f} tok/s | {row['peak_mem_mib']:,.0f} MiB | {format_duration(train_seconds)} | "

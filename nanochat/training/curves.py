@@ -151,16 +151,15 @@ def grouped(items: Sequence, most: int = MOST_POINTS) -> list[Sequence]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def block_map(title: str, x_label: str, ends: Sequence[float], starts: Sequence[int], blocks: int) -> str:
+def block_map(title: str, x_label: str, ends: Sequence[float], trained: Sequence[range], blocks: int) -> str:
     """Which blocks were trained, as a <figure>: a row per block, the top block above; the darker, the larger the share of steps.
 
-    ends: x at the end of each step, ascending. starts: the lowest block that the step trained, of `blocks`; those above it
-    were trained too.
+    ends: x at the end of each step, ascending. trained: the blocks that the step trained, of range(blocks).
     """
     plot = Plot(ends[-1], 0.0, float(blocks))
     columns, begin = [], 0.0  # (x of its begin and end, shade of each block)
-    for group in grouped(list(zip(ends, starts, strict=True))):
-        shades = [round(LEVELS * sum(start <= block for _, start in group) / len(group)) for block in range(blocks)]
+    for group in grouped(list(zip(ends, trained, strict=True))):
+        shades = [round(LEVELS * sum(block in which for _, which in group) / len(group)) for block in range(blocks)]
         columns.append((begin, group[-1][0], shades))
         begin = group[-1][0]
     paths: dict[int, str] = {}
@@ -179,8 +178,8 @@ def block_map(title: str, x_label: str, ends: Sequence[float], starts: Sequence[
                     for shade, path in sorted(paths.items()))
     step = max(1, math.ceil(blocks / 8))
     ticks = [(block + 0.5, str(block + 1)) for block in range(0, blocks, step)]
-    trained = sum(blocks - start for start in starts) / len(starts)
-    about = f"{title}: {figure(trained)} of {blocks} blocks were trained on average"
+    average = sum(map(len, trained)) / len(trained)
+    about = f"{title}: {figure(average)} of {blocks} blocks were trained on average"
     return (f'<figure class="c2"><figcaption>{escape(title)}</figcaption>'
             f'{plot.svg(about, "block", x_label, drawn, ticks)}</figure>')
 

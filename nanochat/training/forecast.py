@@ -1,5 +1,6 @@
 """What a run will take, from what was measured of its steps on this machine before (plan_cache.py). No torch."""
 
+from nanochat.recipe.depth_growth import cost_between, growth_step, shallow_share
 from nanochat.recipe.shape import GPTConfig
 from nanochat.training import plan_cache
 from nanochat.training.config import Config
@@ -14,7 +15,11 @@ def forecast(config: Config, shape: GPTConfig, probe: Probe) -> dict:
     part and in total, and peak memory."""
     horizon = config.plan(shape)
     step = probe.step_sec(horizon.total_batch_size // shape.sequence_len)
-    train, limit = horizon.num_iterations * step, config.run.max_train_seconds
+    steps, depth = horizon.num_iterations, config.features["progressive_depth"]
+    # a probe is of whole steps, a run of its own mixture
+    whole = steps if probe.run or not depth.initial_depth else cost_between(0, steps, growth_step(depth, steps),
+                                                                           shallow_share(depth, shape))
+    train, limit = whole * step, config.run.max_train_seconds
     evaluations, rows = plan_cache.evaluations(config, shape), -(-plan_cache.evaluated_tokens(config) // shape.sequence_len)
     seconds = {"train": min(train, limit) if limit > 0 else train,
                "eval": evaluations * rows / probe.rows * probe.eval_micro_batch_sec,

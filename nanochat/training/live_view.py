@@ -83,7 +83,7 @@ class LiveConsole(Console):
         self.view = RunView(
             name=plan.config.model_tag, num_iterations=plan.horizon.num_iterations, n_layer=plan.shape.n_layer,
             tokens_per_step=plan.horizon.total_batch_size, max_train_seconds=plan.config.run.max_train_seconds,
-            memory_mib=memory_limit(plan.device) / 2**20, steps=state.step,
+            memory_mib=memory_limit(plan.device) / 2**20, cost_between=state.features.cost_between, steps=state.step,
             evaluations={step: bpb for step, _, bpb in state.stats.val_curve})
         try:
             with printed_above(self), self._drawing():

@@ -105,8 +105,9 @@ def finish_step(run: Run, pending: PendingStep) -> None:
     trouble = divergence(result, overflow_is_normal=state.scaler.is_enabled())
     if trouble is None:
         state.features.after_step(result.step, result.loss, result.time)
+        blocks = run.plan.shape.n_layer
         state.stats.add_step(result.step, result.loss, result.time.total, result.peak_memory_mib, state.clock.train,
-                             result.compiled)
+                             result.compiled, partial=result.columns.get("active_layers", blocks) < blocks)
         run.recorder.step(result)
         return
     try:

@@ -135,7 +135,7 @@ def measured_text(config: Config, shape: GPTConfig, probe: Probe, found: dict, f
         facts["cost"] = f"{found['cost']:.3g} at {flags.price_per_kwh:g} per kWh"
     notes = [spoilt_warning(probe.other_load)]
     if plan_cache.steps_differ(config) and not probe.run:
-        notes.append("note: the steps of this schedule differ. Those at the beginning were measured")
+        notes.append("note: the steps of this schedule differ. Those that run and train all blocks were measured")
     return "\n".join([lines(facts), *filter(None, notes)])
 
 

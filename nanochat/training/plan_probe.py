@@ -181,6 +181,7 @@ def make_trainer(config: Config, shape: GPTConfig):
     micro_batch = config.horizon.device_batch_size * shape.sequence_len
     short.horizon.total_batch_size = micro_batches(config, shape) * micro_batch
     short.horizon.num_iterations = config.plan(shape).num_iterations
+    short.features["progressive_depth"].initial_depth = 0  # whole steps need the most memory, and a run ends with them
     device, ranks = init_device(config.run.device_type)
     dtype, _ = pick_compute_dtype(device, config.run.dtype)
     features = Features(short, FEATURES)

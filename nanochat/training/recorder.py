@@ -61,7 +61,8 @@ class Recorder:
         self.console.row(row)
         if result.step - self.first_step < FIRST_STEPS_SHOWN or self.console.is_due():
             self.console.progress(progress_line(row, plan.horizon.num_iterations, state.stats.dts[-RECENT_STEPS:],
-                                                state.clock.train, plan.config.run.max_train_seconds))
+                                                state.clock.train, plan.config.run.max_train_seconds,
+                                                state.features.cost_between))
 
     def skipped_step(self, result: StepResult, trouble: str) -> None:
         """Record a step that was left out because its loss or gradients were not finite."""

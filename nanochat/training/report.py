@@ -124,11 +124,12 @@ def _blocks(run: StoredRun, both: tuple[Axis, Axis]) -> list[str]:
     """Maps of the blocks that were trained, where not every step trained the same."""
     blocks = run.depth or 0
     rows = [row for row in run.steps if isinstance(row["active_start"], int) and isinstance(row["active_layers"], int)
-            and 0 <= row["active_start"] == blocks - row["active_layers"] and number(row["train_time_sec"])]
-    if len({row["active_start"] for row in rows}) < 2:
+            and 0 <= row["active_start"] <= blocks - row["active_layers"] < blocks and number(row["train_time_sec"])]
+    trained = [range(row["active_start"], row["active_start"] + row["active_layers"]) for row in rows]
+    if len(set(trained)) < 2:
         return []
     maps = [block_map(f"Blocks trained {x.title}", x.label, [(row[x.field] + (x.field == "step")) / x.unit for row in rows],
-                      [row["active_start"] for row in rows], blocks) for x in both]
+                      trained, blocks) for x in both]
     kinds = Counter(str(row["step_kind"]) for row in rows)
     counts = escape(", ".join(f"{kind} {count:,}" for kind, count in kinds.items()))
     return [f'<h2>Blocks trained</h2><div class="charts">{"".join(maps)}</div><p>A row is a block, the top one above. Full '

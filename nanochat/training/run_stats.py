@@ -15,12 +15,16 @@ class RunStats:
         self.val_curve = []           # [step, train_time_sec, bpb]
         self.dts, self.peaks = [], []  # per step: seconds, MiB
         self.compiled = []           # places in dts of the steps in which something was compiled: their seconds say little
+        self.partial = []             # places in dts of the steps that left some blocks out, or did not train them
         self.skipped_steps = []       # that were not finite
         self.rollbacks = []           # [step that was not finite, step of the checkpoint gone back to]
         self.before_target = None     # (train_time_sec, value) of the target metric when last seen above the threshold
 
-    def add_step(self, step: int, loss: float, dt: float, peak_mib: float, train_time: float, compiled: bool = False) -> None:
+    def add_step(self, step: int, loss: float, dt: float, peak_mib: float, train_time: float, compiled: bool = False,
+                 partial: bool = False) -> None:
         self.loss = loss
+        if partial:
+            self.partial.append(len(self.dts))
         if compiled:
             self.compiled.append(len(self.dts))
         self.ema = SMOOTHING * self.ema + (1 - SMOOTHING) * loss
@@ -52,17 +56,18 @@ class RunStats:
     def summary(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> dict:
         """The fields of result.json that follow from the steps. MFU only where the hardware's peak is known.
 
-        Rates and times are those of the steps in which nothing was compiled.
+        Rates and times are those of the steps in which nothing was compiled; for MFU, of those that ran and trained all blocks.
         """
         dts = [dt for i, dt in enumerate(self.dts) if i not in self.compiled]
         median = statistics.median(dts) if dts else None
         throughput = tokens_per_step / median if median else None
+        whole = [dt for i, dt in enumerate(self.dts) if i not in self.compiled and i not in self.partial]
         return {
             "tok_per_sec_max": tokens_per_step / min(dts) if dts else None,
             "tok_per_sec_avg": tokens_per_step * len(dts) / sum(dts) if dts else None,
             "tok_per_sec_median": throughput,
             "dt_median_ms": median * 1000 if median else None,
-            "mfu": throughput * flops_per_token / peak_flops if throughput and peak_flops else None,
+            "mfu": tokens_per_step * flops_per_token / statistics.median(whole) / peak_flops if whole and peak_flops else None,
             "final_loss": self.loss, "final_train_loss": self.smooth_loss,
             "val_bpb": self.val_bpb, "min_val_bpb": self.min_val_bpb, "val_curve": self.val_curve,
             "target_metric_name": self.target_name, "target_metric_threshold": self.target_threshold,

@@ -7,10 +7,11 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nanochat.common import format_duration
-from nanochat.training.console import RECENT_STEPS, time_left
+from nanochat.training.console import RECENT_STEPS, steps_alike, time_left
 
 WIDEST, MOST_LINES = 100, 11           # of the view, whatever the terminal has; the last line is empty
 ROWS_ABOVE = 3                         # of the terminal, left for the lines that scroll above the view
@@ -83,10 +84,11 @@ def gauge(share: float, width: int, glyphs: Glyphs) -> str:
     return glyphs.full * full + glyphs.empty * (width - full)
 
 
-def layer_map(start: int, layers: int, width: int, glyphs: Glyphs) -> str:
-    """One character per layer: those from `start` on are trained. Of more layers than `width`, each stands for several."""
+def layer_map(start: int, trained: int, layers: int, width: int, glyphs: Glyphs) -> str:
+    """One character per layer: so many from `start` on are trained. Of more layers than `width`, each stands for several."""
     shown = min(layers, width)
-    return "".join(glyphs.trained if (i + 1) * layers / shown > start else glyphs.frozen for i in range(shown))
+    return "".join(glyphs.trained if (i + 1) * layers / shown > start and i * layers / shown < start + trained else glyphs.frozen
+                   for i in range(shown))
 
 
 def stop_hint(received: int, at_once: bool) -> list[str]:
@@ -113,6 +115,7 @@ class RunView:
     n_layer: int
     max_train_seconds: float                    # <= 0: no limit
     memory_mib: float
+    cost_between: Callable[[int, int], float] = steps_alike
     steps: int = 0
     evaluations: dict[int, float] = field(default_factory=dict)
 
@@ -175,8 +178,9 @@ class RunView:
                                f"best {self.evaluations[best]:.4f} at step {best}"))]
         if row:
             if self.suffix:
-                found += [(6, line("layers", layer_map(row["active_start"], self.n_layer, size, glyphs), "yellow",
-                                   f"{row['active_layers']} of {self.n_layer} trained", row["step_kind"]))]
+                drawn = layer_map(row["active_start"], row["active_layers"], self.n_layer, size, glyphs)
+                found += [(6, line("layers", drawn, "yellow", f"{row['active_layers']} of {self.n_layer} trained",
+                                   row["step_kind"]))]
             peak = row["peak_mem_mib"]
             found += [(7, line("memory", gauge(peak / self.memory_mib, size, glyphs), "blue",
                                f"{peak:,.0f} of {self.memory_mib:,.0f} MiB", f"{100 * peak / self.memory_mib:.1f} %")),
@@ -195,7 +199,8 @@ class RunView:
         if not self.recent:
             return [spent, f"started {format_duration(waiting)} ago"]
         mean = statistics.fmean(self.recent)
-        left = time_left(self.steps, self.num_iterations, list(self.recent), self.row["train_time_sec"], self.max_train_seconds)
+        left = time_left(self.steps, self.num_iterations, list(self.recent), self.row["train_time_sec"], self.max_train_seconds,
+                         self.cost_between)
         quiet = waiting > max(QUIET_SECONDS, 3 * mean) and self.steps < self.num_iterations
         return [spent, f"eta {format_duration(left)}", *([f"last step {format_duration(waiting)} ago"] if quiet else [])]
 

@@ -22,6 +22,7 @@ SWITCHED_ON = {  # flags that switch each feature on
     "fp8": ["--no-compile", "--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
     "cast_once": ["--no-compile", "--cast-once", "--dtype=bfloat16"],
     "chunked_ce": ["--no-compile", "--chunked-ce", "--ce-chunk-tokens=48"],  # of 64
+    "progressive_depth": ["--no-compile", "--initial-depth=2", "--depth-growth-frac=0.6"],
     "fused_rmsnorm": ["--no-compile", "--fused-rmsnorm"],
     "suffix": ["--no-compile", "--block-update-schedule=dynamic_suffix", "--dyn-warmup-steps=1", "--dyn-probe-every=4",
                "--dyn-refresh-every=0", "--dyn-relevance-threshold=0.5", "--dyn-freeze-start-frac=0",

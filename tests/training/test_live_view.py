@@ -121,9 +121,9 @@ def test_a_curve_stays_short():
 
 
 def test_layer_map():
-    assert layer_map(9, 12, 40, ASCII) == ".........###"
-    assert layer_map(0, 12, 40, ASCII) == "#" * 12
-    assert layer_map(95, 100, 10, ASCII) == ".........#"
+    assert layer_map(9, 3, 12, 40, ASCII) == ".........###"
+    assert layer_map(0, 12, 12, 40, ASCII) == "#" * 12
+    assert layer_map(95, 5, 100, 10, ASCII) == ".........#"
 
 
 @pytest.mark.parametrize("encoding, glyphs", [("utf-8", BLOCKS), ("ascii", ASCII), ("latin-1", ASCII), ("no such", ASCII)])

@@ -174,7 +174,7 @@ def test_a_line_is_cut_where_it_crosses_the_edge():
 
 
 def test_the_map_shows_which_blocks_each_step_trained():
-    svg = block_map("blocks", "step", [1, 2, 3, 4], [0, 0, 2, 2], blocks=3)
+    svg = block_map("blocks", "step", [1, 2, 3, 4], [range(3), range(3), range(2, 3), range(2, 3)], blocks=3)
     plot, cells = Plot(4, 0.0, 3.0), {}
     for opacity, path in re.findall(r'class="cells" opacity="([\d.]+)" d="([^"]+)"', svg):
         for x, y, right in re.findall(r"M([\d.]+) ([\d.]+)H([\d.]+)", path):

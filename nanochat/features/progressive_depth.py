@@ -1,0 +1,112 @@
+"""Progressive depth: the run begins with the lowest few blocks; the others join them for the last part of the steps.
+
+At the start the output projections of every block are zero, so a block adds nothing to the residual stream until it has been
+updated. The first steps therefore run and train the lowest blocks only (`active_end` in `GPT.forward`), at a fraction of the
+cost, and the step at which the others join changes no loss: there is no jump, and nothing to copy or to initialize. From then on
+the run is an ordinary one. Weights, checkpoints and evaluations are those of the whole model all the time.
+
+Depth that grows at once, from one or two blocks, and late: Bu, arXiv 2511.04981. In stages, with copied blocks: Gong et al., ICML
+2019 (progressive stacking); Du et al., arXiv 2405.15319. What was measured here: docs/recipe.md.
+"""
+
+from dataclasses import dataclass
+
+from nanochat.cli.flags import at_least, flag
+from nanochat.common import UserError
+from nanochat.features.base import Feature
+from nanochat.recipe.depth_growth import cost_between, growth_step, shallow_share
+
+
+class ProgressiveDepth(Feature):
+    name = "progressive_depth"
+
+    @dataclass
+    class Config:
+        """Progressive depth"""
+        initial_depth: int = flag(0, "blocks that the run begins with, the lowest ones; the others join later; 0 begins with all",
+                                  low=0)
+        depth_growth_frac: float = flag(0.8, "share of the steps after which the other blocks join", low=0, high=1,
+                                        requires={"initial_depth": at_least(1)})
+
+    @classmethod
+    def enabled(cls, config) -> bool:
+        return config.features[cls.name].initial_depth > 0
+
+    @classmethod
+    def validate(cls, config) -> list[str]:
+        flags, suffix, steps = config.features[cls.name], config.features.get("suffix"), config.horizon.num_iterations
+        if not cls.enabled(config):
+            return []
+        problems = step_problems(flags, steps) if steps > 0 else []
+        if flags.initial_depth >= config.model.depth:
+            problems.append(f"--initial-depth {flags.initial_depth} must be below --depth ({config.model.depth}), or 0 to begin "
+                            "with all blocks")
+        if config.horizon.target_flops > 0:
+            problems.append("--initial-depth: the first steps take fewer FLOPs than --target-flops would count: give "
+                            "--num-iterations")
+        if suffix and suffix.block_update_schedule == "static_suffix":
+            problems.append("--initial-depth: the lowest blocks are those that --block-update-schedule static_suffix never "
+                            "trains: leave one of them out")
+        if suffix and suffix.block_update_schedule == "dynamic_suffix" and freezes_before_growth(flags, suffix, config):
+            problems.append("--initial-depth: blocks may be frozen only once all are there: let dynamic suffix training begin to "
+                            "freeze later (--dyn-freeze-start-frac), or lower --depth-growth-frac")
+        return problems
+
+    dynamic_forward_args = True
+
+    def on_model(self, model, horizon) -> None:
+        if problems := step_problems(self.config, horizon.num_iterations):
+            raise UserError(problems[0])
+        self.n_layer, self.grown_at = model.config.n_layer, growth_step(self.config, horizon.num_iterations)
+        self.share = shallow_share(self.config, model.config)
+        self.seconds = {True: [0, 0.0], False: [0, 0.0]}  # whether all blocks ran -> number and seconds of such steps
+
+    def before_step(self, step: int) -> dict:
+        self.whole = step >= self.grown_at
+        return {} if self.whole else {"active_end": self.config.initial_depth}
+
+    def cost_between(self, start: int, end: int) -> float:
+        return cost_between(start, end, self.grown_at, self.measured_share() or self.share)
+
+    def step_columns(self) -> dict:
+        return {} if self.whole else {"step_kind": "shallow", "active_layers": self.config.initial_depth}
+
+    def after_step(self, step: int, loss: float, time) -> None:
+        count = self.seconds[step >= self.grown_at]
+        count[0], count[1] = count[0] + 1, count[1] + time.total
+
+    def summary(self) -> dict:
+        """`shallow_step_share`: mean time of a step of the initial depth over that of a whole one; None without either."""
+        return {"initial_depth": self.config.initial_depth, "depth_grown_at": self.grown_at,
+                "shallow_step_share": self.measured_share()}
+
+    def report(self) -> str | None:
+        share = self.measured_share()
+        return share and (f"progressive depth: {self.seconds[False][0]:,} steps with {self.config.initial_depth} of "
+                          f"{self.n_layer} blocks, each {share:.2f} of the time of one with all")
+
+    def measured_share(self) -> float | None:
+        (whole, whole_seconds), (shallow, shallow_seconds) = self.seconds[True], self.seconds[False]
+        return shallow_seconds / shallow / (whole_seconds / whole) if whole and shallow else None
+
+    def state_dict(self) -> dict:
+        return {"shallow": self.seconds[False], "whole": self.seconds[True]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds = {False: state["shallow"], True: state["whole"]}
+
+
+def step_problems(flags, num_iterations: int) -> list[str]:
+    """Why the run would be one of the initial depth, or of all blocks, from its first step to its last."""
+    if 0 < growth_step(flags, num_iterations) < num_iterations:
+        return []
+    return [f"--depth-growth-frac {flags.depth_growth_frac:g}: of {num_iterations:,} steps, some must come before the other blocks "
+            "join and some after: give a share between 0 and 1, or train for longer"]
+
+
+def freezes_before_growth(flags, suffix, config) -> bool:
+    """Whether dynamic suffix training may freeze blocks before all of them are there, as far as is known before the model is."""
+    steps, start = config.horizon.num_iterations, suffix.dyn_freeze_start_step
+    if start == -1:
+        return suffix.dyn_freeze_start_frac < flags.depth_growth_frac
+    return steps > 0 and start < growth_step(flags, steps)

@@ -1,0 +1,23 @@
+"""Progressive depth: when a run grows to its depth, and what its steps cost. No torch.
+
+flags: those of the feature (nanochat/features/progressive_depth.py): initial_depth, 0 for none, and depth_growth_frac.
+"""
+
+from dataclasses import replace
+
+from nanochat.recipe.shape import GPTConfig, flops_per_token
+
+
+def growth_step(flags, num_iterations: int) -> int:
+    """The first step that runs all blocks."""
+    return round(flags.depth_growth_frac * num_iterations) if flags.initial_depth else 0
+
+
+def shallow_share(flags, shape: GPTConfig) -> float:
+    """The cost of a step before the growth as a share of one after it, in FLOPs."""
+    return flops_per_token(replace(shape, n_layer=flags.initial_depth)) / flops_per_token(shape)
+
+
+def cost_between(start: int, end: int, growth: int, share: float) -> float:
+    """The cost of the steps from `start` to before `end`, in steps after the growth.   share: of a step before it."""
+    return end - start - (1 - share) * max(0, min(end, growth) - start)
