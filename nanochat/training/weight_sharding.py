@@ -112,6 +112,7 @@ class WeightSharding(Sharding):
 
     def expect(self, forward_args: dict, last: bool) -> None:
         """Begin a micro-batch. Its gradients are sent as they come."""
+        self.units.run_below(forward_args.get("active_end"))
         if self.armed:
             self._backward_is_over()
             return
@@ -120,6 +121,7 @@ class WeightSharding(Sharding):
 
     def reduce(self) -> None:
         self._backward_is_over()
+        self.units.run_below(None)
         self.armed = False
         for piece, total in self.sums.items():
             self.owned[piece].grad = total.to(piece.parameter.dtype)

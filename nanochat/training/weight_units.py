@@ -112,7 +112,7 @@ class Units:
         self.model, self.shared_of, self.at_boundary = model, shared_of, at_boundary
         self.rank, self.world_size = rank_and_world_size()
         self.order = unit_names(model)
-        self.following = dict(zip(self.order, self.order[1:], strict=False))
+        self.run_below(None)
         self.coming: dict[str, tuple[list[Shared], list]] = {}  # unit -> what is on its way, and the handles to wait for
         self.here: dict[str, list[Shared]] = {}
         self.to_come: list[str] = []  # blocks whose backward pass has not begun, the first block first
@@ -142,6 +142,11 @@ class Units:
         elif unit != self.order[-1]:
             self._free(unit)
         return y
+
+    def run_below(self, active_end: int | None) -> None:
+        """Forward passes from now on run the blocks below `active_end`, or all (None): no other is fetched ahead."""
+        used = unit_names(self.model, active_end)
+        self.following = dict(zip(used, used[1:], strict=False))
 
     def release(self) -> None:
         """Free all units, wherever a pass has ended."""
@@ -205,10 +210,10 @@ class Units:
                 self.bytes_here -= tensor.numel() * tensor.element_size()
 
 
-def unit_names(model) -> list[str]:
-    """Names of a GPT's modules that are fetched together, in the order of the forward pass."""
+def unit_names(model, active_end: int | None = None) -> list[str]:
+    """Names of a GPT's modules that are fetched together, in the order of the forward pass.   active_end: of `GPT.forward`."""
     names = ["transformer.wte"]
-    for i in range(model.config.n_layer):
+    for i in range(model.config.n_layer if active_end is None else active_end):
         names += [f"value_embeds.{i}"] if str(i) in model.value_embeds else []
         names.append(f"transformer.h.{i}")
     return [*names, "lm_head"]

@@ -33,6 +33,7 @@ from nanochat.lab.timing import (
     shortened,
     without_slow_spells,
 )
+from nanochat.recipe.depth_growth import growth_step
 from nanochat.recipe.suffix_policy import freeze_start, recovery_start
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,12 @@ def test_the_phases_of_dynamic_suffix_training_keep_their_shares(more):
     full, recovery = freeze_start(timed, pace.steps) - pace.lead_in, pace.steps - recovery_start(timed, pace.steps)
     assert full == pytest.approx(steps * freeze_start(whole, 1000) / 1000, abs=1)
     assert recovery == pytest.approx(steps * (1 - recovery_start(whole, 1000) / 1000), abs=1)
+
+
+def test_a_timed_run_grows_when_the_whole_run_does():
+    flags, pace = [*LONG, "--initial-depth=1", "--depth-growth-frac=0.6"], Pace(20, 4)
+    timed = growth_step(config_of(shortened(flags, pace)).features["progressive_depth"], pace.steps) - pace.lead_in
+    assert timed == pytest.approx(0.6 * (pace.steps - pace.lead_in), abs=1)
 
 
 # ---- real runs

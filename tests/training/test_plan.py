@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.common import ROOT, UserError, resolve
 from nanochat.features import FEATURES
+from nanochat.recipe.depth_growth import shallow_share
 from nanochat.training import plan, plan_cache, plan_probe
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
@@ -232,6 +233,19 @@ def test_the_memory_of_the_process_is_that_of_a_real_run(base, tmp_path):
     foretold = report(parse_config(FEATURES, argv))["memory"]
     assert all(size > 0 for size in foretold["process"].values())
     assert (foretold["total"] + sum(foretold["process"].values())) / 2**20 == pytest.approx(result["peak_mem_mib"], rel=0.3)
+
+
+def test_the_forecast_of_a_run_that_grows_counts_its_shallow_steps():
+    """A probe is of whole steps: they need the most memory."""
+    flags = planned("--depth=4", "--num-iterations=40")
+    whole, growing = (parse_config(FEATURES, [*flags, *more]) for more in ([], ["--initial-depth=1", "--depth-growth-frac=0.5"]))
+    shape = shape_of(whole)
+    share = shallow_share(growing.features["progressive_depth"], shape)
+    seconds = [forecast(config, shape, PROBE)["estimated_train_time_sec"] for config in (whole, growing)]
+    assert 0.25 < share < 0.6 and seconds[1] == pytest.approx((0.5 + 0.5 * share) * seconds[0])
+    trainer = plan_probe.make_trainer(growing, shape)
+    assert trainer.state.features.enabled == [] and growing.features["progressive_depth"].initial_depth == 1
+    trainer.loader.close()
 
 
 def test_a_limit_of_time_ends_the_forecast_too():

@@ -7,11 +7,11 @@ import pytest
 from nanochat.training.run_stats import RunStats
 
 
-def stats_of(seconds, compiled=()):
+def stats_of(seconds, compiled=(), partial=()):
     stats, clock = RunStats(), 0.0
     for step, dt in enumerate(seconds):
         clock += dt
-        stats.add_step(step, 5.0 - step, dt, 100.0, clock, compiled=step in compiled)
+        stats.add_step(step, 5.0 - step, dt, 100.0, clock, compiled=step in compiled, partial=step in partial)
     return stats
 
 
@@ -23,6 +23,13 @@ def test_a_step_that_compiled_is_no_measure_of_speed():
         assert now[field] == expected[field], field
     assert (now["tok_per_sec_max"], now["tok_per_sec_avg"], now["dt_median_ms"]) == (30, 20, 3000)
     assert now["final_loss"] == 1.0 and with_one.smooth_loss == pytest.approx(stats_of([1] * 5).smooth_loss)
+
+
+def test_mfu_is_of_steps_that_run_and_train_all_blocks():
+    """The others do fewer of the FLOPs that are counted, so it would be too high: of 1000 FLOP/s, 10 a token, 60 tokens in 2 s."""
+    summary = stats_of([0.5, 0.5, 0.5, 2.0, 2.0], partial=(0, 1, 2)).summary(60, 10, 1000.0)
+    assert summary["mfu"] == pytest.approx(0.3) and summary["tok_per_sec_median"] == 120
+    assert stats_of([1.0, 1.0], partial=(0, 1)).summary(60, 10, 1000.0)["mfu"] is None
 
 
 def test_nothing_is_known_where_every_step_compiled():

@@ -26,6 +26,7 @@ SCENARIOS = {
     "static suffix": ["--block-update-schedule=static_suffix", "--static-active-layers=2"],
     "dynamic suffix": ["--block-update-schedule=dynamic_suffix", "--dyn-freeze-start-frac=0.2", "--dyn-warmup-steps=4",
                        "--dyn-probe-every=6"],
+    "progressive depth": ["--initial-depth=2", "--depth-growth-frac=0.2"],
     "chunked": ["--chunked-ce", "--deferred-loss-logging"],
     "fp8": ["--fp8", "--fp8-emulate", "--fp8-min-dim=16"],
     "bf16 momentum": ["--bf16-momentum"],
