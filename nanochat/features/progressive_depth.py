@@ -100,8 +100,8 @@ def step_problems(flags, num_iterations: int) -> list[str]:
     """Why the run would be one of the initial depth, or of all blocks, from its first step to its last."""
     if 0 < growth_step(flags, num_iterations) < num_iterations:
         return []
-    return [f"--depth-growth-frac {flags.depth_growth_frac:g}: of {num_iterations:,} steps, some must come before the other blocks "
-            "join and some after: give a share between 0 and 1, or train for longer"]
+    return [f"--depth-growth-frac {flags.depth_growth_frac:g}: of {num_iterations:,} steps, some must come before the other "
+            "blocks join and some after: give a share between 0 and 1, or train for longer"]
 
 
 def freezes_before_growth(flags, suffix, config) -> bool:

@@ -36,7 +36,8 @@ def train(base, tag, *extra):
 
 def test_the_other_blocks_rest_until_they_join(base, capsys):
     run, steps, result = train(base, "growing", *GROWING)
-    assert [(r["step_kind"], r["active_start"], r["active_layers"]) for r in steps] == [("shallow", 0, 1)] * 4 + [("full", 0, 4)] * 4
+    assert [(r["step_kind"], r["active_start"], r["active_layers"]) for r in steps] == [
+        *[("shallow", 0, 1)] * 4, *[("full", 0, 4)] * 4]
     weights = {step: load_checkpoint(run.plan.run_dir, step)[0] for step in (2, 4, 6)}
     for name, before in weights[2].items():
         changed = not torch.equal(before, weights[4][name])

@@ -26,7 +26,7 @@ def test_a_step_that_compiled_is_no_measure_of_speed():
 
 
 def test_mfu_is_of_steps_that_run_and_train_all_blocks():
-    """The others do fewer of the FLOPs that are counted, so it would be too high: of 1000 FLOP/s, 10 a token, 60 tokens in 2 s."""
+    """The others do fewer of the FLOPs that are counted, so it would be too high. Of 1000 FLOP/s: 600 in 2 s."""
     summary = stats_of([0.5, 0.5, 0.5, 2.0, 2.0], partial=(0, 1, 2)).summary(60, 10, 1000.0)
     assert summary["mfu"] == pytest.approx(0.3) and summary["tok_per_sec_median"] == 120
     assert stats_of([1.0, 1.0], partial=(0, 1)).summary(60, 10, 1000.0)["mfu"] is None
