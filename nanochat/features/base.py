@@ -97,6 +97,9 @@ class Feature:
     def load_state_dict(self, state: dict) -> None:
         """Called on resume and rollback, after on_model, with what state_dict returned."""
 
+    def switched_on_late(self) -> None:
+        """Called instead, where the checkpoint is of a run without this feature (--allow-change)."""
+
 
 class Features:
     """The features that a run has enabled. Each method calls the hook of the same name of each, in the order of FEATURES."""
@@ -164,6 +167,8 @@ class Features:
         for feature in self.enabled:
             if feature.name in state:
                 feature.load_state_dict(state[feature.name])
+            else:
+                feature.switched_on_late()
 
 
 def _merged(dicts) -> dict:

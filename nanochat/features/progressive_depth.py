@@ -19,6 +19,7 @@ from nanochat.recipe.depth_growth import cost_between, growth_step, shallow_shar
 
 class ProgressiveDepth(Feature):
     name = "progressive_depth"
+    dynamic_forward_args = True
 
     @dataclass
     class Config:
@@ -51,8 +52,6 @@ class ProgressiveDepth(Feature):
             problems.append("--initial-depth: blocks may be frozen only once all are there: let dynamic suffix training begin to "
                             "freeze later (--dyn-freeze-start-frac), or lower --depth-growth-frac")
         return problems
-
-    dynamic_forward_args = True
 
     def on_model(self, model, horizon) -> None:
         if problems := step_problems(self.config, horizon.num_iterations):
@@ -90,10 +89,16 @@ class ProgressiveDepth(Feature):
         return shallow_seconds / shallow / (whole_seconds / whole) if whole and shallow else None
 
     def state_dict(self) -> dict:
-        return {"shallow": self.seconds[False], "whole": self.seconds[True]}
+        return {"shallow": self.seconds[False], "whole": self.seconds[True], "grown_at": self.grown_at}
 
     def load_state_dict(self, state: dict) -> None:
         self.seconds = {False: state["shallow"], True: state["whole"]}
+        if self.seconds[True][0]:  # once trained, a block is never left out again, also where the run is made longer
+            self.grown_at = state["grown_at"]
+
+    def switched_on_late(self) -> None:
+        raise UserError("--initial-depth: all blocks of this checkpoint have been trained, so none can be left out any more: "
+                        "resume without the flag")
 
 
 def step_problems(flags, num_iterations: int) -> list[str]:

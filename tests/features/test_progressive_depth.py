@@ -57,6 +57,17 @@ def test_the_first_step_is_that_of_the_whole_model(base):
     assert growing[1]["loss"] == pytest.approx(whole[1]["loss"], abs=0.05) and growing[-1]["loss"] != whole[-1]["loss"]
 
 
+def test_a_block_that_was_trained_is_never_left_out(base):
+    """Also where the run is made longer, so that growth would come later; and not in a run that began with all blocks."""
+    longer = ["--num-iterations=20", "--resume-from-step=latest", "--allow-change"]
+    train(base, "lengthened", *GROWING)
+    _, steps, result = train(base, "lengthened", *GROWING, *longer)
+    assert [r["active_layers"] for r in steps] == [1] * 4 + [4] * 16 and result["depth_grown_at"] == 4
+    train(base, "was-whole")
+    with pytest.raises(UserError, match="resume without the flag"):
+        train(base, "was-whole", *GROWING, *longer)
+
+
 def test_results_may_be_read_late(base):
     run, steps, _ = train(base, "growing-late", *GROWING, "--deferred-loss-logging")
     _, at_once, _ = train(base, "growing-at-once", *GROWING)
