@@ -55,7 +55,8 @@ SMALL = {  # appended to a program's flags: the last one of a name counts
     "scripts.sample": [*CPU, "--max-tokens=2"],
     "scripts.chat_cli": [*CPU, "--max-tokens=2"],
 }
-SMALL_TOO = {"dynamic_suffix": ["--dyn-warmup-steps=0"], "--fp8": ["--fp8-emulate", "--fp8-min-dim=16"]}  # with these words
+SMALL_TOO = {"dynamic_suffix": ["--dyn-warmup-steps=0"], "--fp8": ["--fp8-emulate", "--fp8-min-dim=16"],
+             "--initial-depth": ["--initial-depth=1", "--depth-growth-frac=0.5"]}  # with these words
 NEEDS_COMPILER = ("--compile", "--recompute")
 
 

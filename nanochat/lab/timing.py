@@ -42,7 +42,7 @@ from nanochat.lab.claim import hold_claim
 from nanochat.lab.plan import horizon_of, interleaved, read_profile, steps_of
 from nanochat.lab.processes import sigterm_as_interrupt, training_command
 from nanochat.lab.rows import config_of, read_result
-from nanochat.recipe.suffix_policy import recovery_share
+from nanochat.recipe.suffix_policy import freeze_start, recovery_share
 from nanochat.runtime.files import write_atomic
 from nanochat.runtime.other_load import SPOILT, OtherLoad
 from nanochat.runtime.provenance import source_fingerprint
@@ -66,14 +66,28 @@ NEVER = 10**9             # steps between evaluations
 
 @dataclass(frozen=True)
 class Pace:
-    """How many rounds a job has, the steps of a stretch, and those of each side before the first round."""
+    """How many rounds of a job count, the steps of a stretch, and those of each side before the first round.
+
+    changes: the moments, as shares of the run, at which a schedule of either side begins with other steps. These are compiled
+    then, and the round does not count; so there is a further round for each, or such steps would have too little weight.
+    """
     rounds: int
     stretch: int
     lead_in: int = LEAD_IN
+    changes: tuple[float, ...] = ()
+
+    @property
+    def all_rounds(self) -> int:
+        return self.rounds + len(self.changes)
 
     @property
     def steps(self) -> int:
-        return self.lead_in + self.rounds * self.stretch
+        return self.lead_in + self.all_rounds * self.stretch
+
+    def step_at(self, share: float) -> int:
+        """The step of the timed run that stands for the one at this share of the whole run."""
+        further = sum(change < share for change in self.changes)
+        return self.lead_in + round(share * self.rounds * self.stretch) + further * self.stretch
 
 
 @dataclass(frozen=True)
@@ -197,12 +211,22 @@ def measure(folder: Path, name: str, baseline: Sequence[str], candidate: Sequenc
 def make_pace(seconds_per_step: float, *sides) -> Pace:
     """Stretches just long enough, so that a slow spell of the machine falls on both sides; rounds that fill SIDE_SECONDS.
 
-    sides: their Config. A run that is shorter than that is made longer, or its time would be lost in the noise.
+    sides: their Config. A run that is shorter than that is made longer, or its time would be lost in the noise. Where a schedule
+    has steps of several kinds, their number is a multiple of ROUNDS, so that each kind has its share.
     """
     fewest = DEFERRED_STRETCH if any(side.run.deferred_loss_logging for side in sides) else 1
     stretch = max(fewest, math.ceil(STRETCH_SECONDS / seconds_per_step))
     whole = seconds_per_step * max(horizon_of(side).num_iterations for side in sides)
-    return Pace(max(ROUNDS, round(min(SIDE_SECONDS, whole) / (stretch * seconds_per_step))), stretch)
+    rounds = max(ROUNDS, round(min(SIDE_SECONDS, whole) / (stretch * seconds_per_step)))
+    changes = tuple(sorted({share for side in sides for share in changes_of(side)}))
+    return Pace(ROUNDS * math.ceil(rounds / ROUNDS) if changes else rounds, stretch, changes=changes)
+
+
+def changes_of(config) -> list[float]:
+    """The shares of a run at which it begins with steps that were not compiled at its start."""
+    suffix, depth, steps = config.features["suffix"], config.features["progressive_depth"], horizon_of(config).num_iterations
+    freezes = suffix.block_update_schedule == "dynamic_suffix"
+    return [depth.depth_growth_frac] * (depth.initial_depth > 0) + [freeze_start(suffix, steps) / steps] * freezes
 
 
 def shortened(flags: Sequence[str], pace: Pace) -> list[str]:
@@ -215,19 +239,18 @@ def shortened(flags: Sequence[str], pace: Pace) -> list[str]:
     periods = ("eval_every", "core_metric_every", "sample_every", "save_every")
     found = [*flags, *steps_of(pace.steps), "--max-train-seconds=-1", "--eval-tokens=1",
              *(f"{flag_name(period)}={NEVER}" for period in periods if getattr(config.eval, period) > 0)]
-    timed, suffix, depth = pace.steps - pace.lead_in, config.features["suffix"], config.features["progressive_depth"]
+    suffix, depth, steps = config.features["suffix"], config.features["progressive_depth"], horizon_of(config).num_iterations
     if depth.initial_depth:
-        found.append(f"--depth-growth-frac={(pace.lead_in + depth.depth_growth_frac * timed) / pace.steps}")
+        found.append(f"--depth-growth-frac={pace.step_at(depth.depth_growth_frac) / pace.steps}")
     if suffix.block_update_schedule != "dynamic_suffix":
         return found
-    share = timed / horizon_of(config).num_iterations
-    found.append(f"--dyn-warmup-steps={pace.lead_in + round(suffix.dyn_warmup_steps * share)}")
+    found.append(f"--dyn-warmup-steps={pace.step_at(suffix.dyn_warmup_steps / steps)}")
     if suffix.dyn_freeze_start_step == -1:
-        found.append(f"--dyn-freeze-start-frac={(pace.lead_in + suffix.dyn_freeze_start_frac * timed) / pace.steps}")
+        found.append(f"--dyn-freeze-start-frac={pace.step_at(suffix.dyn_freeze_start_frac) / pace.steps}")
     else:
-        found.append(f"--dyn-freeze-start-step={pace.lead_in + round(suffix.dyn_freeze_start_step * share)}")
+        found.append(f"--dyn-freeze-start-step={pace.step_at(suffix.dyn_freeze_start_step / steps)}")
     if recovery := recovery_share(suffix):
-        found.append(f"--dyn-final-full-frac={recovery * timed / pace.steps}")
+        found.append(f"--dyn-final-full-frac={recovery * pace.rounds * pace.stretch / pace.steps}")
     return found
 
 
@@ -240,7 +263,7 @@ def run_job(flags: dict[str, list[str]], logs: dict[str, Path], pace: Pace, base
     started, job = time.monotonic(), Job(())
     for _ in range(1 if accept_load else ATTEMPTS):
         rounds, device = run_pair(flags, logs, pace, base_dir, first, 0.0 if accept_load else PATIENCE, heartbeat)
-        job = Job((*job.rounds, *rounds), job.compiled + pace.rounds - len(rounds), device, time.monotonic() - started)
+        job = Job((*job.rounds, *rounds), job.compiled + pace.all_rounds - len(rounds), device, time.monotonic() - started)
         if job.is_enough(accept_load):
             break
     return job
@@ -259,7 +282,7 @@ def run_pair(flags: dict[str, list[str]], logs: dict[str, Path], pace: Pace, bas
             sides[name].answer()  # it is ready
         for side in sides.values():
             side.take(pace.lead_in)
-        for i in range(pace.rounds):
+        for i in range(pace.all_rounds):
             heartbeat()
             taken = {name: sides[name].take(pace.stretch) for name in interleaved(SIDES, first + i)}
             round_ = round_of(*(taken[name] for name in SIDES))

@@ -185,10 +185,17 @@ def test_the_phases_of_dynamic_suffix_training_keep_their_shares(more):
     assert recovery == pytest.approx(steps * (1 - recovery_start(whole, 1000) / 1000), abs=1)
 
 
-def test_a_timed_run_grows_when_the_whole_run_does():
-    flags, pace = [*LONG, "--initial-depth=1", "--depth-growth-frac=0.6"], Pace(20, 4)
-    timed = growth_step(config_of(shortened(flags, pace)).features["progressive_depth"], pace.steps) - pace.lead_in
-    assert timed == pytest.approx(0.6 * (pace.steps - pace.lead_in), abs=1)
+def test_steps_that_begin_late_keep_their_weight():
+    """The round in which they are compiled does not count, so there is one more; also where both sides have such steps."""
+    growing = [*LONG, "--initial-depth=1", "--depth-growth-frac=0.6"]
+    frozen = [*growing, DYNAMIC, "--dyn-freeze-start-frac=0.8"]
+    pace = make_pace(0.4, config_of(growing), config_of(frozen))
+    assert pace == Pace(rounds=40, stretch=1, changes=(0.6, 0.8)) and pace.steps == LEAD_IN + 42
+    for flags in (growing, frozen):
+        depth = config_of(shortened(flags, pace)).features["progressive_depth"]
+        assert growth_step(depth, pace.steps) == LEAD_IN + 24  # one compiles, 16 count
+    suffix = config_of(shortened(frozen, pace)).features["suffix"]
+    assert freeze_start(suffix, pace.steps) == LEAD_IN + 24 + 1 + 8  # one compiles, 8 count
 
 
 # ---- real runs
