@@ -8,7 +8,8 @@
 | `claim.py`, `cells.py` | a folder of cells, which several workers may share, and the store of cells that experiments share |
 | `training_run.py`, `processes.py` | the runs of base_train |
 | `evaluation.py`, `evaluation_process.py` | the lab's own evaluation of final checkpoints; the process that does it |
-| `timing.py` | the seconds of a step of two sides that take turns; the card of the machine's clock noise |
+| `timing.py` | times the steps of two sides that take turns |
+| `clock.py` | what such jobs say: the time saved and its error; the card of the machine's clock noise |
 | `rows.py` | result.json -> a row of runs.csv |
 | `stats.py`, `target.py` | Student's t, repeated tests, slopes; time to target extrapolated across horizons |
 | `gain.py`, `gates.py`, `decide.py` | pairs of runs and the net gain; the gates; the verdict: pure functions over rows |

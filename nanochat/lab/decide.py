@@ -30,7 +30,7 @@ from nanochat.lab.rows import number
 from nanochat.lab.stats import Estimate, Slope, levels, pairs_needed, partially_pooled, sd_range, t_quantile
 
 if TYPE_CHECKING:
-    from nanochat.lab.timing import Clock
+    from nanochat.lab.clock import Clock
 
 MANY = 99  # pairs; more are not counted
 CAUSES = ("same conditions", "evaluated by the lab", "time")  # gates that, when unclear, make others unclear

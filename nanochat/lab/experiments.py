@@ -10,6 +10,7 @@ from pathlib import Path
 from nanochat.common import print0
 from nanochat.lab import timing
 from nanochat.lab.cells import Cell, Folder
+from nanochat.lab.clock import Clock
 from nanochat.lab.decide import Verdict, judge, judge_series
 from nanochat.lab.gain import (
     MOST_PAIRS,
@@ -26,7 +27,6 @@ from nanochat.lab.outputs import summary
 from nanochat.lab.plan import Variant, interleaved, matched, pilot, shorter
 from nanochat.lab.rows import config_of, number, write_csv
 from nanochat.lab.stats import Estimate, levels, t_quantile
-from nanochat.lab.timing import Clock
 from nanochat.recipe.shape import scaling_params
 from nanochat.runtime.files import write_atomic
 

@@ -25,7 +25,7 @@ from nanochat.lab.rows import number
 from nanochat.lab.stats import Estimate, Slope, common_slope, estimate, levels
 
 if TYPE_CHECKING:
-    from nanochat.lab.timing import Clock
+    from nanochat.lab.clock import Clock
 
 PROMOTE_ALPHA = 0.008                    # over all looks, of the levels: in simulation t-tests with few pairs then err in 1 %
 RULED_OUT_ALPHA = 0.05                   # over all looks, that a gain of 3 % is ruled out though there is one

@@ -20,7 +20,7 @@ from nanochat.lab.stats import Estimate, levels, margin_of_error, more_often
 from nanochat.runtime.other_load import SPOILT
 
 if TYPE_CHECKING:
-    from nanochat.lab.timing import Clock
+    from nanochat.lab.clock import Clock
 
 AGAINST_ALPHA = 0.0125                   # of each statement against a candidate, over all looks
 FALLBACK_GAIN = math.log(1.03)           # docs/lab.md, local gate 2

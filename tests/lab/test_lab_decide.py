@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from dev.lab_error_rates import TARGET, WORLDS, WORTH, World, experiment, experiments, simulate
+from nanochat.lab.clock import Clock
 from nanochat.lab.decide import DECISIONS, judge, judge_series
 from nanochat.lab.gain import (
     ALIKE,
@@ -30,7 +31,6 @@ from nanochat.lab.gates import (
     log_ratio,
 )
 from nanochat.lab.stats import Estimate
-from nanochat.lab.timing import Clock
 
 
 def at_most(count: int, n: int, rate: float) -> bool:

@@ -13,26 +13,11 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
+from nanochat.lab.clock import CLEAN_ROUNDS, Job, NoiseCard, Round, Spread, clock_of, log_ratio, without_slow_spells
 from nanochat.lab.plan import horizon_of, read_profile
 from nanochat.lab.rows import config_of
 from nanochat.lab.stats import t_quantile
-from nanochat.lab.timing import (
-    CLEAN_ROUNDS,
-    LEAD_IN,
-    Job,
-    NoiseCard,
-    Pace,
-    Round,
-    Spread,
-    Stretch,
-    clock_of,
-    log_ratio,
-    make_pace,
-    measure,
-    round_of,
-    shortened,
-    without_slow_spells,
-)
+from nanochat.lab.timing import LEAD_IN, Pace, Stretch, make_pace, measure, round_of, shortened
 from nanochat.recipe.depth_growth import growth_step
 from nanochat.recipe.suffix_policy import freeze_start, recovery_start
 
