@@ -1,7 +1,6 @@
 """What the jobs of a timing (nanochat/lab/timing.py) say together: the time that a candidate saves, with its error.
 
-A job times rounds: some steps of the baseline and the same of the candidate. The unit of the error is the job, as two processes
-of one program differ a little for as long as they live.
+A job times rounds: some steps of the baseline and the same of the candidate. The unit of the error is the job.
 
     BASE/lab/clock_noise.json    the noise card: how far apart jobs of one comparison lie on this machine
 """

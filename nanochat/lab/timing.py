@@ -5,12 +5,11 @@ one works the other waits, and a machine that slows down slows both. Two stretch
 candidate, baseline; and so on. The lab's clock runs from asking for a stretch to its answer, so whatever a run does for its steps
 counts, under whatever name. Evaluations, samples and checkpoints are left out, and rounds in which something was compiled.
 
-The unit of the error is the job. Two processes of one program differ a little for as long as they live (where their memory lies,
-what their kernels' first timings chose): more rounds do not average that out, more jobs do.
+What the jobs say together is clock.py's. The unit of the error is the job: two processes of one program differ a little for as
+long as they live (where their memory lies, what their kernels' first timings chose), which more rounds do not average out.
 
     DIR/timing/NAME-jobN-SIDE.txt      output of a side's run
     DIR/timing/NAME-DIGEST-jobN.json   rounds of a finished job, which is not run again by the same source on the same machine
-    BASE/lab/clock_noise.json          the noise card: how far apart jobs of one comparison lie on this machine
 
 Limits: one process a side; the device has to hold both runs at once, and --auto-batch would find less memory for the second; the
 load of a GPU's other users is not seen. What --dyn-require-stable waits for comes when it comes in the shorter run.
