@@ -376,6 +376,7 @@ def assemble(trainer: Trainer, checkpoint: tuple[dict, dict, dict] | None, lock:
     """The run of a trainer, with its folder: begun, or taken over from the checkpoint."""
     plan, state = trainer.plan, trainer.state
     console = open_console(plan, state, trainer.signals)
+    trainer.say = console.line
     state.step = checkpoint[2]["step"] if checkpoint else 0
     checkpoints, same_run = Checkpoints(plan, state, console), True
     if checkpoint:

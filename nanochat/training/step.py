@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.common import print0
 from nanochat.dataloader import TrainLoader
 from nanochat.recipe.schedules import lr_scale, muon_momentum, weight_decay_scale
 from nanochat.runtime.clock import StepTime
@@ -58,12 +59,14 @@ class Trainer:
     forward: `(x, y, **forward_args) -> loss`, the compiled model or the model itself; x, y (B, T) int64.
     signals: those that this process has received; each step tells the other ranks.
     audit: watches the steps (--audit); None where nothing does.
+    say: prints a line for the user.
     """
 
     def __init__(self, plan: RunPlan, state: TrainState, forward: Callable, loader: TrainLoader, signals: Signals):
         self.plan, self.state, self.forward, self.loader, self.signals = plan, state, forward, loader, signals
         self.peak_memory = PeakMemory(plan.device)
         self.audit: Audit | None = None
+        self.say: Callable[[str], None] = print0
 
     def launch_step(self, interruptible: bool = False) -> PendingStep:
         """Queue one optimizer step: all micro-batches forward and backward, then one update if its gradients are finite.
@@ -148,6 +151,8 @@ class Trainer:
         plan, state = self.plan, self.state
         if not plan.compile or self.forward.is_warmed_up(forward_args):
             return
+        if plan.compile_whole and self.forward.compiled_variants:
+            self.say(f"step {state.step}: compiling, as the steps from here on differ; it does not count as training time")
         shape = plan.micro_batch_size, plan.shape.sequence_len
         # two tensors: with one for both, torch would compile another graph that no step uses
         x, y = (torch.zeros(shape, dtype=torch.int64, device=plan.device) for _ in range(2))
