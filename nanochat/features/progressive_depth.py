@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from nanochat.cli.flags import at_least, flag
 from nanochat.common import UserError
 from nanochat.features.base import Feature
-from nanochat.recipe.depth_growth import cost_between, growth_step, shallow_share
+from nanochat.recipe.depth_growth import cost_between, grows, growth_step, shallow_share
 
 
 class ProgressiveDepth(Feature):
@@ -24,14 +24,14 @@ class ProgressiveDepth(Feature):
     @dataclass
     class Config:
         """Progressive depth"""
-        initial_depth: int = flag(0, "blocks that the run begins with, the lowest ones; the others join later; 0 begins with all",
-                                  low=0)
+        initial_depth: int = flag(0, "blocks that the run begins with, the lowest ones; the others join later; 0, or --depth and "
+                                  "more, begins with all", low=0)
         depth_growth_frac: float = flag(0.8, "share of the steps after which the other blocks join", low=0, high=1,
                                         requires={"initial_depth": at_least(1)})
 
     @classmethod
     def enabled(cls, config) -> bool:
-        return config.features[cls.name].initial_depth > 0
+        return grows(config.features[cls.name], config.model.depth)
 
     @classmethod
     def validate(cls, config) -> list[str]:
@@ -39,9 +39,6 @@ class ProgressiveDepth(Feature):
         if not cls.enabled(config):
             return []
         problems = step_problems(flags, steps) if steps > 0 else []
-        if flags.initial_depth >= config.model.depth:
-            problems.append(f"--initial-depth {flags.initial_depth} must be below --depth ({config.model.depth}), or 0 to begin "
-                            "with all blocks")
         if config.horizon.target_flops > 0:
             problems.append("--initial-depth: the first steps take fewer FLOPs than --target-flops would count: give "
                             "--num-iterations")

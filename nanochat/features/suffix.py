@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from nanochat.cli.flags import flag, one_of
 from nanochat.common import UserError
 from nanochat.features.base import Feature
-from nanochat.recipe.depth_growth import growth_step
+from nanochat.recipe.depth_growth import grows, growth_step
 from nanochat.recipe.shape import flops_per_token, padded_vocab_size
 from nanochat.recipe.suffix_policy import CostModel, SuffixFlags, SuffixPolicy, chooses_once, predicted_speedup, problems
 
@@ -48,7 +48,7 @@ class Suffix(Feature):
 
     def __init__(self, config):
         super().__init__(config)
-        self.depth_flags = config.features.get("progressive_depth")
+        self.depth = config.features.get("progressive_depth")
 
     def on_model(self, model, horizon) -> None:
         try:
@@ -57,7 +57,8 @@ class Suffix(Feature):
             raise UserError(str(e)) from None
         self.shape = model.config
         # the first step in which all blocks run: what came before tells nothing of relevance or of full steps
-        self.first = growth_step(self.depth_flags, horizon.num_iterations) if self.depth_flags else 0
+        growing = self.depth and grows(self.depth, model.config.n_layer)
+        self.first = growth_step(self.depth, horizon.num_iterations) if growing else 0
         self.active = []              # number of trained blocks, per step
         self.steps, self.full = [0, 0.0], [0, 0.0]  # [number, seconds] of all steps, and of full ones that measured nothing
         self.parts = []               # (forward, backward, update) seconds of these full steps

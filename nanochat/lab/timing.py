@@ -39,6 +39,7 @@ from nanochat.lab.clock import SIDES, Clock, Job, NoiseCard, Round, clock_of, lo
 from nanochat.lab.plan import horizon_of, interleaved, read_profile, steps_of
 from nanochat.lab.processes import sigterm_as_interrupt, training_command
 from nanochat.lab.rows import config_of, read_result
+from nanochat.recipe.depth_growth import grows
 from nanochat.recipe.suffix_policy import freeze_start, recovery_share
 from nanochat.runtime.files import write_atomic
 from nanochat.runtime.other_load import SPOILT, OtherLoad
@@ -167,7 +168,7 @@ def changes_of(config) -> list[float]:
     """The shares of a run at which it begins with steps that were not compiled at its start."""
     suffix, depth, steps = config.features["suffix"], config.features["progressive_depth"], horizon_of(config).num_iterations
     freezes = suffix.block_update_schedule == "dynamic_suffix"
-    return [depth.depth_growth_frac] * (depth.initial_depth > 0) + [freeze_start(suffix, steps) / steps] * freezes
+    return [depth.depth_growth_frac] * grows(depth, config.model.depth) + [freeze_start(suffix, steps) / steps] * freezes
 
 
 def shortened(flags: Sequence[str], pace: Pace) -> list[str]:
@@ -181,7 +182,7 @@ def shortened(flags: Sequence[str], pace: Pace) -> list[str]:
     found = [*flags, *steps_of(pace.steps), "--max-train-seconds=-1", "--eval-tokens=1",
              *(f"{flag_name(period)}={NEVER}" for period in periods if getattr(config.eval, period) > 0)]
     suffix, depth, steps = config.features["suffix"], config.features["progressive_depth"], horizon_of(config).num_iterations
-    if depth.initial_depth:
+    if grows(depth, config.model.depth):
         found.append(f"--depth-growth-frac={pace.step_at(depth.depth_growth_frac) / pace.steps}")
     if suffix.block_update_schedule != "dynamic_suffix":
         return found

@@ -1,6 +1,6 @@
 """Progressive depth: when a run grows to its depth, and what its steps cost. No torch.
 
-flags: those of the feature (nanochat/features/progressive_depth.py): initial_depth, 0 for none, and depth_growth_frac.
+flags: those of the feature (nanochat/features/progressive_depth.py): initial_depth and depth_growth_frac.
 """
 
 from dataclasses import replace
@@ -8,9 +8,14 @@ from dataclasses import replace
 from nanochat.recipe.shape import GPTConfig, flops_per_token
 
 
+def grows(flags, n_layer: int) -> bool:
+    """Whether a model of so many blocks begins with fewer."""
+    return 0 < flags.initial_depth < n_layer
+
+
 def growth_step(flags, num_iterations: int) -> int:
-    """The first step that runs all blocks."""
-    return round(flags.depth_growth_frac * num_iterations) if flags.initial_depth else 0
+    """The first step that runs all blocks, of a run that grows."""
+    return round(flags.depth_growth_frac * num_iterations)
 
 
 def shallow_share(flags, shape: GPTConfig) -> float:

@@ -7,8 +7,8 @@ import torch
 
 from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import UserError
-from nanochat.features import FEATURES
-from nanochat.recipe.depth_growth import cost_between, growth_step
+from nanochat.features import FEATURES, Features
+from nanochat.recipe.depth_growth import cost_between, grows, growth_step
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.console import time_left
@@ -88,13 +88,21 @@ def test_blocks_are_frozen_only_once_all_are_there(base):
 
 
 @pytest.mark.parametrize("wrong, advice", [
-    (["--initial-depth=4"], "below --depth"), (["--initial-depth=2", "--depth-growth-frac=0"], "some must come before"),
+    (["--initial-depth=2", "--depth-growth-frac=0"], "some must come before"),
     (["--initial-depth=2", "--depth-growth-frac=1"], "some after"),
     (["--initial-depth=2", "--num-iterations=-1", "--target-flops=1e9"], "give --num-iterations"),
     (["--depth-growth-frac=0.5"], "would do nothing"), (["--initial-depth=-1"], "--initial-depth")])
 def test_what_cannot_be_is_refused_with_advice(base, wrong, advice):
     with pytest.raises(UserError, match=advice):
         parse_config(FEATURES, argv(base, "refused", *wrong))
+
+
+def test_a_model_that_is_no_deeper_begins_whole(base):
+    """So a file of flags with an initial depth serves for any depth."""
+    config = parse_config(FEATURES, argv(base, "shallow", "--initial-depth=4"))
+    assert not Features(config, FEATURES).enabled
+    _, steps, result = train(base, "shallow", "--initial-depth=9", "--num-iterations=2")
+    assert [r["active_layers"] for r in steps] == [4, 4] and "initial_depth" not in result
 
 
 def test_a_derived_length_is_checked_when_it_is_known(base):
@@ -114,6 +122,6 @@ def test_the_time_left_counts_what_steps_cost():
 def test_growth_is_at_a_share_of_the_steps():
     class Flags:
         initial_depth, depth_growth_frac = 2, 0.75
-    assert growth_step(Flags, 1000) == 750
+    assert growth_step(Flags, 1000) == 750 and grows(Flags, 3) and not grows(Flags, 2)
     Flags.initial_depth = 0
-    assert growth_step(Flags, 1000) == 0
+    assert not grows(Flags, 3)
