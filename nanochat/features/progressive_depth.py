@@ -39,9 +39,6 @@ class ProgressiveDepth(Feature):
         if not cls.enabled(config):
             return []
         problems = step_problems(flags, steps) if steps > 0 else []
-        if config.horizon.target_flops > 0:
-            problems.append("--initial-depth: the first steps take fewer FLOPs than --target-flops would count: give "
-                            "--num-iterations")
         if suffix and suffix.block_update_schedule == "static_suffix":
             problems.append("--initial-depth: the lowest blocks are those that --block-update-schedule static_suffix never "
                             "trains: leave one of them out")

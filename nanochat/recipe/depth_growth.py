@@ -23,6 +23,11 @@ def shallow_share(flags, shape: GPTConfig) -> float:
     return flops_per_token(replace(shape, n_layer=flags.initial_depth)) / flops_per_token(shape)
 
 
+def mean_cost(flags, shape: GPTConfig) -> float:
+    """The FLOPs of a run as a share of those of as many whole steps."""
+    return 1 - flags.depth_growth_frac * (1 - shallow_share(flags, shape)) if grows(flags, shape.n_layer) else 1.0
+
+
 def cost_between(start: int, end: int, growth: int, share: float) -> float:
     """The cost of the steps from `start` to before `end`, in steps after the growth.   share: of a step before it."""
     return end - start - (1 - share) * max(0, min(end, growth) - start)

@@ -36,7 +36,7 @@ class Horizon:
     scalar_lr_factor: float  # of the per-layer scalars; includes --lr-multiplier
     weight_decay: float    # Muon's at the start; includes --wd-multiplier
     target_tokens: int     # ratio * scaling parameters, whatever sets num_iterations
-    flops_per_token: int
+    flops_per_token: int   # on average over the run
     reason: str            # the flag that sets num_iterations
 
     @property
@@ -62,10 +62,11 @@ def predicted_batch(tokens: float, reference_tokens: float) -> float:
 def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int = 1, total_batch_size: int = -1,
                  num_iterations: int = -1, target_flops: float = -1.0, target_param_data_ratio: float = DEFAULT_RATIO,
                  weight_decay: float = 0.28, batch_multiplier: float = 1.0, lr_multiplier: float = 1.0,
-                 wd_multiplier: float = 1.0) -> Horizon:
+                 wd_multiplier: float = 1.0, flops_share: float = 1.0) -> Horizon:
     """Plan a run. Of `num_iterations`, `target_flops` and `target_param_data_ratio` the first that is positive counts.
 
     device_batch_size: sequences per micro-batch on one rank.   total_batch_size: tokens per step; -1 derives it.
+    flops_share: FLOPs of the run as a share of those of as many steps that run all blocks.
     Raises: ValueError where `total_batch_size` is no multiple of a micro-batch over all ranks; it names the nearest that are.
     """
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else DEFAULT_RATIO
@@ -84,7 +85,7 @@ def plan_horizon(config: GPTConfig, *, device_batch_size: int, world_size: int =
         predicted = 2 ** round(math.log2(predicted_batch(tokens, reference_tokens))) * batch_multiplier
         batch = max(1, round(predicted / micro)) * micro
 
-    flops = flops_per_token(config)
+    flops = round(flops_share * flops_per_token(config))
     if num_iterations > 0:
         steps, reason = num_iterations, "--num-iterations"
     elif target_flops > 0:

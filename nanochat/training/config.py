@@ -15,6 +15,7 @@ from nanochat.cli.launch_environment import world_size
 from nanochat.cli.paths import folder_problem, output_problem, portable_source
 from nanochat.common import print0
 from nanochat.data.sources import TokenizerFlags
+from nanochat.recipe.depth_growth import mean_cost
 from nanochat.recipe.horizon import Horizon, nearest_batch_sizes, plan_horizon
 from nanochat.recipe.memory_estimate import micro_batches
 from nanochat.recipe.shape import SMEAR_GATE_CHANNELS, GPTConfig, shape_of_depth
@@ -288,12 +289,13 @@ class Config:
 
     def plan(self, shape: GPTConfig, world_size: int = 1) -> Horizon:
         """The horizon for a model of this shape. Raises: ValueError if the batch is not a whole number of micro-batches."""
-        flags, optim = self.horizon, self.optim
+        flags, optim, depth = self.horizon, self.optim, self.features.get("progressive_depth")
         return plan_horizon(
             shape, device_batch_size=flags.device_batch_size, world_size=world_size,
             total_batch_size=flags.total_batch_size, num_iterations=flags.num_iterations, target_flops=flags.target_flops,
             target_param_data_ratio=flags.target_param_data_ratio, batch_multiplier=flags.batch_multiplier,
-            weight_decay=optim.weight_decay, lr_multiplier=optim.lr_multiplier, wd_multiplier=optim.wd_multiplier)
+            weight_decay=optim.weight_decay, lr_multiplier=optim.lr_multiplier, wd_multiplier=optim.wd_multiplier,
+            flops_share=mean_cost(depth, shape) if depth else 1.0)
 
     @property
     def model_tag(self) -> str:

@@ -1,6 +1,6 @@
 """What a run will take, from what was measured of its steps on this machine before (plan_cache.py). No torch."""
 
-from nanochat.recipe.depth_growth import cost_between, grows, growth_step, shallow_share
+from nanochat.recipe.depth_growth import mean_cost
 from nanochat.recipe.shape import GPTConfig
 from nanochat.training import plan_cache
 from nanochat.training.config import Config
@@ -17,9 +17,7 @@ def forecast(config: Config, shape: GPTConfig, probe: Probe) -> dict:
     step = probe.step_sec(horizon.total_batch_size // shape.sequence_len)
     steps, depth = horizon.num_iterations, config.features["progressive_depth"]
     # a probe is of whole steps, a run of its own mixture
-    growing = not probe.run and grows(depth, shape.n_layer)
-    whole = cost_between(0, steps, growth_step(depth, steps), shallow_share(depth, shape)) if growing else steps
-    train, limit = whole * step, config.run.max_train_seconds
+    train, limit = steps * step * (1.0 if probe.run else mean_cost(depth, shape)), config.run.max_train_seconds
     evaluations, rows = plan_cache.evaluations(config, shape), -(-plan_cache.evaluated_tokens(config) // shape.sequence_len)
     seconds = {"train": min(train, limit) if limit > 0 else train,
                "eval": evaluations * rows / probe.rows * probe.eval_micro_batch_sec,

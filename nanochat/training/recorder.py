@@ -13,7 +13,7 @@ import torch
 from nanochat.cli.launch_environment import launch_id
 from nanochat.cli.paths import portable
 from nanochat.common import is_main_rank, resolve
-from nanochat.recipe.shape import param_counts
+from nanochat.recipe.shape import flops_per_token, param_counts
 from nanochat.runtime.compilation import graphs_compiled
 from nanochat.runtime.compute_dtype import dtype_name
 from nanochat.runtime.device import device_name, peak_flops
@@ -116,7 +116,7 @@ class Recorder:
             "loop_time_sec": clock.loop, "train_time_sec": clock.train, "compile_time_sec": clock.compile,
             "eval_time_sec": clock.eval, "save_time_sec": clock.save, "unnamed_time_sec": clock.unnamed,
             "other_load": clock.other_load if plan.ranks.world_size == 1 else None,  # other ranks would count as other programs
-        } | state.stats.summary(horizon.total_batch_size, horizon.flops_per_token, peak) | {
+        } | state.stats.summary(horizon.total_batch_size, flops_per_token(plan.shape), peak) | {
             "schedule": "full_update", "compiled_graphs": graphs_compiled() if plan.compile else 0,
             "graph_breaks": trainer.forward.graph_breaks.total() if plan.compile else 0,
             "eager_fallbacks": trainer.forward.eager_fallbacks if plan.compile else int(plan.config.run.compile),

@@ -1,6 +1,7 @@
 """Progressive depth in real runs: which blocks train when, what the records say, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import UserError
 from nanochat.features import FEATURES, Features
 from nanochat.recipe.depth_growth import cost_between, grows, growth_step
+from nanochat.recipe.shape import flops_per_token
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.console import time_left
@@ -90,7 +92,6 @@ def test_blocks_are_frozen_only_once_all_are_there(base):
 @pytest.mark.parametrize("wrong, advice", [
     (["--initial-depth=2", "--depth-growth-frac=0"], "some must come before"),
     (["--initial-depth=2", "--depth-growth-frac=1"], "some after"),
-    (["--initial-depth=2", "--num-iterations=-1", "--target-flops=1e9"], "give --num-iterations"),
     (["--depth-growth-frac=0.5"], "would do nothing"), (["--initial-depth=-1"], "--initial-depth")])
 def test_what_cannot_be_is_refused_with_advice(base, wrong, advice):
     with pytest.raises(UserError, match=advice):
@@ -108,6 +109,18 @@ def test_a_model_that_is_no_deeper_begins_whole(base):
 def test_a_derived_length_is_checked_when_it_is_known(base):
     with pytest.raises(UserError, match="some must come before"):
         train(base, "derived", "--num-iterations=-1", "--target-param-data-ratio=1e-6", "--initial-depth=1")
+
+
+def test_flops_are_those_that_are_done(base):
+    """Of 8 steps 4 run one block: --target-flops counts that, and so does the mean of the records."""
+    flags = argv(base, "flops", *GROWING)
+    growing, whole = parse_config(FEATURES, flags), parse_config(FEATURES, argv(base, "flops"))
+    shape = whole.model.shape(300)
+    one = flops_per_token(replace(shape, n_layer=1))
+    mean = growing.plan(shape).flops_per_token
+    assert mean == pytest.approx((flops_per_token(shape) + one) / 2, abs=1)
+    derived = parse_config(FEATURES, [*flags, "--num-iterations=-1", f"--target-flops={20 * 128 * mean}"])
+    assert derived.plan(shape).num_iterations == 20
 
 
 def test_the_time_left_counts_what_steps_cost():
