@@ -15,8 +15,9 @@ say "text -> tokenizer -> tokens"
 prepare scripts.tok_train --data="$data" --max-chars="$max_chars" --vocab-size="$vocab_size"
 prepare nanochat.dataset --data="$data" --max-chars="$max_chars" ${VAL_DATA:+"--val-data=$VAL_DATA"}
 
-ARGS=(--block-update-schedule=full_update); flag num-iterations "${FULL_NUM_ITERATIONS-}"; variant full "${ARGS[@]}"
-ARGS=(--block-update-schedule=dynamic_suffix); flag num-iterations "${DYNAMIC_NUM_ITERATIONS-}"; dyn_flags; variant dynamic "${ARGS[@]}"
+WHOLE=(--initial-depth=0)  # all blocks from the start, also where the profile begins with fewer
+ARGS=("${WHOLE[@]}" --block-update-schedule=full_update); flag num-iterations "${FULL_NUM_ITERATIONS-}"; variant full "${ARGS[@]}"
+ARGS=("${WHOLE[@]}" --block-update-schedule=dynamic_suffix); flag num-iterations "${DYNAMIC_NUM_ITERATIONS-}"; dyn_flags; variant dynamic "${ARGS[@]}"
 unset BLOCK_UPDATE_SCHEDULE STATIC_ACTIVE_LAYERS ${!DYN_@}  # not among the flags that both variants share
 compare "variant schedule=block_update_schedule num_iterations elapsed_sec=train_time_sec:.0f \
     max_tok_per_sec=tok_per_sec_max:.0f avg_tok_per_sec=tok_per_sec_avg:.2f final_loss:.6f min_val_bpb:.6f \

@@ -438,16 +438,17 @@ def test_the_schedules_are_compared_in_the_reference_table_by_a_comparison_that_
 
 
 def test_the_schedules_differ_in_nothing_else(sandbox):
-    """Each is the run of speedrun_small.sh but for its steps and its schedule; the text is prepared once."""
+    """Each is the run of speedrun_small.sh but for its steps and its schedule, with all blocks from the start; the text is
+    prepared once."""
     environment = dict(PROFILE="cpu-d4", DEPTH="6", VAL_DATA="it's/a file", BASE_TRAIN_EXTRA_ARGS="--compile-cache-dir=\\d")
     arguments = "--run='two words' --tracker tensorboard"
     plain = arguments_of(sandbox.launch(arguments=arguments, **environment)[1], "scripts.base_train")
     compared = Comparison(sandbox, SUFFIX, arguments, FULL_NUM_ITERATIONS="520", DYN_PROBE_EVERY="20", **environment)
     assert compared.modules == ["scripts.tok_train", "nanochat.dataset", "scripts.lab"]
     schedules = {"full": "full_update", "dynamic": "dynamic_suffix"}
-    plain, steps = parse_config(FEATURES, plain).flat() | {"model_tag": None}, {"full": 520, "dynamic": 320}
+    plain, steps = parse_config(FEATURES, plain).flat() | {"model_tag": None}, {"full": 520, "dynamic": 460}
     for name, config in compared.configs.items():
-        own = {"block_update_schedule": schedules[name], "num_iterations": steps[name]}
+        own = {"block_update_schedule": schedules[name], "num_iterations": steps[name], "initial_depth": 0}
         assert config.flat() == plain | own | {"dyn_probe_every": 20 if name == "dynamic" else plain["dyn_probe_every"]}
     assert compared.configs["full"].run.run == "two words" and compared.lab[0].seeds == [42]
     compared = Comparison(sandbox, SUFFIX, PREPARE_DATA="0", SEEDS="1 2", OUT="my runs")

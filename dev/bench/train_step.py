@@ -56,7 +56,7 @@ from nanochat.training.config import Config, DeviceFlags, parse_config
 if TYPE_CHECKING:
     import torch
 
-STEP = "--num-iterations=1000 --data=python --max-chars=8000000"
+STEP = "--num-iterations=1000 --data=python --max-chars=8000000 --initial-depth=0"  # all blocks from the first step on
 CPU, GPU = (f"{STEP} --vocab-size=4096 --total-batch-size=16384", f"{STEP} --vocab-size=32768 --total-batch-size=524288")
 PRESETS = {  # behind the flags of configs/NAME.flags
     "cpu-d4": CPU, "cpu-d6": CPU, "gpu-d12": f"{GPU} --device-batch-size=16", "gpu-d24": GPU,
