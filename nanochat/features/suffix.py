@@ -59,6 +59,9 @@ class Suffix(Feature):
         # the first step in which all blocks run: what came before tells nothing of relevance or of full steps
         growing = self.depth and grows(self.depth, model.config.n_layer)
         self.first = growth_step(self.depth, horizon.num_iterations) if growing else 0
+        if self.policy.freeze_start < self.first:
+            raise UserError(f"blocks may be frozen from step {self.policy.freeze_start} on, before all are there ({self.first}): "
+                            "raise --dyn-freeze-start-step, or lower --depth-growth-frac")
         self.active = []              # number of trained blocks, per step
         self.steps, self.full = [0, 0.0], [0, 0.0]  # [number, seconds] of all steps, and of full ones that measured nothing
         self.parts = []               # (forward, backward, update) seconds of these full steps

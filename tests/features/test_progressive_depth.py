@@ -85,6 +85,9 @@ def test_blocks_are_frozen_only_once_all_are_there(base):
     assert result["active_layers_mean"] == 2.5  # of the steps in which all blocks were there
     with pytest.raises(UserError, match="frozen only once all are there"):
         train(base, "growing-early", *GROWING, *suffix, "--dyn-freeze-start-frac=0.25")
+    with pytest.raises(UserError, match="before all are there"):  # known when the number of steps is
+        train(base, "growing-derived", *GROWING, *suffix, "--num-iterations=-1", "--target-param-data-ratio=0.02",
+              "--dyn-freeze-start-step=1")
     with pytest.raises(UserError, match="leave one of them out"):
         train(base, "growing-static", *GROWING, "--block-update-schedule=static_suffix", "--static-active-layers=1")
 
