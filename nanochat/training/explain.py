@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from nanochat.common import UserError, format_table, get_base_dir
 from nanochat.features import FEATURES, Features
+from nanochat.recipe.depth_growth import grows, growth_step
 from nanochat.recipe.memory_estimate import (
     MARGIN,
     MemoryConfig,
@@ -41,7 +42,7 @@ def report(config: Config) -> dict:
     """Everything that `as_text` shows, for JSON. Sizes are in bytes."""
     vocab_size, origin = vocabulary(config)
     shape = config.model.shape(vocab_size)
-    horizon = config.plan(shape)
+    horizon, depth = config.plan(shape), config.features["progressive_depth"]
     return {
         "model": {"layers": shape.n_layer, "width": shape.n_embd, "heads": shape.n_head, "head_dim": shape.head_dim,
                   "context": shape.sequence_len, "windows": window_sizes(shape), "vocabulary": vocab_size,
@@ -49,6 +50,7 @@ def report(config: Config) -> dict:
         "parameters": param_counts(shape),
         "horizon": {"tokens_per_step": horizon.total_batch_size, "micro_batches_per_step": horizon.grad_accum_steps,
                     "steps": horizon.num_iterations, "steps_set_by": horizon.reason, "tokens": horizon.total_tokens,
+                    "depth_grows_at": growth_step(depth, horizon.num_iterations) if grows(depth, shape.n_layer) else None,
                     "tokens_per_scaling_parameter": horizon.total_tokens / scaling_params(shape),
                     "flops": horizon.total_flops, "lr_factor": horizon.lr_factor,
                     "scalar_lr_factor": horizon.scalar_lr_factor, "weight_decay": horizon.weight_decay},
@@ -124,7 +126,9 @@ def as_text(found: dict, config: Config) -> str:
         **{f"parameters: {role}": f"{count:,}" for role, count in found["parameters"].items()},
         "FLOPs per token": f"{model['flops_per_token']:.4g}",
         "tokens per step": f"{horizon['tokens_per_step']:,} in {horizon['micro_batches_per_step']} micro-batches per rank",
-        "steps": f"{horizon['steps']:,} (set by {horizon['steps_set_by']})",
+        "steps": f"{horizon['steps']:,} (set by {horizon['steps_set_by']})" + (
+            f", with {config.features['progressive_depth'].initial_depth} of the {model['layers']} blocks before step {grown:,}"
+            if (grown := horizon["depth_grows_at"]) is not None else ""),
         "tokens in total": f"{horizon['tokens']:,} ({horizon['tokens_per_scaling_parameter']:.2f} per scaling parameter)",
         "FLOPs in total": f"{horizon['flops']:.4g}",
         "learning rates": f"x {horizon['lr_factor']:.4f} of the flags (by batch and length of the run, times "

@@ -14,6 +14,7 @@ from nanochat.recipe.shape import flops_per_token
 from nanochat.training.build import build_run
 from nanochat.training.config import parse_config
 from nanochat.training.console import time_left
+from nanochat.training.explain import as_text, report
 from nanochat.training.loop import fit
 from nanochat.training.records import read_metrics
 from processes import anew
@@ -124,6 +125,12 @@ def test_flops_are_those_that_are_done(base):
     assert mean == pytest.approx((flops_per_token(shape) + one) / 2, abs=1)
     derived = parse_config(FEATURES, [*flags, "--num-iterations=-1", f"--target-flops={20 * 128 * mean}"])
     assert derived.plan(shape).num_iterations == 20
+
+
+def test_the_explanation_says_when_the_others_join(base):
+    growing, whole = (parse_config(FEATURES, argv(base, "explained", *more)) for more in (GROWING, []))
+    assert "8 (set by --num-iterations), with 1 of the 4 blocks before step 4\n" in as_text(report(growing), growing)
+    assert "8 (set by --num-iterations)\n" in as_text(report(whole), whole)
 
 
 def test_the_time_left_counts_what_steps_cost():
