@@ -48,6 +48,7 @@ from nanochat.cli.flags import flag, parse
 from nanochat.cli.program import cli
 from nanochat.common import UserError, format_table, get_base_dir
 from nanochat.features import FEATURES
+from nanochat.recipe.depth_growth import initial_shape
 from nanochat.recipe.shape import flops_per_token
 from nanochat.runtime import timing
 from nanochat.runtime.other_load import OtherLoad, spoilt_warning
@@ -189,7 +190,8 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
     if instruction:
         hardware = instruction[1] / min(times.pop("instruction"))
     for name, variant in variants.items():
-        tokens, shape = variant.trainer.plan.horizon.total_batch_size, variant.trainer.plan.shape
+        plan = variant.trainer.plan
+        tokens, shape = plan.horizon.total_batch_size, initial_shape(plan.config.features["progressive_depth"], plan.shape)
         seconds = timing.spread(times[name])
         rate = tokens / seconds["median"]
         parts, unknown = breakdown(variant, device, seconds["median"]) if device.type != "mps" else (None, None)

@@ -18,14 +18,19 @@ def growth_step(flags, num_iterations: int) -> int:
     return round(flags.depth_growth_frac * num_iterations)
 
 
+def initial_shape(flags, shape: GPTConfig) -> GPTConfig:
+    """The shape that the first steps run."""
+    return replace(shape, n_layer=flags.initial_depth) if grows(flags, shape.n_layer) else shape
+
+
 def shallow_share(flags, shape: GPTConfig) -> float:
     """The cost of a step before the growth as a share of one after it, in FLOPs."""
-    return flops_per_token(replace(shape, n_layer=flags.initial_depth)) / flops_per_token(shape)
+    return flops_per_token(initial_shape(flags, shape)) / flops_per_token(shape)
 
 
 def mean_cost(flags, shape: GPTConfig) -> float:
     """The FLOPs of a run as a share of those of as many whole steps."""
-    return 1 - flags.depth_growth_frac * (1 - shallow_share(flags, shape)) if grows(flags, shape.n_layer) else 1.0
+    return 1 - flags.depth_growth_frac * (1 - shallow_share(flags, shape))
 
 
 def cost_between(start: int, end: int, growth: int, share: float) -> float:
