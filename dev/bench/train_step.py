@@ -205,9 +205,9 @@ def measure(flags: BenchFlags, configs: dict[str, Config]) -> tuple[dict, "torch
             "peak_mem_mib": variant.peak_mem_mib if device.type == "cuda" or variant.trainer is first else None,
             "other_programs_share": others,  # of all cores' time while this was timed
             "seconds": seconds, "breakdown_ms": parts, "breakdown_unknown": unknown,
-            "tokens_per_step": tokens, "rows": variant.trainer.plan.micro_batch_size,
-            "micro_batches": variant.trainer.plan.horizon.grad_accum_steps, "dtype": dtype_name(variant.trainer.plan.dtype),
-            "compiled": variant.trainer.plan.compile and not variant.trainer.forward.eager_fallbacks,
+            "tokens_per_step": tokens, "rows": plan.micro_batch_size,
+            "micro_batches": plan.horizon.grad_accum_steps, "dtype": dtype_name(plan.dtype),
+            "compiled": plan.compile and not variant.trainer.forward.eager_fallbacks,
         }
         if flags.against:
             pairs = [(tokens / ours[name], theirs) for theirs, ours in rounds]
