@@ -35,10 +35,11 @@ class ProgressiveDepth(Feature):
 
     @classmethod
     def validate(cls, config) -> list[str]:
-        flags, suffix, steps = config.features[cls.name], config.features.get("suffix"), config.horizon.num_iterations
+        flags, suffix, problems = config.features[cls.name], config.features.get("suffix"), []
         if not cls.enabled(config):
             return []
-        problems = step_problems(flags, steps) if steps > 0 else []
+        if not 0 < flags.depth_growth_frac < 1:
+            problems.append(f"--depth-growth-frac must be above 0 and below 1, got {flags.depth_growth_frac:g}")
         if suffix and suffix.block_update_schedule == "static_suffix":
             problems.append("--initial-depth: the lowest blocks are those that --block-update-schedule static_suffix never "
                             "trains: leave one of them out")
@@ -48,8 +49,6 @@ class ProgressiveDepth(Feature):
         return problems
 
     def on_model(self, model, horizon) -> None:
-        if problems := step_problems(self.config, horizon.num_iterations):
-            raise UserError(problems[0])
         self.n_layer, self.grown_at = model.config.n_layer, growth_step(self.config, horizon.num_iterations)
         self.share = shallow_share(self.config, model.config)
         self.seconds = {True: [0, 0.0], False: [0, 0.0]}  # whether all blocks ran -> number and seconds of such steps
@@ -93,14 +92,6 @@ class ProgressiveDepth(Feature):
     def switched_on_late(self) -> None:
         raise UserError("--initial-depth: all blocks of this checkpoint have been trained, so none can be left out any more: "
                         "resume without the flag")
-
-
-def step_problems(flags, num_iterations: int) -> list[str]:
-    """Why the run would be one of the initial depth, or of all blocks, from its first step to its last."""
-    if 0 < growth_step(flags, num_iterations) < num_iterations:
-        return []
-    return [f"--depth-growth-frac {flags.depth_growth_frac:g}: of {num_iterations:,} steps, some must come before the other "
-            "blocks join and some after: give a share between 0 and 1, or train for longer"]
 
 
 def freezes_before_growth(flags, suffix, config) -> bool:

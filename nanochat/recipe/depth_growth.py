@@ -14,8 +14,8 @@ def grows(flags, n_layer: int) -> bool:
 
 
 def growth_step(flags, num_iterations: int) -> int:
-    """The first step that runs all blocks, of a run that grows."""
-    return round(flags.depth_growth_frac * num_iterations)
+    """The first step that runs all blocks, of a run that grows: the last one at the latest."""
+    return min(round(flags.depth_growth_frac * num_iterations), num_iterations - 1)
 
 
 def initial_shape(flags, shape: GPTConfig) -> GPTConfig:

@@ -94,8 +94,7 @@ def test_blocks_are_frozen_only_once_all_are_there(base):
 
 
 @pytest.mark.parametrize("wrong, advice", [
-    (["--initial-depth=2", "--depth-growth-frac=0"], "some must come before"),
-    (["--initial-depth=2", "--depth-growth-frac=1"], "some after"),
+    (["--initial-depth=2", "--depth-growth-frac=0"], "above 0"), (["--initial-depth=2", "--depth-growth-frac=1"], "below 1"),
     (["--depth-growth-frac=0.5"], "would do nothing"), (["--initial-depth=-1"], "--initial-depth")])
 def test_what_cannot_be_is_refused_with_advice(base, wrong, advice):
     with pytest.raises(UserError, match=advice):
@@ -110,9 +109,10 @@ def test_a_model_that_is_no_deeper_begins_whole(base):
     assert [r["active_layers"] for r in steps] == [4, 4] and "initial_depth" not in result
 
 
-def test_a_derived_length_is_checked_when_it_is_known(base):
-    with pytest.raises(UserError, match="some must come before"):
-        train(base, "derived", "--num-iterations=-1", "--target-param-data-ratio=1e-6", "--initial-depth=1")
+@pytest.mark.parametrize("steps, blocks", [(1, [4]), (2, [1, 4])])
+def test_all_blocks_join_in_the_last_step_at_the_latest(base, steps, blocks):
+    _, rows, _ = train(base, f"last-{steps}", f"--num-iterations={steps}", "--initial-depth=1")
+    assert [r["active_layers"] for r in rows] == blocks
 
 
 def test_flops_are_those_that_are_done(base):
