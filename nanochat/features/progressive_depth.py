@@ -51,7 +51,7 @@ class ProgressiveDepth(Feature):
     def on_model(self, model, horizon) -> None:
         self.n_layer, self.grown_at = model.config.n_layer, growth_step(self.config, horizon.num_iterations)
         self.share = shallow_share(self.config, model.config)
-        self.seconds = {True: [0, 0.0], False: [0, 0.0]}  # whether all blocks ran -> number and seconds of such steps
+        self.seconds = {True: [0, 0.0], False: [0, 0.0]}  # whether all blocks were there -> number and seconds of steps
 
     def before_step(self, step: int) -> dict:
         self.whole = step >= self.grown_at
@@ -68,14 +68,14 @@ class ProgressiveDepth(Feature):
         count[0], count[1] = count[0] + 1, count[1] + time.total
 
     def summary(self) -> dict:
-        """`shallow_step_share`: mean time of a step of the initial depth over that of a whole one; None without either."""
+        """`shallow_step_share`: mean time of a step of the initial depth over that of a later one; None without either."""
         return {"initial_depth": self.config.initial_depth, "depth_grown_at": self.grown_at,
                 "shallow_step_share": self.measured_share()}
 
     def report(self) -> str | None:
         share = self.measured_share()
         return share and (f"progressive depth: {self.seconds[False][0]:,} steps with {self.config.initial_depth} of "
-                          f"{self.n_layer} blocks, each {share:.2f} of the time of one with all")
+                          f"{self.n_layer} blocks, each {share:.2f} of the time of a later one")
 
     def measured_share(self) -> float | None:
         (whole, whole_seconds), (shallow, shallow_seconds) = self.seconds[True], self.seconds[False]
