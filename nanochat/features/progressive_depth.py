@@ -91,7 +91,7 @@ class ProgressiveDepth(Feature):
 
     def switched_on_late(self) -> None:
         raise UserError("--initial-depth: all blocks of this checkpoint have been trained, so none can be left out any more: "
-                        "resume without the flag")
+                        "resume with --initial-depth=0")
 
 
 def freezes_before_growth(flags, suffix, config) -> bool:

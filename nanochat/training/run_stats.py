@@ -61,7 +61,8 @@ class RunStats:
         dts = [dt for i, dt in enumerate(self.dts) if i not in self.compiled]
         median = statistics.median(dts) if dts else None
         throughput = tokens_per_step / median if median else None
-        whole = [dt for i, dt in enumerate(self.dts) if i not in self.compiled and i not in self.partial]
+        left_out = {*self.compiled, *self.partial}
+        whole = [dt for i, dt in enumerate(self.dts) if i not in left_out]
         return {
             "tok_per_sec_max": tokens_per_step / min(dts) if dts else None,
             "tok_per_sec_avg": tokens_per_step * len(dts) / sum(dts) if dts else None,

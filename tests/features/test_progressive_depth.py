@@ -67,7 +67,7 @@ def test_a_block_that_was_trained_is_never_left_out(base):
     _, steps, result = train(base, "lengthened", *GROWING, *longer)
     assert [r["active_layers"] for r in steps] == [1] * 4 + [4] * 16 and result["depth_grown_at"] == 4
     train(base, "was-whole")
-    with pytest.raises(UserError, match="resume without the flag"):
+    with pytest.raises(UserError, match="resume with --initial-depth=0"):
         train(base, "was-whole", *GROWING, *longer)
 
 
