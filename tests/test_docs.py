@@ -29,6 +29,7 @@ import pytest
 from nanochat.cli.flags import build_parser, flag_name
 from nanochat.features import FEATURES
 from nanochat.training.config import Config
+from training_text import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -128,9 +129,8 @@ def checkout(tmp_path_factory, quick_python, quick_programs):
     program(folder / "bin" / "nvidia-smi", "exit 9")  # no GPU
     for name in ("pip", "uv", "poetry", "pre-commit", "clang-format"):
         program(folder / "bin" / name, "")
-    (home / "texts").mkdir(parents=True)
-    for name in ("gpt", "engine"):
-        (home / "texts" / f"{name}.txt").write_bytes((ROOT / "nanochat" / f"{name}.py").read_bytes()[:8000])
+    home.mkdir(parents=True)
+    write_text(home / "texts", files=2, characters=8000)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NANOCHAT_", "FP8_", "DYN_"))}
     environment = clean | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(home), "QUICK_PYTHON": quick_python,
                            "PYTHONPATH": quick_programs["PYTHONPATH"] + os.pathsep + str(ROOT), "NANOCHAT_NATIVE": "0",

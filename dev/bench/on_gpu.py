@@ -2,7 +2,7 @@
 
     bash dev/bench/on_gpu.sh numbers [FOLDER]    is what the GPU computes right? versions, rates, tests, attention, 20 steps
     bash dev/bench/on_gpu.sh steps [FOLDER]      how fast is a step, and where is its time lost?
-    bash dev/bench/on_gpu.sh runs [FOLDER]       do whole runs work? FP8 against bf16, dynamic suffix training
+    bash dev/bench/on_gpu.sh runs [FOLDER]       do whole runs work? FP8 against bf16, fewer blocks at the end or the beginning
 
 Every part is a process of its own with a limit of time. FOLDER/summary.json has all that is known, at any moment; FOLDER/logs
 the output, FOLDER/report.tar.gz both. A command that was stopped, or had no time for all, goes on when it is started again: a
@@ -139,6 +139,11 @@ def numbers(day: Day) -> list[Part]:
         steps("fp8", fp8, day.fp8_impossible() or (None if rows else TOO_LARGE))]
 
 
+def growing(day: Day) -> str:
+    """The flag of a run that begins with few blocks."""
+    return f"--initial-depth={1 if day.tiny else 2}"
+
+
 def steps(day: Day) -> list[Part]:
     short = ["--repeats=1", "--consecutive=2"] if day.tiny else ["--repeats=3"]
     fp8, peer = TINY_FP8 if day.tiny else "--fp8", os.environ.get("PEER")
@@ -155,6 +160,7 @@ def steps(day: Day) -> list[Part]:
         bench("fp8", [fp8, f"{fp8} --fp8-skip-lm-head", f"{fp8} --fp8-fast-accum"], "--chunked-ce",
               impossible=day.fp8_impossible()),
         bench("windows", ["--window-pattern=SSSL"], "--chunked-ce"),
+        bench("few blocks", [growing(day)], "--chunked-ce"),
         bench("d24", [] if day.fp8_impossible() else [fp8], "--chunked-ce", depth=24,
               impossible="there is one tiny model only" if day.tiny else None),
         bench("peer", [], "--chunked-ce", more=(f"--against={peer or ''}", "--rounds=2"), limit=400,
@@ -174,6 +180,14 @@ def runs(day: Day) -> list[Part]:
         return Part(f"runs: {name}", ["bash", f"runs/{script}"], day.at_least(needs), 500, lambda: run_facts(out / "runs.csv"),
                     environment=environment_of(day) | settings | environment, impossible=impossible)
 
+    def growth(steps: int) -> Part:
+        out, baseline = day.folder / "runs" / "growth", "--chunked-ce --eval-tokens=262144"
+        baseline += " --data=python --max-chars=" + ("1000000" if day.tiny else os.environ.get("MAX_CHARS", "50000000"))
+        command = [sys.executable, "-m", "scripts.lab", "run", f"--profile={'cpu-smoke' if day.tiny else 'gpu-d12'}", f"--out={out}",
+                   f"--baseline={baseline} --num-iterations={steps}", "--seeds=1", "--variant", "whole=", f"growing={growing(day)}"]
+        return Part(f"runs: progressive depth, {steps} steps", command, day.at_least(60), 500, lambda: run_facts(out / "runs.csv"),
+                    environment=environment_of(day))
+
     depth, rows = next(((depth, rows) for depth in (24, 20) if (rows := day.rows(depth, 1))), (20, None))
     large = {"NUM_ITERATIONS": "20"} | ({} if day.tiny else {"DEPTH": str(depth), "DEVICE_BATCH_SIZE": str(rows)})
     return [
@@ -181,7 +195,8 @@ def runs(day: Day) -> list[Part]:
         comparison("fp8 d12 200 steps", "fp8_compare.sh", {"NUM_ITERATIONS": "200"}, 60, day.fp8_impossible()),
         comparison("suffix 60 steps", "dynamic_suffix_compare.sh",
                    {"FULL_NUM_ITERATIONS": "60", "DYNAMIC_NUM_ITERATIONS": "60", "FP8_EMULATE": "",
-                    "DYN_WARMUP_STEPS": "2" if day.tiny else "20"}, 60)]
+                    "DYN_WARMUP_STEPS": "2" if day.tiny else "20"}, 60),
+        growth(12 if day.tiny else 200)]
 
 
 # --- what the parts have left -----------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """From rows to the net gain: pairs of runs, time saved, quality lost, and what they are worth together. Pure functions.
 
 **Net gain.** The gates alone allow +1 % loss and +0.005 bits per byte, which a candidate could get by leaving out a tenth of the
-training. So time saved is weighed against quality lost, in one unit. Baseline runs at 100, 97 and 94 % of the horizon, each
-trained to the end of its schedule, tell how many bits per byte a step is worth. With d = ln(baseline's time / candidate's time),
-q = the candidate's bits per byte minus the baseline's, and k = bits per byte per unit of ln(steps),
+training. So time saved is weighed against quality lost, in one unit. The baseline is also run shorter (`CALIBRATION_SHARES`),
+each time to the end of its schedule, which tells how many bits per byte a step is worth. With d = ln(baseline's time /
+candidate's time), q = the candidate's bits per byte minus the baseline's, and k = bits per byte per unit of ln(steps),
 
     net gain = d - q / k,
 

@@ -1,7 +1,6 @@
 """One tiny model of random weights for all tests of exports."""
 
 import os
-from pathlib import Path
 
 # Where transformers copies a model's code to, read when it is imported; removed with the base directory of the tests
 os.environ.setdefault("HF_MODULES_CACHE", os.path.join(os.environ["NANOCHAT_BASE_DIR"], "hf_modules"))
@@ -14,8 +13,9 @@ from nanochat.checkpoint_manager import build_model
 from nanochat.export.trained import Trained
 from nanochat.recipe.shape import GPTConfig
 from nanochat.tokenizer import Tokenizer
+from training_text import text_of
 
-TEXT = (Path(__file__).parent.parent.parent / "nanochat" / "dataset.py").read_text(encoding="utf-8")
+TEXT = text_of(20_000)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 
 import pytest
 
 from nanochat.lab.rows import make_row, run_fields, table_of
 from test_runs import ROOT, Comparison, sandbox, with_gpus  # noqa: F401  (sandbox is a fixture)
+from training_text import write_text
 
 COLUMNS = ("variant use_fp8 fp8_backend fp8_recipe exit_code status elapsed_sec max_tok_per_sec avg_tok_per_sec final_loss "
            "min_val_bpb peak_vram_mib fp8_layers").split()
@@ -54,9 +54,7 @@ def test_the_runs_are_valid_on_a_gpu(sandbox, runner):
 @pytest.mark.slow
 def test_the_comparison_on_a_cpu(sandbox, tmp_path, quick_python):
     """Text, FP8 emulated, table: d1 for two steps. Without bf16: its row of the same table is made from a result.json."""
-    (tmp_path / "text").mkdir()
-    for name in ("gpt", "optim", "dataset", "tokenizer"):
-        shutil.copy(ROOT / "nanochat" / f"{name}.py", tmp_path / "text")
+    write_text(tmp_path / "text")
     environment = dict(SKIP_SETUP="1", PYTHON=quick_python, DATA=str(tmp_path / "text"),
                        NANOCHAT_BASE_DIR=str(tmp_path / "base"), DEVICE_TYPE="cpu", DEPTH="1", HEAD_DIM="64", MAX_SEQ_LEN="64",
                        VOCAB_SIZE="300", DEVICE_BATCH_SIZE="1", TOTAL_BATCH_SIZE="64", NUM_ITERATIONS="2", EVAL_TOKENS="128",

@@ -512,11 +512,11 @@ def test_text_that_changed_beneath_a_run_is_refused(base, tmp_path):
     text = shutil.copytree(base / "text", tmp_path / "text")
     data = f"--data={text}"
     run_dir, _ = train(base, "text", data)
-    (text / "gpt.py").write_text((text / "gpt.py").read_text() + "# one line more\n")
+    (text / "0.txt").write_text((text / "0.txt").read_text() + "# one line more\n")
     with pytest.raises(UserError, match=r"the tokens [0-9a-f]{32} -> [0-9a-f]{32}\n.*--allow-change"):
         train(base, "text", data, "--resume-from-step=4")
     assert train(base, "text", data, "--resume-from-step=4", "--allow-change")[1] == 0
-    os.utime(text / "gpt.py", (1, 1))  # prepared again, but the same text
+    os.utime(text / "0.txt", (1, 1))  # prepared again, but the same text
     assert train(base, "text", data, "--resume-from-step=6")[1] == 0
 
 

@@ -25,6 +25,7 @@ from nanochat.training.loop import fit
 from nanochat.training.plot import plot_run
 from nanochat.training.records import RESULT_FIELDS, ROW_COLUMNS, read_metrics
 from processes import Served, anew, compile_with, python_m
+from training_text import write_text
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -36,10 +37,9 @@ TINY = ("--depth=2 --head-dim=16 --aspect-ratio=16 --max-seq-len=32 --device-bat
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base directory with a tokenizer and tokens of this repository's own library."""
+    """A base directory with a tokenizer and tokens of a longer text."""
     base = tmp_path_factory.mktemp("base")
-    text = base / "text"
-    shutil.copytree(ROOT / "nanochat", text, ignore=shutil.ignore_patterns("__pycache__"))
+    write_text(base / "text", files=40)
     done = cli(base, "--vocab-size=400", "--num-iterations=1", "--no-compile", "--model-tag=first", module="scripts.base_train")
     assert done.returncode == 0, done.stderr
     return base
