@@ -168,25 +168,27 @@ def steps(day: Day) -> list[Part]:
 
 
 def runs(day: Day) -> list[Part]:
+    max_chars = "1000000" if day.tiny else os.environ.get("MAX_CHARS", "50000000")
+
     def comparison(name: str, script: str, environment: dict[str, str], needs: float, impossible: str | None = None) -> Part:
         out = day.folder / "runs" / slug(name)
         settings = {"SKIP_SETUP": "1", "PYTHON": sys.executable, "OUT": str(out), "DATA": "python", "DEVICE_TYPE": "cuda",
-                    "MAX_CHARS": os.environ.get("MAX_CHARS", "50000000"), "EVAL_TOKENS": "262144", "CHUNKED_CE": "1",
-                    "FP8_FLAGS": "", "PREPARE_DATA": "0"}  # the lab prepares the text, once
+                    "MAX_CHARS": max_chars, "EVAL_TOKENS": "262144", "CHUNKED_CE": "1", "FP8_FLAGS": "",
+                    "PREPARE_DATA": "0"}  # the lab prepares the text, once
         if day.tiny:
-            settings |= {"PROFILE": "cpu-smoke", "DEVICE_TYPE": "cpu", "MAX_CHARS": "1000000", "EVAL_TOKENS": "2048",
-                         "FP8_EMULATE": "1", "FP8_FLAGS": "--fp8-min-dim=16"}
+            settings |= {"PROFILE": "cpu-smoke", "DEVICE_TYPE": "cpu", "EVAL_TOKENS": "2048", "FP8_EMULATE": "1",
+                         "FP8_FLAGS": "--fp8-min-dim=16"}
             environment = {name: "6" if name.endswith("NUM_ITERATIONS") else value for name, value in environment.items()}
         return Part(f"runs: {name}", ["bash", f"runs/{script}"], day.at_least(needs), 500, lambda: run_facts(out / "runs.csv"),
                     environment=environment_of(day) | settings | environment, impossible=impossible)
 
     def growth(steps: int) -> Part:
-        out, baseline = day.folder / "runs" / "growth", "--chunked-ce --eval-tokens=262144"
-        baseline += " --data=python --max-chars=" + ("1000000" if day.tiny else os.environ.get("MAX_CHARS", "50000000"))
-        command = [sys.executable, "-m", "scripts.lab", "run", f"--profile={'cpu-smoke' if day.tiny else 'gpu-d12'}", f"--out={out}",
-                   f"--baseline={baseline} --num-iterations={steps}", "--seeds=1", "--variant", "whole=", f"growing={growing(day)}"]
-        return Part(f"runs: progressive depth, {steps} steps", command, day.at_least(60), 500, lambda: run_facts(out / "runs.csv"),
-                    environment=environment_of(day))
+        out = day.folder / "runs" / "growth"
+        command = [sys.executable, "-m", "scripts.lab", "run", f"--profile={'cpu-smoke' if day.tiny else 'gpu-d12'}",
+                   f"--baseline=--chunked-ce --max-chars={max_chars} --num-iterations={steps}", "--seeds=1",
+                   "--variant", "whole=", f"growing={growing(day)}", f"--out={out}"]
+        return Part(f"runs: progressive depth, {steps} steps", command, day.at_least(60), 500,
+                    lambda: run_facts(out / "runs.csv"), environment=environment_of(day))
 
     depth, rows = next(((depth, rows) for depth in (24, 20) if (rows := day.rows(depth, 1))), (20, None))
     large = {"NUM_ITERATIONS": "20"} | ({} if day.tiny else {"DEPTH": str(depth), "DEVICE_BATCH_SIZE": str(rows)})

@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from nanochat.cli.launch_environment import PeerLost, under_our_launcher
 
 PATIENCE = 45.0  # seconds without a beat; a network may be down for 30 of them, and launchers want to end within 60
 BEATS = 15       # in the time of PATIENCE
 STARTING = 20    # times PATIENCE: for a rank that has never beaten; it may be reading its programs from a slow disk
+WORD_SECONDS = 1.0  # for each answer of the store to a rank that is about to end
 ENDED = "ended"  # instead of a number: this rank has left in good order
 
 # What a collective or the store says of a peer that is gone: Gloo, NCCL and the store of the process group
@@ -52,6 +53,17 @@ def stop() -> None:
     if _heart:
         _heart.stop()
         _heart = None
+
+
+def leave_word(status: str, error: str) -> None:
+    """Say at the store why this rank is about to end, for the result.json that rank 0 writes; nothing where there is no beat."""
+    if _heart:
+        _heart.leave_word(status, error)
+
+
+def word_of_another() -> tuple[str, str] | None:
+    """Status and error with which another rank has ended, the lowest of those that have said so; None where none has."""
+    return _heart.word_of_another() if _heart else None
 
 
 class Heart:
@@ -170,6 +182,21 @@ class Heart:
         here = platform.node()
         return not any(rank < self.rank and line["host"] == here and self.ages[rank] <= self.patience / 2
                        for rank, line in list(self.lines.items()))
+
+    def leave_word(self, status: str, error: str) -> None:
+        """See the function of this name."""
+        with suppress(Exception):  # torch has many; the store may be gone
+            self.connect(WORD_SECONDS).set(f"word{self.rank}", json.dumps([status, f"rank {self.rank}: {error}"]))
+
+    def word_of_another(self) -> tuple[str, str] | None:
+        """See the function of this name."""
+        with suppress(Exception):
+            store = self.connect(WORD_SECONDS)
+            for name in (f"word{rank}" for rank in range(self.world_size) if rank != self.rank):
+                if store.check([name]):
+                    status, error = json.loads(store.get(name))
+                    return status, error
+        return None
 
     def who_is_gone(self, stopped: Callable[[], bool]) -> str:
         """Which ranks have not beaten since a collective has failed, in words; "" where none is found, or another is to say it.

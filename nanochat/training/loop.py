@@ -11,7 +11,7 @@ from nanochat.cli.launch_environment import PeerLost
 from nanochat.common import Diverged, UserError, is_main_rank
 from nanochat.runtime.device import synchronize
 from nanochat.runtime.distributed import barrier, is_distributed, rank_and_world_size
-from nanochat.runtime.heartbeat import is_broken_connection, lost_peers_named
+from nanochat.runtime.heartbeat import is_broken_connection, leave_word, lost_peers_named, word_of_another
 from nanochat.runtime.signals import Interrupted
 from nanochat.runtime.turns import Turns
 from nanochat.training.auto_batch import is_out_of_memory, out_of_memory_advice
@@ -191,7 +191,8 @@ def fit(run: Run) -> int:
             status, code = "diverged", 1
             error = f"{e}. {resume_hint(run)} {divergence_advice(run.plan.device, run.plan.kernel_choices['attention'])}"
         except PeerLost as e:
-            status, error, code = "failed", str(e) or "another rank is gone", e.status
+            code = e.status
+            status, error = word_of_another() or ("failed", str(e) or "another rank is gone")
             raise
         except UserError as e:
             status, error, code = "failed", str(e), 2
@@ -202,6 +203,8 @@ def fit(run: Run) -> int:
             status, error, code = "oom", f"out of memory. {out_of_memory_advice(run.plan)} {resume_hint(run)}", 1
         finally:
             gc.unfreeze()
+            if error and status in ("failed", "oom") and code != PeerLost.status and not is_main_rank():
+                leave_word(status, error)
             close(run, status, error, code)
             if run.stop_signal and code != PeerLost.status:
                 barrier()  # torchrun ends all ranks as soon as one ends with an error: not before rank 0 has saved

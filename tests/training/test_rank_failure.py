@@ -154,7 +154,8 @@ def test_what_one_rank_meets_alone_is_said(base, tmp_path, error, said, status):
     assert [process.exitcode for process in processes] == [PeerLost.status, status]
     assert (tmp_path / "1").read_text().startswith(said)
     run_dir = base / "base_checkpoints" / "in-trouble"
-    assert json.loads((run_dir / "result.json").read_text())["exit_code"] == PeerLost.status
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["exit_code"] == PeerLost.status and f"{result['status']}: {result['error']}".startswith(said.rstrip())
     assert not list(run_dir.glob(".step*")) and not list_steps(run_dir)
 
 
