@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. About four minutes on two cores of a CPU.
+# Text -> tokenizer -> a small GPT -> evaluation -> samples, in one command. About three minutes on two cores of a CPU.
 #   DEPTH=6 DATA=~/texts bash runs/speedrun_small.sh --max-train-seconds=600
 # The numbers are in configs/: cpu-d2, mps-d6 or gpu-d12, by device; PROFILE names another. Environment variables override
 # them (see `overrides` in _lib.sh), and arguments go to scripts.base_train, behind everything else.

@@ -13,7 +13,7 @@ FAVOURITES = 4  # words that follow a word in three of four cases
 
 
 def text_of(characters: int, seed: int = 0) -> str:
-    """Sentences in paragraphs of about 600 characters. The same for the same seed, but for the same words with every seed."""
+    """Sentences in paragraphs of about 600 characters. The same seed gives the same text; all seeds share the words."""
     words = Random("words")  # choices() and random() give the same in Python 3.10 to 3.13
     syllables = [a + b for a in ("b", "d", "g", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v") for b in "aeiouü"]
     vocabulary = ["".join(words.choices(syllables, k=words.choices((1, 2, 3, 4), (1, 4, 3, 1))[0])) for _ in range(WORDS)]
