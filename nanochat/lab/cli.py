@@ -74,7 +74,7 @@ class TableFlags:
 @dataclass
 class JudgeFlags:
     """The verdict"""
-    calibrate: bool = flag(True, "run the baseline at 95 and 90 % of the horizon too, to measure the worth of a step")
+    calibrate: bool = flag(True, "run the baseline for fewer steps too, to measure the worth of a step")
     control: bool = flag(False, "add a hidden candidate that trains 5 % less; if it would be promoted, nothing is")
     horizons: list[float] = flag([], "train all at these shares of the steps too, such as 0.25 0.5 0.71, to extrapolate the time "
                                  "to a target that is not reached", low=0.05, high=0.99)

@@ -22,6 +22,7 @@ from nanochat.benchmarks.parts import Part, Summary
 from nanochat.cli.flags import parse
 from nanochat.common import UserError
 from nanochat.fp8 import fp8_unavailable_reason
+from nanochat.lab.rows import config_of
 from nanochat.recipe.memory_estimate import MemoryConfig, estimate_memory
 from nanochat.recipe.shape import shape_of_depth
 
@@ -409,6 +410,12 @@ def test_command_lines_for_a_gpu(tmp_path, machine, rows, possible):
         elif "dev.bench.gpu_numbers" in part.command:
             flags, = parse([gpu_numbers.PartFlags], words)
             train_step.parse_command([*gpu_numbers.bench_flags(False, flags.rows), *flags.run_flags.split()])
+        elif "scripts.lab" in part.command:
+            baseline = next(word.partition("=")[2] for word in words if word.startswith("--baseline="))
+            variants = [word.partition("=")[2] for word in words[words.index("--variant") + 1:] if not word.startswith("--")]
+            depths = [config_of(["@configs/gpu-d12.flags", *baseline.split(), *variant.split()]).features["progressive_depth"]
+                      .initial_depth for variant in variants]
+            assert depths == [0, 2]
 
 
 def test_rows_fit_by_the_planners_estimate():
