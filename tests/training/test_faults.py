@@ -512,7 +512,8 @@ def test_text_that_changed_beneath_a_run_is_refused(base, tmp_path):
     text = shutil.copytree(base / "text", tmp_path / "text")
     data = f"--data={text}"
     run_dir, _ = train(base, "text", data)
-    (text / "0.txt").write_text((text / "0.txt").read_text() + "# one line more\n")
+    with (text / "0.txt").open("a", encoding="utf-8") as file:
+        file.write("One line more.\n")
     with pytest.raises(UserError, match=r"the tokens [0-9a-f]{32} -> [0-9a-f]{32}\n.*--allow-change"):
         train(base, "text", data, "--resume-from-step=4")
     assert train(base, "text", data, "--resume-from-step=4", "--allow-change")[1] == 0
